@@ -1,0 +1,1 @@
+"""The contract: what both sides import. Standard library and numpy only."""

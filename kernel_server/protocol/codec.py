@@ -1,0 +1,270 @@
+"""Messages to bytes and back: a JSON header, then the raw buffers of its arrays. No pickle.
+
+::
+
+    b"DJN1"  header length (uint32, little-endian)  header (UTF-8 JSON)  buffer 0  buffer 1 ...
+
+Decoding allocates nothing by a length that was sent: the header must lie inside the bytes that came,
+and every buffer is a view of them whose size follows from its dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from kernel_server.protocol import messages as _messages
+from kernel_server.protocol.arrays import ITEM_BYTES, Array
+from kernel_server.protocol.errors import ERRORS, BadMessage, DjinnError, ServerFault
+from kernel_server.protocol.messages import MESSAGES, ErrorInfo
+
+MAGIC = b"DJN1"
+MAX_DEPTH = 32
+_HEAD = struct.Struct("<4sI")
+
+
+def encode(message: Any) -> bytes:
+    """The bytes of a registered message."""
+    if MESSAGES.get(type(message).__name__) is not type(message):
+        raise TypeError(f"{type(message).__name__} is not a message of the protocol")
+    buffers: list[bytes | memoryview] = []
+    tree = {"type": type(message).__name__, "body": _dump(message, buffers, 0)}
+    header = json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
+    return b"".join([_HEAD.pack(MAGIC, len(header)), header, *buffers])
+
+
+def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Array):
+        buffers.append(value.data)
+        return {"$array": value.dtype, "shape": list(value.shape)}
+    if type(value) in _MESSAGE_TYPES():
+        return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
+    if isinstance(value, (tuple, list)):
+        if value and all(type(item) is int for item in value):
+            return list(value)  # token ids: the common long case
+        return [_dump(item, buffers, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {"$dict": {str(k): _dump(v, buffers, depth + 1) for k, v in value.items()}}
+    raise TypeError(f"{type(value).__name__} does not cross the wire")
+
+
+@cache
+def _MESSAGE_TYPES() -> frozenset[type]:
+    return frozenset(MESSAGES.values())
+
+
+def decode(data: bytes | bytearray | memoryview) -> Any:
+    """The message in `data`, or `BadMessage`."""
+    view = memoryview(data).cast("B") if not isinstance(data, bytes) else memoryview(data)
+    if len(view) < _HEAD.size:
+        raise BadMessage(f"a message has at least {_HEAD.size} bytes, {len(view)} came")
+    magic, header_length = _HEAD.unpack_from(view)
+    if magic != MAGIC:
+        raise BadMessage("these bytes are not a Djinn message (wrong magic)")
+    start = _HEAD.size
+    if header_length > len(view) - start:
+        raise BadMessage(f"header of {header_length} bytes announced, {len(view) - start} came")
+    try:
+        tree = json.loads(bytes(view[start : start + header_length]), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"the header is not JSON: {error}") from None
+    if not isinstance(tree, dict) or set(tree) != {"type", "body"}:
+        raise BadMessage("the header has no type and body")
+    name = tree["type"]
+    cls = MESSAGES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise BadMessage(f"unknown message type {str(name)[:60]!r}")
+    reader = _Buffers(view[start + header_length :])
+    message = _load(tree["body"], cls, reader, name, 0)
+    reader.finish()
+    return message
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+class _Buffers:
+    """Cuts the bytes behind the header into arrays, in the order the header names them."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+
+    def take(self, dtype: Any, shape: Any) -> Array:
+        if dtype not in ITEM_BYTES or not isinstance(shape, list) or len(shape) > 8:
+            raise BadMessage("an array needs a known dtype and a shape of at most 8 dimensions")
+        if any(type(n) is not int or n < 0 for n in shape):
+            raise BadMessage(f"array shape {str(shape)[:60]} is not a shape")
+        size = math.prod(shape) * ITEM_BYTES[dtype]
+        if size > len(self._view):
+            raise BadMessage(f"array of {size} bytes announced, {len(self._view)} came")
+        data, self._view = self._view[:size], self._view[size:]
+        return Array(dtype, tuple(shape), data)
+
+    def finish(self) -> None:
+        if len(self._view):
+            raise BadMessage(f"{len(self._view)} bytes follow the last array")
+
+
+_Loader = Callable[[Any, _Buffers, str, int], Any]
+
+
+def _load(value: Any, kind: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
+    return _loader(kind)(value, buffers, path, depth)
+
+
+@cache
+def _loader(kind: Any) -> _Loader:
+    """A reader for one annotation, made once."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind in _MESSAGE_TYPES():
+        return _message_loader(kind)
+    if kind is Array:
+        return _load_array
+    if origin in (Union, types.UnionType):
+        return _union_loader(args)
+    if origin is Literal:
+        return _literal_loader(args)
+    if origin is tuple:
+        return _tuple_loader(args)
+    if origin is dict or kind is Any:
+        return _load_plain
+    return _scalar_loader(kind)
+
+
+def _message_loader(cls: type[Any]) -> _Loader:
+    hints = typing.get_type_hints(cls, vars(_messages))
+    specs = fields(cls)
+    known = {f.name for f in specs}
+    required = {f.name for f in specs if f.default is MISSING and f.default_factory is MISSING}
+
+    def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if not isinstance(value, dict):
+            raise BadMessage(f"{path}: expected the fields of {cls.__name__}")
+        if extra := set(value) - known:
+            raise BadMessage(f"{path}: unknown field {sorted(extra)[0][:60]!r}")
+        if missing := required - set(value):
+            raise BadMessage(f"{path}: missing field {sorted(missing)[0]!r}")
+        # in the order sent: buffers follow the order of the header
+        made = {
+            key: _load(item, hints[key], buffers, f"{path}.{key}", depth + 1)
+            for key, item in value.items()
+        }
+        return cls(**made)
+
+    return load
+
+
+def _load_array(value: Any, buffers: _Buffers, path: str, depth: int) -> Array:
+    if not isinstance(value, dict) or set(value) != {"$array", "shape"}:
+        raise BadMessage(f"{path}: expected an array")
+    return buffers.take(value["$array"], value["shape"])
+
+
+def _union_loader(args: tuple[Any, ...]) -> _Loader:
+    optional = type(None) in args
+    kinds = [kind for kind in args if kind is not type(None)]
+    if len(kinds) != 1:
+        raise TypeError(f"unions in messages are optional values only, not {args}")
+
+    def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if value is None and optional:
+            return None
+        return _load(value, kinds[0], buffers, path, depth)
+
+    return load
+
+
+def _literal_loader(allowed: tuple[Any, ...]) -> _Loader:
+    def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if not isinstance(value, str) or value not in allowed:
+            raise BadMessage(
+                f"{path}: {str(value)[:60]!r} is not one of {', '.join(map(repr, allowed))}"
+            )
+        return value
+
+    return load
+
+
+def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
+    def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if not isinstance(value, list):
+            raise BadMessage(f"{path}: expected a list")
+        if len(args) == 2 and args[1] is Ellipsis:
+            if args[0] is int:  # token ids: the common long case
+                if not all(type(item) is int for item in value):
+                    raise BadMessage(f"{path}: expected integers")
+                return tuple(value)
+            return tuple(_load(item, args[0], buffers, path, depth + 1) for item in value)
+        if len(value) != len(args):
+            raise BadMessage(f"{path}: expected {len(args)} values, {len(value)} came")
+        pairs = zip(value, args, strict=True)
+        return tuple(_load(item, kind, buffers, path, depth + 1) for item, kind in pairs)
+
+    return load
+
+
+def _load_plain(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+    """A free value: scalars, lists and `$dict`s of them."""
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, list):
+        return [_load_plain(item, buffers, path, depth + 1) for item in value]
+    if isinstance(value, dict):
+        if set(value) == {"$dict"} and isinstance(value["$dict"], dict):
+            items = value["$dict"].items()
+            return {key: _load_plain(item, buffers, path, depth + 1) for key, item in items}
+        return _float(value, path)
+    return value
+
+
+def _scalar_loader(kind: Any) -> _Loader:
+    def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if kind is float:
+            return _float(value, path)
+        if type(value) is not kind:
+            raise BadMessage(f"{path}: expected {kind.__name__}, not {type(value).__name__}")
+        return value
+
+    return load
+
+
+def _float(value: Any, path: str) -> float:
+    if isinstance(value, dict) and value.get("$float") in ("nan", "inf", "-inf"):
+        return float(value["$float"])
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise BadMessage(f"{path}: the number is too large for a float") from None
+    raise BadMessage(f"{path}: expected a number")
+
+
+def raise_error(info: ErrorInfo) -> typing.NoReturn:
+    """Raise the error that `info` describes, by its code; an unknown code is a ServerFault."""
+    raise rebuild_error(info)
+
+
+def rebuild_error(info: ErrorInfo) -> DjinnError:
+    """The exception that `info` describes."""
+    made = ERRORS.get(info.code, ServerFault)(info.message)
+    made.details.update(info.details)
+    made.server_traceback = info.traceback
+    return made

@@ -1,0 +1,175 @@
+"""Places in a forward: how they are named, parsed, printed and ordered.
+
+A location is a site of a layer, or one of `embedding`, `final_norm`, `logits`. `layers.N.input` is
+the same tensor as the output of the layer before, so it is read as that one. Names of Hugging Face
+and TransformerLens are accepted. Points are locations as integers, in the order they are reached::
+
+    0 embedding   i + 1 layers.i.output   L + 1 final_norm   L + 2 logits
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from kernel_server.protocol.errors import NotSupported, UnknownLocation
+
+#: Sites inside a layer this server stops at.
+LAYER_SITES = ("input", "output")
+#: Sites the vocabulary knows and this version does not stop at.
+PLANNED_SITES = (
+    "attention.q",
+    "attention.k",
+    "attention.v",
+    "attention.pattern",
+    "attention.heads",
+    "attention.output",
+    "middle",
+    "mlp.neurons",
+    "mlp.output",
+)
+OUTER_SITES = ("embedding", "final_norm", "logits")
+
+NOT_STARTED = -1
+EMBEDDING = 0
+
+_LAYER = re.compile(r"^(?:layers|blocks|h)\.(-?\d+)(?:\.(.+))?$")
+_HF_HIDDEN = re.compile(r"^hidden_states\[(-?\d+)\]$")
+_LENS_SITES = {
+    "hook_resid_pre": "input",
+    "hook_resid_post": "output",
+    "hook_resid_mid": "middle",
+    "hook_attn_out": "attention.output",
+    "hook_mlp_out": "mlp.output",
+}
+_OUTER_NAMES = {
+    "embedding": "embedding",
+    "final_norm": "final_norm",
+    "logits": "logits",
+    "ln_final.hook_normalized": "final_norm",
+    "unembed.hook_out": "logits",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A place where a forward can stop. `str(location)` is its name, `layers.20.output`."""
+
+    layer: int | None
+    site: str
+
+    def __str__(self) -> str:
+        return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
+
+    def point(self, num_layers: int) -> int:
+        """Its place in the order of one forward."""
+        if self.layer is not None:
+            return self.layer + 1
+        return {"embedding": 0, "final_norm": num_layers + 1, "logits": num_layers + 2}[self.site]
+
+
+def location_at(point: int, num_layers: int) -> Location:
+    """The location of a point between 0 and `num_layers` + 2."""
+    if point == EMBEDDING:
+        return Location(None, "embedding")
+    if 0 < point <= num_layers:
+        return Location(point - 1, "output")
+    if point in (num_layers + 1, num_layers + 2):
+        return Location(None, "final_norm" if point == num_layers + 1 else "logits")
+    raise ValueError(f"point {point} lies outside a forward of {num_layers} layers")
+
+
+def final_norm_point(num_layers: int) -> int:
+    return num_layers + 1
+
+
+def logits_point(num_layers: int) -> int:
+    return num_layers + 2
+
+
+def sampled_point(num_layers: int) -> int:
+    """One past the last stop of a forward: the next token has been drawn."""
+    return num_layers + 3
+
+
+def layers_executed(point: int, num_layers: int) -> int:
+    """Distinct layers finished in this forward when it stands at `point`."""
+    return min(max(point, 0), num_layers)
+
+
+def parse_location(spec: object, num_layers: int) -> Location:
+    """Read a location from a layer number or a name, or raise `UnknownLocation`.
+
+    >>> str(parse_location(20, 24)), str(parse_location("hidden_states[21]", 24))
+    ('layers.20.output', 'layers.20.output')
+    """
+    if isinstance(spec, Location):
+        spec = str(spec)
+    if isinstance(spec, bool) or not isinstance(spec, (int, str)):
+        raise UnknownLocation(
+            f"a location is a layer number or a name such as 'layers.20.output', not {spec!r}"
+        )
+    text = str(spec).strip()
+    if re.fullmatch(r"-?\d+", text):
+        return _layer_site(int(text), "output", num_layers, text)
+    if found := _HF_HIDDEN.match(text):
+        return _hf_hidden(int(found[1]), num_layers, text)
+    bare = re.sub(r"^(?:model|transformer|gpt_neox)\.(?:decoder\.)?", "", text)
+    if bare in _OUTER_NAMES:
+        return Location(None, _OUTER_NAMES[bare])
+    if found := _LAYER.match(bare):
+        site = found[2] or "output"
+        return _layer_site(int(found[1]), _LENS_SITES.get(site, site), num_layers, text)
+    raise _unknown(text, num_layers)
+
+
+def _hf_hidden(index: int, num_layers: int, text: str) -> Location:
+    """`hidden_states` holds the embedding, the layers' outputs and, last, the normed one."""
+    if not -num_layers - 1 <= index <= num_layers:
+        raise UnknownLocation(
+            f"{text}: the model has {num_layers} layers, so hidden_states has indexes 0 to"
+            f" {num_layers}",
+            num_layers=num_layers,
+        )
+    index %= num_layers + 1
+    if index == num_layers:
+        return Location(None, "final_norm")
+    return location_at(index, num_layers)
+
+
+def _layer_site(layer: int, site: str, num_layers: int, text: str) -> Location:
+    if not -num_layers <= layer < num_layers:
+        raise UnknownLocation(
+            f"{text}: the model has {num_layers} layers, numbered 0 to {num_layers - 1}",
+            num_layers=num_layers,
+        )
+    layer %= num_layers
+    if site in PLANNED_SITES:
+        raise NotSupported(
+            f"{text}: this version stops at a layer's input and output only; {site!r} is planned",
+            site=site,
+        )
+    if site not in LAYER_SITES:
+        raise _unknown(text, num_layers)
+    if site == "input":
+        return location_at(layer, num_layers)
+    return Location(layer, "output")
+
+
+def known_names(num_layers: int) -> list[str]:
+    """Every name a stop can have, in order, for completion and messages."""
+    names = ["embedding"]
+    for layer in range(num_layers):
+        names += [f"layers.{layer}.input", f"layers.{layer}.output"]
+    return [*names, "final_norm", "logits"]
+
+
+def _unknown(text: str, num_layers: int) -> UnknownLocation:
+    near = difflib.get_close_matches(text, known_names(num_layers), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UnknownLocation(
+        f"unknown location {text!r}{hint} (use a layer number 0 to {num_layers - 1},"
+        " 'layers.N.input', 'layers.N.output', 'embedding', 'final_norm' or 'logits')",
+        num_layers=num_layers,
+    )

@@ -1,0 +1,1 @@
+"""What is decided: sessions, pages, breakpoints, edits, scheduling. No torch, no I/O, no clock."""

@@ -1,0 +1,85 @@
+"""What has happened: the only things that go into the state machine.
+
+Past tense. Requests come from the service, results from the engine; time arrives inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernel_server.protocol.messages import ErrorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requested:
+    """An owner asked for something. Texts are already token ids (`Launch.token_ids`,
+    `Selector.token_ids`), uploaded values are already part of the edit."""
+
+    request_id: int
+    owner: str
+    message: Any
+    #: seconds, from the server's clock; for display and idle times only
+    now: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditResult:
+    """What one edit did in one forward."""
+
+    edit_id: int
+    #: absolute positions changed
+    positions: tuple[int, ...]
+    elements_changed: int
+    norm_before: float
+    norm_after: float
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StretchDone:
+    """The engine stands at `point`: as told, because a check held, or because it was interrupted.
+
+    `point` is the last one reached; `sampled_point` when the forward's token was drawn.
+    """
+
+    session_id: str
+    point: int
+    #: breakpoint id -> absolute positions at which its condition held, at `point` only
+    held: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    edits: tuple[EditResult, ...] = ()
+    token: int | None = None
+    layers_run: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StretchFailed:
+    """The engine could not go on; what was reached before (`point`) still stands."""
+
+    session_id: str
+    point: int
+    error: ErrorInfo
+    #: False: the same stretch may be tried again (memory), True: the session is lost to a fault
+    fatal: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditsApplied:
+    """The value at the stop was computed anew with the edits asked for."""
+
+    request_id: int
+    session_id: str
+    results: tuple[EditResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditsFailed:
+    """The value at the stop is as it was."""
+
+    request_id: int
+    session_id: str
+    error: ErrorInfo
+
+
+StateEvent = Requested | StretchDone | StretchFailed | EditsApplied | EditsFailed

@@ -1,0 +1,155 @@
+"""What is to be done: the only things that come out of the state machine. Imperatives.
+
+The loop carries them out in order. `RunStretch` goes to the engine's one work slot; `ApplyEdits`,
+`ForkTensors`, `DropTensors`, `PoisonPages` and `ReadTensors` are errands the engine does between
+two layers of whatever it runs; `Interrupt`, `Reply` and `Publish` take effect at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kernel_server.protocol.messages import EditSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; keyed by (seed, position), so it depends on nothing else."""
+
+    temperature: float
+    top_p: float
+    seed: int
+    #: absolute position the new token will take
+    position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditPlan:
+    """An edit with its selectors resolved for one forward."""
+
+    edit_id: int
+    point: int
+    spec: EditSpec
+    #: rows of this forward (0 is its first token), None for all
+    rows: tuple[int, ...] | None
+    #: channel indexes, None for all
+    channels: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A breakpoint to be judged when its point is reached.
+
+    `holds` gets, per token fed, the variables named in `names`; None holds for every token.
+    """
+
+    breakpoint_id: int
+    point: int
+    names: frozenset[str]
+    holds: Callable[[Mapping[str, Any]], bool] | None
+    hits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStretch:
+    """Run a session's current forward from where it stands to `until`, or to the first check that
+    holds, or to the next boundary after an `Interrupt`."""
+
+    session_id: str
+    forward: int
+    #: tokens fed in this forward, and the absolute position of the first
+    token_ids: tuple[int, ...]
+    first_token: int
+    #: where it stands (NOT_STARTED before the embedding); edits and checks lie beyond it
+    point: int
+    #: a point, or `sampled_point`: draw the next token
+    until: int
+    checks: tuple[Check, ...]
+    edits: tuple[EditPlan, ...]
+    #: physical pages per page group, for the groups this stretch can reach
+    tables: tuple[tuple[int, ...], ...]
+    #: (from, to): pages to copy first, written by two sessions otherwise
+    copies: tuple[tuple[int, int], ...]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupt:
+    """Stop the running stretch of this session at the next layer boundary."""
+
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyEdits:
+    """Compute the value at the stop from its unedited tensor and these edits, in order.
+
+    Answered by `EditsApplied` (results of all of them) or `EditsFailed` (nothing changed)."""
+
+    request_id: int
+    session_id: str
+    edits: tuple[EditPlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForkTensors:
+    parent_id: str
+    child_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropTensors:
+    session_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoisonPages:
+    """Fill freed pages with NaN (with --check), so that a wrong read shows."""
+
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadTensors:
+    """Answer a read request (`ReadValue`, `ReadLens`, `ReadCapture`, `ReadLogits`)."""
+
+    request_id: int
+    session_id: str
+    message: Any
+    #: rows and channels of the tensor at the stop, None for all
+    rows: tuple[int, ...] | None
+    channels: tuple[int, ...] | None
+    #: absolute position of the forward's first token, and the forward's number
+    first_token: int
+    forward: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Answer a request with a protocol response (`ErrorReply` for errors)."""
+
+    request_id: int
+    message: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publish:
+    """Append a protocol event to the owner's log. Sequence numbers are the state's own."""
+
+    owner: str
+    event: Any
+
+
+Instruction = (
+    RunStretch
+    | Interrupt
+    | ApplyEdits
+    | ForkTensors
+    | DropTensors
+    | PoisonPages
+    | ReadTensors
+    | Reply
+    | Publish
+)
