@@ -4,6 +4,9 @@ not run. Fixtures of one part live in that part's own conftest."""
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 # Before anything imports torch: the engine's exact mode is defined for a fixed thread count, and
 # several tests beside each other must not fight over two cores.
@@ -11,12 +14,38 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
-os.environ["MPLBACKEND"] = "Agg"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"  # what jupyter_core will do next; silences its warning
 
 import pytest
 
 _NO_GPU = "no CUDA device here"
+
+
+_user_folders: Path | None = None
+
+
+def pytest_configure() -> None:
+    """Give the run user folders of its own, before any fixture of any scope starts a server.
+
+    Tokens, runtime files and journals must never be the user's. Caches stay where they are: the
+    font cache of matplotlib takes seconds to build.
+    """
+    global _user_folders
+    _user_folders = Path(tempfile.mkdtemp(prefix="djinn-test-"))
+    for name in ("data", "state", "config", "run", "ipython"):
+        (_user_folders / name).mkdir(mode=0o700)
+    os.environ["XDG_DATA_HOME"] = str(_user_folders / "data")
+    os.environ["XDG_STATE_HOME"] = str(_user_folders / "state")
+    os.environ["XDG_CONFIG_HOME"] = str(_user_folders / "config")
+    os.environ["XDG_RUNTIME_DIR"] = str(_user_folders / "run")
+    os.environ["IPYTHONDIR"] = str(_user_folders / "ipython")
+    for variable in ("DJINN_TOKEN", "DJINN_DEBUG"):
+        os.environ.pop(variable, None)
+
+
+def pytest_unconfigure() -> None:
+    if _user_folders is not None:
+        shutil.rmtree(_user_folders, ignore_errors=True)
 
 
 def _cuda_is_here() -> bool:
@@ -41,16 +70,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     not_run = sum(_NO_GPU in str(report.longrepr) for report in skipped)
     if not_run:
         terminalreporter.write_sep("!", f"{not_run} GPU tests did NOT run: {_NO_GPU}", yellow=True)
-
-
-@pytest.fixture(autouse=True)
-def _own_user_folders(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tokens, runtime files and caches of a test go to a folder of its own, never the user's."""
-    home = tmp_path_factory.mktemp("user")
-    for variable in ("XDG_DATA_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.setenv(variable, str(home / variable.lower()))
-    runtime = home / "run"
-    runtime.mkdir(mode=0o700)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
