@@ -28,6 +28,7 @@ from types import TracebackType
 
 from kernel_server.wire import FrameChannel, GuardedStream, PlainConnection, listen, parse_address
 from kernel_server.wire.address import Address, remove_socket_file, tune
+from kernel_server.wire.frames import FRAME_S
 from kernel_server.wire.handshake import HANDSHAKE_S, HandshakeFailed, admit_client
 from kernel_server.wire.tokens import check_tokens
 
@@ -50,6 +51,8 @@ class Limits:
     connections: int = 192
     connections_per_owner: int = 96
     handshake_s: float = HANDSHAKE_S
+    #: How long a frame that has begun may take, besides a second per 64 KiB of it.
+    frame_s: float = FRAME_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +245,8 @@ class Service:
     def _serve(self, owner: str, sock: socket.socket) -> None:
         info = ConnectionInfo(f"connection-{next(self._ids)}", owner, time.time())
         threading.current_thread().name = info.id
-        connection = PlainConnection(
-            FrameChannel(GuardedStream(sock)), partial(self._handler, owner, info.id)
-        )
+        channel = FrameChannel(GuardedStream(sock, self._limits.frame_s))
+        connection = PlainConnection(channel, partial(self._handler, owner, info.id))
         with self._lock:
             self._connections[info.id] = (info, connection)
             if self._closing:

@@ -13,7 +13,7 @@ from rpyc.core import brine
 
 from .frames import BrokenFrame
 
-MAX_DEPTH = 6
+MAX_DEPTH = 8
 MAX_INT_DIGITS = 19
 
 _TUPLES = {brine.TAG_EMPTY_TUPLE: 0, brine.TAG_TUP1: 1, brine.TAG_TUP2: 2}
