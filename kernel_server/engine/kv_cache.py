@@ -1,0 +1,180 @@
+"""The KV pages of all sessions: one allocation, written and read row by row. Tensors only.
+
+A *page* holds the keys and values of T tokens for the G consecutive layers of one page group, in
+one contiguous piece. Which page belongs to whom is decided elsewhere; here physical page ids are
+taken as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: A model whose keys and values of one token have at most this many elements counts as small.
+_SMALL_TOKEN_ELEMENTS = 12 * 1024
+_SMALL_TOKENS, _SMALL_LAYERS = 16, 4
+#: A plain copy of this many bytes runs at the full rate of the bus.
+_TARGET_PAGE_BYTES = 4 << 20
+_MAX_TOKENS = 128
+_MAX_LAYERS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer keeps of one token: keys [key_heads, key_dim], values alike."""
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+
+    @property
+    def row(self) -> int:
+        """Elements of the wider of the two."""
+        return max(self.key_heads * self.key_dim, self.value_heads * self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """The geometry of every page of a pool.
+
+    page_tokens: T. group_layers: G; the last group may hold fewer. layers: as seen at load.
+    row: elements kept per token, layer and kind (keys or values); narrower ones leave a margin.
+    """
+
+    page_tokens: int
+    group_layers: int
+    layers: tuple[LayerKV, ...]
+    dtype: torch.dtype
+
+    @property
+    def row(self) -> int:
+        return max(layer.row for layer in self.layers)
+
+    @property
+    def num_groups(self) -> int:
+        return -(-len(self.layers) // self.group_layers)
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.group_layers * self.page_tokens * self.row * self.dtype.itemsize
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that one group needs for `tokens` tokens."""
+        return -(-tokens // self.page_tokens)
+
+    def groups_below(self, point: int) -> int:
+        """Groups that the layers 0 … point - 1 write to."""
+        return -(-min(max(point, 0), len(self.layers)) // self.group_layers)
+
+
+def choose_page_shape(
+    layers: Sequence[LayerKV],
+    dtype: torch.dtype,
+    *,
+    page_tokens: int | None = None,
+    group_layers: int | None = None,
+) -> PageShape:
+    """Pages of 4 MiB and a little more, at least four groups; T = 16 and G = 4 for small models.
+
+    >>> choose_page_shape([LayerKV(40, 128, 40, 128)] * 40, torch.bfloat16).page_bytes / 2**20
+    6.25
+    """
+    count, row = len(layers), max(layer.row for layer in layers)
+    if 2 * row * count <= _SMALL_TOKEN_ELEMENTS:
+        tokens, depth = _SMALL_TOKENS, min(_SMALL_LAYERS, count)
+    else:
+        most = max(1, min(_MAX_LAYERS, count // 4))
+        depth = max(d for d in range(1, most + 1) if count % d == 0)
+        tokens = _SMALL_TOKENS
+        while tokens < _MAX_TOKENS and 2 * depth * row * dtype.itemsize * tokens < (
+            _TARGET_PAGE_BYTES
+        ):
+            tokens *= 2
+    return PageShape(page_tokens or tokens, group_layers or depth, tuple(layers), dtype)
+
+
+class KVCache:
+    """A pool of pages in one allocation, `[pages, group_layers, 2, page_tokens, row]`.
+
+    Raises torch.OutOfMemoryError if the device has no room for it.
+    """
+
+    def __init__(self, shape: PageShape, num_pages: int, device: torch.device | str) -> None:
+        self.shape = shape
+        self.num_pages = num_pages
+        self.device = torch.device(device)
+        self.pool = torch.zeros(
+            (num_pages, shape.group_layers, 2, shape.page_tokens, shape.row),
+            dtype=shape.dtype,
+            device=self.device,
+        )
+        #: one row per token slot: written
+        self._slots = self.pool.view(-1, shape.row)
+        #: one row per (page, layer of the group, keys or values): gathered
+        self._pieces = self.pool.view(num_pages * shape.group_layers * 2, -1)
+        kinds = torch.arange(2 * shape.group_layers, device=self.device)
+        self._kinds = kinds[:, None]
+        self._page_stride = 2 * shape.group_layers
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.shape.page_bytes
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page onto another, all its layers."""
+        self.pool[target].copy_(self.pool[source])
+
+    def poison(self, pages: Iterable[int]) -> None:
+        """Fill pages with NaN, so that reading one by mistake shows."""
+        for page in pages:
+            self.pool[page].fill_(float("nan"))
+
+    # -- what attention uses -------------------------------------------------------------------
+
+    def piece_rows(self, table: Sequence[int]) -> list[Tensor]:
+        """Rows to gather for the pages of `table`: two index tensors per layer of the group."""
+        pages = torch.tensor(table, device=self.device)
+        return list((pages[None] * self._page_stride + self._kinds).unbind())
+
+    def slot_rows(self, table: Sequence[int], begin: int, end: int) -> list[Tensor]:
+        """Rows to write for the positions [begin, end): two index tensors per layer."""
+        size = self.shape.page_tokens
+        first = begin // size
+        pages = torch.tensor(table[first : self.shape.pages_for(end)], device=self.device)
+        positions = torch.arange(begin, end, device=self.device)
+        base = pages[positions // size - first] * (self._page_stride * size) + positions % size
+        return list((base[None] + self._kinds * size).unbind())
+
+    def slot_row(self, table: Sequence[int], position: int) -> int:
+        """The first row of one position: keys of the group's first layer."""
+        size = self.shape.page_tokens
+        return table[position // size] * self._page_stride * size + position % size
+
+    def write_one(self, row: int, piece: int, states: Tensor) -> None:
+        """Write one token's keys or values, `[1, heads, 1, dim]`, to piece `piece` of its page."""
+        flat = states.reshape(-1)
+        slot = self._slots[row + piece * self.shape.page_tokens]
+        if flat.shape[0] != self.shape.row:
+            slot = slot[: flat.shape[0]]
+        slot.copy_(flat)
+
+    def write(self, rows: Tensor, states: Tensor) -> None:
+        """Write the keys or values of several tokens, `[1, heads, tokens, dim]`."""
+        flat = states[0].transpose(0, 1).flatten(1)  # [tokens, heads * dim]
+        slots = self._slots
+        if flat.shape[1] != self.shape.row:
+            slots = slots[:, : flat.shape[1]]
+        slots.index_copy_(0, rows, flat)
+
+    def read(self, rows: Tensor, begin: int, end: int, heads: int, dim: int) -> Tensor:
+        """Gather `[1, heads, end - begin, dim]`, counted from the first gathered page's start."""
+        gathered = self._pieces.index_select(0, rows).view(-1, self.shape.row)
+        states = gathered[begin:end]
+        if heads * dim != self.shape.row:
+            states = states[:, : heads * dim]
+        return states.unflatten(1, (heads, dim)).transpose(0, 1)[None]

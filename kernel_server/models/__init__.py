@@ -1,0 +1,1 @@
+"""Stock transformers models, made resumable, and their weights."""
