@@ -1,0 +1,237 @@
+"""The service lets owners in, keeps their connections apart, and ends cleanly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kernel_server.protocol.errors import (
+    AddressRefused,
+    BadArgument,
+    OutOfPages,
+    PortInUse,
+    QuotaExceeded,
+    ServerFault,
+)
+from kernel_server.service import Limits, Service
+from kernel_server.wire import PAYLOAD_CAP, PlainConnection, connect
+
+ANN, BOB = "the-token-of-ann-here", "the-token-of-bob-here"
+TOKENS = {"ann": ANN, "bob": BOB}
+
+
+def _handle(owner: str, connection_id: str, payload: bytes) -> bytes:
+    match payload:
+        case b"who":
+            return f"{owner} {connection_id}".encode()
+        case b"typed":
+            raise OutOfPages("needs 12 pages, 3 are free;\nterminate a session")
+        case b"bug":
+            raise ZeroDivisionError("a\nbug")
+        case b"exit":
+            sys.exit(3)
+        case b"interrupt":
+            raise KeyboardInterrupt
+        case b"wrong":
+            return "text"  # type: ignore[return-value]
+        case b"large":
+            return bytes(PAYLOAD_CAP + 1)
+        case b"slow":
+            time.sleep(0.5)
+    return payload
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+
+    assert not set(threading.enumerate()) - before
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Service]]:
+    services: list[Service] = []
+
+    def _start(**options: object) -> Service:
+        services.append(Service(_handle, TOKENS, "127.0.0.1:0", **options).start())  # type: ignore[arg-type]
+        return services[-1]
+
+    yield _start
+    for service in services:
+        service.close()
+
+
+@pytest.fixture
+def service(start: Callable[..., Service]) -> Service:
+    return start()
+
+
+@pytest.fixture
+def open_one() -> Iterator[Callable[..., PlainConnection]]:
+    opened: list[PlainConnection] = []
+
+    def _open(service: Service, token: str = ANN) -> PlainConnection:
+        opened.append(connect(service.address, token))
+        return opened[-1]
+
+    yield _open
+    for connection in opened:
+        connection.close()
+
+
+Open = Callable[..., PlainConnection]
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 5
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_call_carries_its_owner_and_its_connection(service: Service, open_one: Open) -> None:
+    ann, bob, ann2 = open_one(service), open_one(service, BOB), open_one(service)
+
+    answers = [each.call(b"who", 5).split() for each in (ann, bob, ann2)]
+
+    assert [owner for owner, _ in answers] == [b"ann", b"bob", b"ann"]
+    assert len({connection for _, connection in answers}) == 3
+    assert {info.owner for info in service.connections()} == {"ann", "bob"}
+
+
+@pytest.mark.parametrize(
+    ("payload", "kind", "text"),
+    [
+        (b"typed", OutOfPages, "needs 12 pages, 3 are free; terminate a session"),
+        (b"bug", ServerFault, "ZeroDivisionError: a bug"),
+        (b"exit", ServerFault, "SystemExit: 3"),
+        (b"interrupt", ServerFault, "KeyboardInterrupt"),
+        (b"wrong", ServerFault, "not bytes"),
+        (b"large", ServerFault, "ask in chunks"),
+    ],
+)
+def test_a_failed_call_is_one_line_and_leaves_the_connection(
+    payload: bytes, kind: type[Exception], text: str, service: Service, open_one: Open
+) -> None:
+    connection = open_one(service)
+
+    with pytest.raises(kind) as caught:
+        connection.call(payload, 5)
+
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+    assert connection.call(b"still here", 5) == b"still here"
+
+
+def test_one_slow_connection_does_not_hold_another(service: Service, open_one: Open) -> None:
+    slow, quick = open_one(service), open_one(service)
+    thread = threading.Thread(target=slow.call, args=(b"slow", 5))
+    thread.start()
+    began = time.monotonic()
+    quick.call(b"x", 5)
+    took_s = time.monotonic() - began
+    thread.join()
+
+    assert took_s < 0.3
+
+
+def test_comings_and_goings_are_told_once_each(
+    start: Callable[..., Service], open_one: Open
+) -> None:
+    came: list[tuple[str, str]] = []
+    went: list[tuple[str, str]] = []
+    service = start(
+        on_connect=lambda *who: came.append(who), on_disconnect=lambda *who: went.append(who)
+    )
+    connection = open_one(service, BOB)
+    identity = connection.call(b"who", 5).decode().split()[1]
+    connection.close()
+
+    assert _soon(lambda: bool(went))
+    assert came == went == [("bob", identity)]
+    assert service.connections() == []
+
+
+def test_a_failing_callback_costs_nothing(start: Callable[..., Service], open_one: Open) -> None:
+    def fail(*_: str) -> None:
+        raise RuntimeError("in a callback")
+
+    service = start(on_connect=fail, on_disconnect=fail)
+    connection = open_one(service)
+
+    assert connection.call(b"fine", 5) == b"fine"
+    connection.close()
+    assert _soon(lambda: service.connections() == [])
+
+
+def test_a_killed_client_is_noticed(start: Callable[..., Service]) -> None:
+    went = threading.Event()
+    service = start(on_disconnect=lambda *_: went.set())
+    code = (
+        "import os, signal; from kernel_server.wire import connect, parse_address\n"
+        f"c = connect(parse_address('{service.address}'), '{ANN}'); c.call(b'x', 5)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+
+    assert went.wait(5)
+
+
+def test_an_owner_has_a_cap_and_the_others_keep_their_places(
+    start: Callable[..., Service], open_one: Open
+) -> None:
+    service = start(limits=Limits(connections_per_owner=2, connections=3))
+    first, _ = open_one(service), open_one(service)
+
+    with pytest.raises(QuotaExceeded):
+        open_one(service)
+    bob = open_one(service, BOB)
+    with pytest.raises(QuotaExceeded):
+        open_one(service, BOB)
+    first.close()
+
+    assert bob.call(b"fine", 5) == b"fine"
+    assert _soon(lambda: len(service.connections()) == 2)
+    assert open_one(service).call(b"a place again", 5) == b"a place again"
+
+
+def test_closing_ends_every_connection_and_frees_the_port(
+    start: Callable[..., Service], open_one: Open
+) -> None:
+    service = start()
+    connection = open_one(service)
+    service.close()
+    service.close()
+
+    with pytest.raises((EOFError, OSError)):
+        connection.call(b"x", 5)
+    Service(_handle, TOKENS, service.address).close()
+
+
+def test_a_port_in_use_starts_nothing(service: Service) -> None:
+    with pytest.raises(PortInUse):
+        Service(_handle, TOKENS, service.address)
+
+
+def test_a_wide_address_starts_nothing() -> None:
+    with pytest.raises(AddressRefused, match="ssh -L"):
+        Service(_handle, TOKENS, "0.0.0.0:0")
+
+
+@pytest.mark.parametrize("tokens", [{}, {"me": ""}, {"me": "short"}, {"a": ANN, "b": ANN}])
+def test_without_good_tokens_no_server_starts(tokens: dict[str, str]) -> None:
+    with pytest.raises(BadArgument):
+        Service(_handle, tokens, "127.0.0.1:0")
+
+
+def test_a_unix_socket_serves_and_is_taken_away(tmp_path, open_one: Open) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "run" / "djinn"
+    with Service(_handle, TOKENS, f"unix:{path}") as service:
+        assert open_one(service).call(b"who", 5).startswith(b"ann")
+
+    assert not path.exists()
