@@ -17,12 +17,11 @@ _PROTOCOL = "kernel_server.protocol"
 #: part -> what it may import of the project, besides itself. The longest row that fits holds.
 ALLOWED: dict[str, frozenset[str]] = {
     # the client: the contract and the wire, nothing that decides or computes
-    "djinn_nb": frozenset({_PROTOCOL, "kernel_server.wire", "kernel_server.tokens"}),
+    "djinn_nb": frozenset({_PROTOCOL, "kernel_server.wire"}),
     "kernel_server": frozenset(),
     # the contract, and what carries its bytes
     _PROTOCOL: frozenset(),
     "kernel_server.wire": frozenset({_PROTOCOL}),
-    "kernel_server.tokens": frozenset({_PROTOCOL}),
     # what is decided
     "kernel_server.state": frozenset({_PROTOCOL}),
     # what is done
@@ -51,7 +50,22 @@ ALLOWED: dict[str, frozenset[str]] = {
             "kernel_server.transfers",
         }
     ),
-    "kernel_server.service": frozenset({_PROTOCOL, "kernel_server.wire", "kernel_server.tokens"}),
+    "kernel_server.service": frozenset({_PROTOCOL, "kernel_server.wire"}),
+    # a whole kernel in one process, without sockets
+    "kernel_server.kernel": frozenset(
+        {
+            _PROTOCOL,
+            "kernel_server.config",
+            "kernel_server.engine",
+            "kernel_server.event_log",
+            "kernel_server.gateway",
+            "kernel_server.loop",
+            "kernel_server.models",
+            "kernel_server.state",
+            "kernel_server.telemetry",
+            "kernel_server.transfers",
+        }
+    ),
     # wiring: only these may import everything
     "kernel_server.server": _ANYTHING,
     "kernel_server.cli": _ANYTHING,

@@ -102,7 +102,8 @@ def test_a_clean_client_install_works_without_torch(wheel: Path, tmp_path: Path)
         "import importlib.util as u, djinn_nb\n"
         "assert not [m for m in ('torch', 'transformers') if u.find_spec(m)]\n"
         "import pkgutil, importlib\n"
-        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(djinn_nb.__path__, 'djinn_nb.')]\n"
+        "for found in pkgutil.walk_packages(djinn_nb.__path__, 'djinn_nb.'):\n"
+        "    importlib.import_module(found.name)\n"
         "print(djinn_nb.__version__)"
     )
 
