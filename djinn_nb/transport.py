@@ -21,7 +21,13 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Literal
 
-from kernel_server.protocol.errors import BadArgument, ConnectionLost, DjinnError, NoServer
+from kernel_server.protocol.errors import (
+    BadArgument,
+    ConnectionFailed,
+    ConnectionLost,
+    DjinnError,
+    NoServer,
+)
 from kernel_server.wire import PAYLOAD_CAP, Address, PlainConnection, connect, parse_address
 
 Kind = Literal["control", "bulk", "events"]
@@ -107,7 +113,8 @@ class Transport:
 
         poll_payload: sequence number of the last event seen → the payload that asks for more.
         on_answer: takes an answer, returns the last sequence number it held (or the old one).
-        on_trouble: told the error when polling fails, and None when it works again.
+        on_trouble: told the error when polling fails, and None once it works again, which for a
+            lost connection is as soon as there is a new one, before anything is polled on it.
         All three run on the events thread. A later call takes the place of this one.
         """
         self._listen_orders.put(_Listening(poll_payload, on_answer, after, on_trouble))
@@ -167,24 +174,40 @@ class Transport:
     def _run_events(self) -> None:
         order = self._listen_orders.get()
         pause_s = FIRST_PAUSE_S
-        failing = False
+        trouble: Exception | None = None
         while order is not None and not self._stop.is_open:
             try:
-                payload = order.poll_payload(order.after)
-                answer = self._events.exchange(payload, time.monotonic() + POLL_S)
+                if isinstance(trouble, ConnectionFailed):
+                    # Told before the poll: another server may have come, which counts anew.
+                    self._events.stand(time.monotonic() + POLL_S)
+                    order.tell(None)
+                    trouble = None
+                newest = self._newest_order(order)
+                if newest is None:
+                    break
+                order = newest
+                answer = self._events.exchange(
+                    order.poll_payload(order.after), time.monotonic() + POLL_S
+                )
                 order.after = order.on_answer(answer)
+                if trouble is not None:
+                    order.tell(None)
+                    trouble = None
+                pause_s = FIRST_PAUSE_S
             except Exception as error:  # a callback's too: the thread outlives both
-                failing = True
-                order.tell(error, self._stop)
+                trouble = error
+                if not self._stop.is_open:
+                    with contextlib.suppress(Exception):  # the one to report it to is broken
+                        order.tell(error)
                 self._stop.wait(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            else:
-                if failing:
-                    order.tell(None, self._stop)
-                failing, pause_s = False, FIRST_PAUSE_S
-            while not self._listen_orders.empty() and order is not None:
-                order = self._listen_orders.get()
         self._events.drop()
+
+    def _newest_order(self, order: _Listening) -> _Listening | None:
+        newest: _Listening | None = order
+        while newest is not None and not self._listen_orders.empty():
+            newest = self._listen_orders.get()
+        return newest
 
 
 class _Line:
@@ -222,6 +245,10 @@ class _Line:
             if late is not None:
                 late.error = _closed_error(self._address)
                 late.done.open()
+
+    def stand(self, deadline: float) -> None:
+        """Have a connection, or raise why there is none."""
+        self._connected(deadline, self._patience_s)
 
     def exchange(self, payload: bytes, deadline: float) -> bytes:
         """Send and receive once, on the line's own thread."""
@@ -336,10 +363,9 @@ class _Listening:
     after: int
     on_trouble: Callable[[Exception | None], None] | None
 
-    def tell(self, error: Exception | None, stop: _Gate) -> None:
-        if self.on_trouble is not None and not stop.is_open:
-            with contextlib.suppress(Exception):  # the one place left to report it to is broken
-                self.on_trouble(error)
+    def tell(self, error: Exception | None) -> None:
+        if self.on_trouble is not None:
+            self.on_trouble(error)
 
 
 _KINDS: tuple[Kind, Kind, Kind] = ("control", "bulk", "events")

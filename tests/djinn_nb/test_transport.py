@@ -363,6 +363,36 @@ def test_events_arrive_once_each_in_order_across_a_restart(
     assert isinstance(trouble[0], ConnectionLost | NoServer) and trouble[-1] is None
 
 
+def test_after_a_restart_the_listener_may_begin_again_before_anything_is_polled(
+    transport: Transport, server: Server
+) -> None:
+    got: list[bytes] = []
+
+    def begin_again(error: Exception | None) -> None:
+        if error is None:
+            transport.request(b"who is there")
+            _listen_from(0)
+
+    def _listen_from(after: int) -> None:
+        transport.listen(
+            lambda seen: b"events %d" % seen,
+            lambda answer: (got.append(answer), 700)[1] if answer else 700,
+            after=after,
+            on_trouble=begin_again,
+        )
+
+    _listen_from(700)
+    assert _soon(lambda: b"events 700" in server.seen)
+    address = server.service.address
+    server.service.close()
+    server.publish(b"first of the new server")
+    server.start(address)
+
+    assert _soon(lambda: got == [b"first of the new server"])
+    later = server.seen[server.seen.index(b"who is there") :]
+    assert later[1] == b"events 0"
+
+
 def test_a_failing_event_callback_is_told_and_tried_again(
     transport: Transport, server: Server
 ) -> None:
