@@ -39,6 +39,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.transfers": frozenset({_PROTOCOL}),
     "kernel_server.config": frozenset({_PROTOCOL}),
     "kernel_server.telemetry": frozenset({_PROTOCOL}),
+    "kernel_server.version": frozenset(),
+    "kernel_server.asking": frozenset({_PROTOCOL, "kernel_server.wire"}),
     "kernel_server.loop": frozenset(
         {_PROTOCOL, "kernel_server.state", "kernel_server.engine", "kernel_server.event_log"}
     ),
@@ -64,6 +66,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "kernel_server.state",
             "kernel_server.telemetry",
             "kernel_server.transfers",
+            "kernel_server.version",
         }
     ),
     # wiring: only these may import everything
@@ -77,7 +80,7 @@ FORBIDDEN: dict[str, frozenset[str]] = {
     "djinn_nb": frozenset({"torch", "transformers", "safetensors", "triton"}),
     _PROTOCOL: frozenset({"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}),
     "kernel_server.state": frozenset(
-        {"torch", "transformers", "safetensors", "triton", "rpyc", "numpy", "pandas"}
+        {"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}
         | {"time", "random", "threading", "socket", "asyncio", "os", "io", "secrets", "uuid"}
     ),
     "kernel_server.service": frozenset({"torch", "transformers"}),

@@ -1,4 +1,4 @@
-"""`make test-all`: every test is in exactly one part, and the last line is never green by mistake."""
+"""`make test-all`: every test is in exactly one part; the last line is never green by mistake."""
 
 from __future__ import annotations
 
