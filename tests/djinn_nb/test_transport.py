@@ -152,7 +152,7 @@ def test_bulk_and_events_do_not_hold_control(transport: Transport, server: Serve
     began = time.monotonic()
 
     assert transport.request(b"control") == b"control"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     server.hold.set()
     holding.join()
 
@@ -178,10 +178,10 @@ def test_an_interrupt_ends_the_waiting_and_nothing_else(
     timer.start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        transport.request(b"sleep 0.6")
+        transport.request(b"sleep 2")
     waited_s = time.monotonic() - began
 
-    assert waited_s < 0.5
+    assert waited_s < 1.5
     assert transport.request(b"next") == b"next"
     assert transport.traffic["control"].connects == 1
     timer.join()
@@ -304,7 +304,7 @@ def test_no_server_at_all_is_said_at_once() -> None:
     with pytest.raises(NoServer, match=r"127\.0\.0\.1:9 "):
         Transport("127.0.0.1:9", TOKEN)
 
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 def test_for_another_machine_the_error_tells_of_the_tunnel() -> None:

@@ -191,7 +191,7 @@ def test_a_server_that_falls_silent_costs_the_timeout_only(
     with pytest.raises(ConnectionLost):
         _call(hostile, play, timeout=0.5)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 def test_a_server_that_floods_pings_cannot_hold_a_call(hostile: StartServer) -> None:
@@ -204,7 +204,7 @@ def test_a_server_that_floods_pings_cannot_hold_a_call(hostile: StartServer) -> 
     with pytest.raises(ConnectionLost):
         _call(hostile, play, timeout=0.5)
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
 
 
 def test_a_server_without_the_token_is_told_nothing(hostile: Callable[..., str]) -> None:
@@ -237,4 +237,4 @@ def test_something_else_at_the_address_is_named(
         Transport(hostile(play, knows_token=False), TOKEN)
 
     assert isinstance(caught.value, NoServer) and "\n" not in str(caught.value)
-    assert time.monotonic() - began < 4.5
+    assert time.monotonic() - began < 8

@@ -42,7 +42,7 @@ def _handle(owner: str, connection_id: str, payload: bytes) -> bytes:
         case b"large":
             return bytes(PAYLOAD_CAP + 1)
         case b"slow":
-            time.sleep(0.5)
+            time.sleep(1.5)
     return payload
 
 
@@ -137,7 +137,7 @@ def test_one_slow_connection_does_not_hold_another(service: Service, open_one: O
     took_s = time.monotonic() - began
     thread.join()
 
-    assert took_s < 0.3
+    assert took_s < 1
 
 
 def test_comings_and_goings_are_told_once_each(
