@@ -1,0 +1,67 @@
+"""Djinn's client: stop a running transformer at a layer, look, edit, continue.
+
+The public names, and nothing else: importing this module loads neither torch nor IPython, prints
+nothing and starts nothing. Each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from djinn_nb.connection import connect
+    from djinn_nb.handles import Breakpoint, Edit
+    from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
+    from djinn_nb.server import Server
+    from djinn_nb.session import Session
+    from djinn_nb.stopped import Finished, Stopped
+    from kernel_server.protocol import errors
+    from kernel_server.protocol.errors import DjinnError
+
+__version__ = "0.1.0"
+
+#: public name -> module that holds it
+_HOMES = {
+    "Breakpoint": "djinn_nb.handles",
+    "DjinnError": "kernel_server.protocol.errors",
+    "Edit": "djinn_nb.handles",
+    "Finished": "djinn_nb.stopped",
+    "Server": "djinn_nb.server",
+    "Session": "djinn_nb.session",
+    "Stopped": "djinn_nb.stopped",
+    "connect": "djinn_nb.connection",
+    "errors": "kernel_server.protocol",
+    "load_ipython_extension": "djinn_nb.notebook",
+    "unload_ipython_extension": "djinn_nb.notebook",
+}
+
+__all__ = [
+    "Breakpoint",
+    "DjinnError",
+    "Edit",
+    "Finished",
+    "Server",
+    "Session",
+    "Stopped",
+    "__version__",
+    "connect",
+    "errors",
+    "load_ipython_extension",
+    "unload_ipython_extension",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'djinn_nb' has no attribute {name!r}")
+    module = importlib.import_module(f"{home}.errors" if name == "errors" else home)
+    value = module if name == "errors" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

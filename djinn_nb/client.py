@@ -1,0 +1,309 @@
+"""Typed calls to one server, tensors in chunks, and what the server's events have told.
+
+Messages become bytes here and answers become values or exceptions. The public objects (`Server`,
+`Session`, `Stopped`) share one `Client`; they decide what to ask, this file only how.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from djinn_nb.progress import Progress
+from djinn_nb.transport import Transport
+from kernel_server.protocol import codec
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.arrays import Array
+from kernel_server.protocol.errors import BadMessage
+
+_Reply = TypeVar("_Reply")
+
+#: Answer expected within this, seconds; computing answers (lens, large summaries) get longer.
+CALL_S, COMPUTE_S = 30.0, 300.0
+#: Tensors travel in pieces of this size; up to one piece they travel inside the call.
+CHUNK_BYTES = 1 << 20
+#: How long one poll for events waits at the server, seconds.
+POLL_WAIT_S = 20.0
+#: Most token ids asked for in one call: their texts must fit into one frame.
+TEXTS_PER_CALL = 20_000
+
+
+class Client:
+    """One server as seen by this process: `call`, tensor transfers, newest `SessionInfo`s."""
+
+    def __init__(self, transport: Transport, name: str) -> None:
+        self.transport = transport
+        self.mirror = Mirror()
+        self._name = name
+        self._texts: dict[int, str] = {}
+        self.initialized = self.initialize()
+        self._model: m.ModelInfo | None = None
+        self._listen(self.initialized.event_seq)
+
+    # -- calls ----------------------------------------------------------------------------
+
+    def call(
+        self, message: Any, reply: type[_Reply], *, timeout_s: float = CALL_S, bulk: bool = False
+    ) -> _Reply:
+        """Send a request and return its answer; raises the server's error by its class."""
+        payload = codec.encode(message)
+        answer = codec.decode(
+            self.transport.request(payload, "bulk" if bulk else "control", timeout_s)
+        )
+        if isinstance(answer, m.ErrorReply):
+            codec.raise_error(answer.error)
+        if not isinstance(answer, reply):
+            raise BadMessage(
+                f"the server answered {type(message).__name__} with {type(answer).__name__}:"
+                " client and server are of different versions"
+            )
+        return answer
+
+    def initialize(self) -> m.Initialized:
+        """Ask the server who it is and how far its model is loaded."""
+        return self.call(m.Initialize(client=self._name), m.Initialized)
+
+    def control(self, message: Any) -> m.SessionInfo:
+        """A request about a session that is answered with the session."""
+        info = self.call(message, m.SessionReply).session
+        self.mirror.update(info)
+        return info
+
+    def describe(self, session_id: str) -> m.SessionInfo:
+        """The session as it is now."""
+        return self.control(m.Describe(session_id=session_id))
+
+    @property
+    def model(self) -> m.ModelInfo:
+        """The model served, asked for once."""
+        if self._model is None:
+            self._model = self.call(m.DescribeModel(), m.ModelReply).model
+        return self._model
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token, empty without a tokenizer; each id is asked for once."""
+        unknown = sorted(set(token_ids) - self._texts.keys())
+        for start in range(0, len(unknown), TEXTS_PER_CALL):
+            ids = tuple(unknown[start : start + TEXTS_PER_CALL])
+            texts = self.call(m.TokenTexts(token_ids=ids), m.Texts).texts
+            self._texts.update(zip(ids, texts, strict=True))
+        return [self._texts[i] for i in token_ids]
+
+    # -- tensors --------------------------------------------------------------------------
+
+    def read_tensor(self, message: Any, label: str) -> npt.NDArray[Any]:
+        """The tensor a request is answered with; a large one comes in chunks, with progress.
+
+        An interrupt ends the transfer on both sides.
+        """
+        reply = self.call(message, m.TensorReply, timeout_s=COMPUTE_S)
+        if reply.data is not None:
+            return np.array(reply.data.numpy())  # the answer's own bytes are read-only
+        if reply.transfer_id is None:
+            raise BadMessage("the server sent neither a tensor nor a transfer")
+        data = self._download(reply.transfer_id, reply.nbytes, label)
+        return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
+
+    def _download(self, transfer_id: str, nbytes: int, label: str) -> bytearray:
+        data = bytearray(nbytes)
+        offset = 0
+        try:
+            with Progress(f"fetching {label}", unit="B") as progress:
+                while offset < nbytes:
+                    message = m.ReadChunk(
+                        transfer_id=transfer_id, offset=offset, length=CHUNK_BYTES
+                    )
+                    chunk = self.call(message, m.Chunk, bulk=True)
+                    piece = chunk.data.data
+                    if chunk.offset != offset or not 0 < len(piece) <= nbytes - offset:
+                        raise BadMessage(f"the server sent a wrong piece of {label}")
+                    data[offset : offset + len(piece)] = piece
+                    offset += len(piece)
+                    progress.at(offset, nbytes)
+        except BaseException:
+            cancel = m.ReadChunk(transfer_id=transfer_id, offset=0, length=1, cancel=True)
+            self._send_quietly(cancel)
+            raise
+        return data
+
+    def upload(self, array: Array, label: str) -> str:
+        """Send a large tensor in chunks and return the id by which an edit names it."""
+        begin = m.BeginUpload(dtype=array.dtype, shape=array.shape)
+        transfer_id = self.call(begin, m.UploadReply).transfer_id
+        view = memoryview(array.data)
+        try:
+            with Progress(f"sending {label}", unit="B") as progress:
+                for offset in range(0, len(view), CHUNK_BYTES):
+                    piece = view[offset : offset + CHUNK_BYTES]
+                    data = Array("uint8", (len(piece),), piece)
+                    message = m.WriteChunk(transfer_id=transfer_id, offset=offset, data=data)
+                    self.call(message, m.UploadReply, bulk=True)
+                    progress.at(offset + len(piece), len(view))
+        except BaseException:
+            nothing = Array("uint8", (0,), b"")
+            self._send_quietly(
+                m.WriteChunk(transfer_id=transfer_id, offset=0, data=nothing, cancel=True)
+            )
+            raise
+        return transfer_id
+
+    def _send_quietly(self, message: Any) -> None:
+        """Tell the server, on a thread of its own: the caller is on its way out with an error."""
+        payload = codec.encode(message)
+
+        def send() -> None:
+            try:
+                self.transport.request(payload, "bulk", 5.0)
+            except Exception:
+                pass
+
+        threading.Thread(target=send, name="djinn-cancel", daemon=True).start()
+
+    # -- events ---------------------------------------------------------------------------
+
+    def _listen(self, after: int) -> None:
+        self.transport.listen(_poll, self._take, after=after, on_trouble=self._trouble)
+
+    def _take(self, answer: bytes) -> int:
+        reply = codec.decode(answer)
+        if isinstance(reply, m.ErrorReply):
+            codec.raise_error(reply.error)
+        if not isinstance(reply, m.Events):
+            raise BadMessage(f"a poll for events was answered with {type(reply).__name__}")
+        if reply.missed:
+            self.mirror.doubt()
+        for event in reply.events:
+            self.mirror.take(event)
+        return reply.last_seq
+
+    def _trouble(self, error: Exception | None) -> None:
+        """Polling fails, or works again: whoever waits shall look for himself."""
+        if error is None:
+            found = self.initialize()
+            if found.server_id != self.initialized.server_id:
+                # another server at the same address: its events are numbered from the start
+                self.initialized = found
+                self._model = None
+                self._texts = {}
+                self._listen(found.event_seq)
+        self.mirror.doubt()
+
+    def close(self) -> None:
+        """End the connection. Sessions stay with the server."""
+        self.transport.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _poll(after: int) -> bytes:
+    return codec.encode(m.PollEvents(after=after, timeout_s=POLL_WAIT_S))
+
+
+class Mirror:
+    """The newest description of each session, by revision, and a call to whoever waits for one.
+
+    Filled by answers and events. Waiters sleep on a `SimpleQueue`: an interrupt while waiting
+    leaves no lock held.
+    """
+
+    def __init__(self) -> None:
+        self._infos: dict[str, m.SessionInfo] = {}
+        self._gone: set[str] = set()
+        self._versions: dict[str, int] = {}
+        self._waiters: list[Waiter] = []
+        self._lock = threading.Lock()
+
+    def update(self, info: m.SessionInfo) -> None:
+        """Keep a description unless a newer one is here."""
+        with self._lock:
+            known = self._infos.get(info.id)
+            if known is not None and known.revision > info.revision:
+                return
+            self._infos[info.id] = info
+            if known is None or known.edits != info.edits:
+                self._versions[info.id] = self._versions.get(info.id, 0) + 1
+
+    def take(self, event: m.Event) -> None:
+        """Learn from an event."""
+        if event.session is not None:
+            self.update(event.session)
+        if event.kind == "terminated":
+            with self._lock:
+                self._gone.add(event.session_id)
+        self._wake(event.session_id, event)
+
+    def doubt(self) -> None:
+        """Events may have been missed: every waiter asks the server."""
+        self._wake(None, None)
+
+    def values_changed(self, session_id: str) -> None:
+        """An edit was made here: values read before are out of date."""
+        with self._lock:
+            self._versions[session_id] = self._versions.get(session_id, 0) + 1
+
+    def values_version(self, session_id: str) -> int:
+        """Changes whenever values at the session's stop may have changed."""
+        return self._versions.get(session_id, 0)
+
+    def newest(self, session_id: str) -> m.SessionInfo | None:
+        return self._infos.get(session_id)
+
+    def is_gone(self, session_id: str) -> bool:
+        return session_id in self._gone
+
+    def waiter(self, session_id: str) -> Waiter:
+        """Start listening for a session; close the waiter afterwards."""
+        made = Waiter(self, session_id)
+        self._waiters.append(made)
+        return made
+
+    def _wake(self, session_id: str | None, event: m.Event | None) -> None:
+        for waiter in list(self._waiters):
+            if session_id is None or waiter.session_id == session_id:
+                waiter.queue.put(event)
+
+    def forget(self, waiter: Waiter) -> None:
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+
+class Waiter:
+    """What happens to one session from now on."""
+
+    def __init__(self, mirror: Mirror, session_id: str) -> None:
+        self.session_id = session_id
+        self.queue: SimpleQueue[m.Event | None] = SimpleQueue()
+        self._mirror = mirror
+
+    def next(self, timeout_s: float) -> tuple[bool, m.Event | None]:
+        """(something came, the event); no event means that the server should be asked."""
+        try:
+            return True, self.queue.get(timeout=timeout_s)
+        except Empty:
+            return False, None
+
+    def __enter__(self) -> Waiter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._mirror.forget(self)

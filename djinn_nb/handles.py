@@ -1,0 +1,244 @@
+"""Breakpoints and edits as the user holds them: what is known of one, and what can be done to it.
+
+A handle shows the newest description its session has; the server decides what an action means.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import UndoRefused, UnknownEdit
+
+if TYPE_CHECKING:
+    from djinn_nb.session import Session
+
+
+class Breakpoint:
+    """A place where a session stops; made by `session.break_at()`.
+
+    point = session.break_at(20, condition='token == " to"')
+    point.disable()
+    point.remove()
+    """
+
+    def __init__(self, session: Session, info: m.BreakpointInfo) -> None:
+        self._session = session
+        self._last = info
+
+    @property
+    def info(self) -> m.BreakpointInfo:
+        """The newest description of it."""
+        newest = self._session.newest
+        for found in newest.breakpoints:
+            if found.id == self._last.id:
+                self._last = found
+        return self._last
+
+    @property
+    def id(self) -> int:
+        return self._last.id
+
+    @property
+    def location(self) -> str:
+        return self._last.location
+
+    @property
+    def when(self) -> str:
+        """`prefill`, `decode` or `any`."""
+        return self._last.when
+
+    @property
+    def condition(self) -> str | None:
+        return self._last.condition
+
+    @property
+    def enabled(self) -> bool:
+        return self.info.enabled
+
+    @property
+    def hits(self) -> int:
+        """Times its location was reached while it was enabled, in a forward of its kind."""
+        return self._session.refreshed(self).info.hits
+
+    @property
+    def stops(self) -> int:
+        """Times the session stopped for it."""
+        return self._session.refreshed(self).info.stops
+
+    def enable(self) -> None:
+        """Let it stop the session again."""
+        self._set(True)
+
+    def disable(self) -> None:
+        """Keep it in the list and pass it."""
+        self._set(False)
+
+    def remove(self) -> None:
+        """Take it out of the session's list; raises UnknownBreakpoint when it is gone already."""
+        message = m.RemoveBreakpoint(session_id=self._session.id, breakpoint_id=self.id)
+        self._session.client.call(message, object)
+        self._session.refresh()
+
+    def _set(self, enabled: bool) -> None:
+        message = m.EnableBreakpoint(
+            session_id=self._session.id, breakpoint_id=self.id, enabled=enabled
+        )
+        self._last = self._session.client.call(message, m.BreakpointReply).breakpoint
+        self._session.refresh()
+
+    def __repr__(self) -> str:
+        info = self.info
+        known = any(found.id == info.id for found in self._session.newest.breakpoints)
+        return breakpoint_line(info) + ("" if known else " · removed")
+
+
+class Edit:
+    """A change to the tensor at a stop; made by `stop.edit()`.
+
+    edit = stop.edit(scale=0.9, tokens=-1)
+    edit.elements_changed, edit.norm_before, edit.norm_after
+    edit.undo()
+    """
+
+    def __init__(self, session: Session, info: m.EditInfo) -> None:
+        self._session = session
+        self._last = info
+
+    @property
+    def info(self) -> m.EditInfo:
+        """The newest description of it."""
+        for found in self._session.newest.edits:
+            if found.id == self._last.id:
+                self._last = found
+        return self._last
+
+    @property
+    def id(self) -> int:
+        return self._last.id
+
+    @property
+    def kind(self) -> str:
+        """`scale`, `add`, `set` or `zero`."""
+        return self._last.kind
+
+    @property
+    def location(self) -> str:
+        return self._last.location
+
+    @property
+    def sticky(self) -> bool:
+        """True when it applies in later forwards too, without stopping."""
+        return self._last.sticky
+
+    @property
+    def enabled(self) -> bool:
+        return self.info.enabled
+
+    @property
+    def elements_changed(self) -> int | None:
+        """Numbers it changed when it was last applied; None before."""
+        return self.info.elements_changed
+
+    @property
+    def norm_before(self) -> float | None:
+        """L2 norm of the elements selected, before it was last applied."""
+        return self.info.norm_before
+
+    @property
+    def norm_after(self) -> float | None:
+        """L2 norm of the elements selected, after it was last applied."""
+        return self.info.norm_after
+
+    @property
+    def tokens_matched(self) -> list[int]:
+        """Absolute positions it was last applied to."""
+        return list(self.info.tokens_matched)
+
+    @property
+    def forwards_matched(self) -> int:
+        """Forwards in which a sticky edit found tokens to change."""
+        return self._session.refreshed(self).info.forwards_matched
+
+    @property
+    def forwards_unmatched(self) -> int:
+        """Forwards in which a sticky edit found none."""
+        return self._session.refreshed(self).info.forwards_unmatched
+
+    @property
+    def note(self) -> str | None:
+        """What the server found worth saying, such as a text that selected several tokens."""
+        return self.info.note
+
+    def enable(self) -> None:
+        """Apply it again: at its own stop exactly, otherwise from its next forward on."""
+        self._set(True)
+
+    def disable(self) -> None:
+        """Switch it off: at its own stop exactly, otherwise from its next forward on."""
+        self._set(False)
+
+    def remove(self) -> None:
+        """Take it out of the list. Raises UndoRefused when what it did cannot be taken back."""
+        message = m.RemoveEdit(session_id=self._session.id, edit_id=self.id)
+        self._session.edit_call(message)
+
+    def undo(self) -> None:
+        """Make the value as if this edit had never been; possible at its own stop only.
+
+        Raises UndoRefused once the session has moved on, UnknownEdit when it is gone.
+        """
+        self._session.refresh()
+        if not any(found.id == self.id for found in self._session.newest.edits):
+            raise UnknownEdit(f"edit {self.id} is no longer in the list of {self._session.id}")
+        if not self.info.at_this_stop:
+            raise UndoRefused(
+                f"edit {self.id} was made at a stop that {self._session.id} has left, so undoing"
+                " it would not be exact: disable() it for the forwards to come, or launch anew"
+            )
+        self.remove()
+
+    def _set(self, enabled: bool) -> None:
+        message = m.EnableEdit(session_id=self._session.id, edit_id=self.id, enabled=enabled)
+        self._session.edit_call(message)
+
+    def __repr__(self) -> str:
+        info = self.info
+        known = any(found.id == info.id for found in self._session.newest.edits)
+        return edit_line(info) + ("" if known else " · removed")
+
+
+def breakpoint_line(info: m.BreakpointInfo) -> str:
+    """A breakpoint in one line."""
+    parts = [f"breakpoint {info.id}: {info.location}"]
+    if info.when != "any":
+        parts.append(f"in {info.when}")
+    if info.condition:
+        parts.append(f"if {info.condition}")
+    if info.ignore:
+        parts.append(f"ignoring the first {info.ignore}")
+    if info.once:
+        parts.append("once")
+    if not info.enabled:
+        parts.append("disabled")
+    hits = "1 hit" if info.hits == 1 else f"{info.hits} hits"
+    stops = "1 stop" if info.stops == 1 else f"{info.stops} stops"
+    return f"{', '.join(parts)} · {hits}, {stops}"
+
+
+def edit_line(info: m.EditInfo) -> str:
+    """An edit in one line, with what it changed."""
+    parts = [f"edit {info.id}: {info.description}"]
+    if info.elements_changed is not None:
+        parts.append(f"{info.elements_changed} numbers changed")
+    if info.norm_before is not None and info.norm_after is not None:
+        parts.append(f"norm {info.norm_before:.4g} → {info.norm_after:.4g}")
+    if info.sticky:
+        parts.append(
+            f"sticky, matched in {info.forwards_matched} forwards, not in {info.forwards_unmatched}"
+        )
+    if not info.enabled:
+        parts.append("disabled")
+    if info.note:
+        parts.append(info.note)
+    return " · ".join(parts)

@@ -1,0 +1,50 @@
+"""Names that are promised and not here yet: using one says so, instead of an AttributeError.
+
+One table; the classes inherit `Planned` and know nothing of it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kernel_server.protocol.errors import NotSupported
+
+#: class -> name -> what it will do, and what to use today
+PLANNED: dict[str, dict[str, str]] = {
+    "Server": {
+        "vectors": "a store of named directions; keep them as arrays in the notebook today",
+        "load": "another model in the same server; connect(model=...) starts one beside it today",
+        "launch_many": "many prompts at once; launch() them one by one today",
+    },
+    "Session": {
+        "step_in": "stopping at sites inside a layer; next() goes layer by layer today",
+        "step_back": "going back to the previous stop; fork() before you go on today",
+        "rewind": "going back to an earlier forward; fork() before you go on today",
+        "evict": "moving a session's pages off the device by hand",
+        "restore": "bringing an evicted session's pages back by hand",
+        "pin": "keeping a session's pages on the device",
+        "save": "checkpoints on disk",
+        "capture": "recording chosen tensors; stop.capture() gives norms of this forward today",
+        "branches": "the tree of forks; server.sessions() lists parents today",
+        "hint": "announcing what will be resumed next",
+    },
+    "Stopped": {
+        "attention": "attention patterns",
+        "preview": "the next token's distribution under an edit; fork(), edit and step_out() today",
+        "attribution": "attribution of the next token",
+        "continuations": "several continuations from one stop; fork(seed=...) them today",
+    },
+}
+
+
+class Planned:
+    """Gives a planned name of the class a typed error; any other unknown name is as usual."""
+
+    # hidden from type checkers, which are to go on reporting misspelt names
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            owner = type(self).__name__
+            if (what := PLANNED.get(owner, {}).get(name)) is not None:
+                raise NotSupported(f"{owner}.{name} is planned, not in this version: {what}")
+            raise AttributeError(f"{owner!r} object has no attribute {name!r}")

@@ -1,0 +1,106 @@
+"""Figures from arrays, without pyplot: nothing global is touched, any thread may draw.
+
+Pure functions: they fetch nothing and keep nothing, so notebooks, panels and tests share them.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Most columns drawn; of a longer forward the last tokens are shown, and the title says so.
+MAX_TOKENS = 96
+#: Most labels along an axis.
+MAX_LABELS = 40
+
+
+def norm_heat_map(
+    norm: npt.NDArray[Any],
+    locations: Sequence[str],
+    positions: Sequence[int],
+    texts: Sequence[str] | None = None,
+    *,
+    title: str = "",
+) -> Figure:
+    """L2 norm of each token's vector, `[locations, tokens]`, drawn with a log colour scale.
+
+    locations: names of the rows, the first at the bottom. positions, texts: of the tokens.
+
+        figure = norm_heat_map(norm, locations, positions, texts)
+        figure.savefig("norms.png")
+    """
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    norm = np.asarray(norm, dtype=np.float64)
+    hidden = max(0, norm.shape[1] - MAX_TOKENS)
+    norm, positions = norm[:, hidden:], list(positions)[hidden:]
+    labels = [str(p) for p in positions]
+    if texts is not None and any(texts):
+        labels = [visible(t) for t in list(texts)[hidden:]]
+    rows, columns = norm.shape
+    width = min(11.0, max(4.5, 1.9 + 0.26 * columns))
+    height = min(5.0, max(1.9, 1.1 + 0.13 * rows))
+    # a white card with black ink reads on dark and light pages alike
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    broken = ~np.isfinite(norm)
+    positive = norm[~broken & (norm > 0)]
+    if positive.size and positive.max() > positive.min():
+        scale: Normalize = LogNorm(float(positive.min()), float(positive.max()))
+    else:
+        scale = Normalize(0.0, float(positive.max()) if positive.size else 1.0)
+    shown = np.ma.masked_array(norm, mask=broken | (norm <= 0))
+    image = axes.imshow(shown, aspect="auto", origin="lower", cmap="viridis", norm=scale)
+    axes.set_facecolor("0.75")
+    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    kind = "log scale" if isinstance(scale, LogNorm) else "linear scale"
+    bar.set_label(f"L2 norm ({kind})" + (", grey: NaN or 0" if shown.mask.any() else ""), size=8)
+    if isinstance(scale, LogNorm):
+        bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    bar.ax.tick_params(labelsize=7, which="both")
+    _label_axis(axes.xaxis, labels, rotation=90)
+    _label_axis(axes.yaxis, [_short(name) for name in locations])
+    note = f", the last {columns} of {columns + hidden} tokens" if hidden else ""
+    axes.set_xlabel(f"token{note}", size=8)
+    axes.set_title(title, size=9, parse_math=False)
+    return figure
+
+
+def _label_axis(axis: Any, labels: Sequence[str], rotation: int = 0) -> None:
+    """Labels at every place, or at every n-th when they would not fit."""
+    step = -(-len(labels) // MAX_LABELS)
+    places = range(0, len(labels), step)
+    # a token's text may hold $, which matplotlib would read as mathematics
+    axis.set_ticks(
+        list(places), [labels[i] for i in places], size=7, rotation=rotation, parse_math=False
+    )
+
+
+def _short(location: str) -> str:
+    return location.removeprefix("layers.").removesuffix(".output")
+
+
+def visible(text: str) -> str:
+    """A token's text with its spaces and line ends made visible, for a label."""
+    shown = text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else "�" for c in shown)
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG."""
+    target = io.BytesIO()
+    with warnings.catch_warnings():
+        # a script the font lacks is drawn as boxes; the token strip beside it has the text
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(target, format="png", dpi=dpi)
+    return target.getvalue()

@@ -1,0 +1,101 @@
+"""One progress line for whatever takes longer than a glance, in a terminal or a notebook.
+
+Off where nobody watches (a script, a test, a pipe) and with DJINN_PROGRESS=0. The line is drawn
+only after `DELAY_S`, and goes away when the work is done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+#: Work that is done sooner shows no line, seconds.
+DELAY_S = 0.4
+
+
+def in_notebook() -> bool:
+    """True in a Jupyter kernel."""
+    shell = _shell()
+    return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+def someone_watches() -> bool:
+    """True where a line that changes makes sense."""
+    if os.environ.get("DJINN_PROGRESS", "").strip().lower() in ("0", "off", "no", "false"):
+        return False
+    if in_notebook():
+        return True
+    return bool(sys.stderr is not None and sys.stderr.isatty())
+
+
+def _shell() -> Any:
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython is not None else None
+
+
+class Progress:
+    """A line with a label and a bar; nothing is drawn before something takes long.
+
+    >>> with Progress("fetching", unit="B") as progress:
+    ...     progress.at(3, 10)
+    """
+
+    def __init__(self, label: str, *, unit: str = "it", delay_s: float = DELAY_S) -> None:
+        self.label = label
+        self.unit = unit
+        self._begin = time.monotonic()
+        self._delay_s = delay_s
+        self._watched = someone_watches()
+        self._bar: Any = None
+
+    def at(self, done: float, total: float, text: str = "") -> None:
+        """Show that `done` of `total` is done; `text` follows the figures."""
+        if not self._watched or time.monotonic() - self._begin < self._delay_s:
+            return
+        if self._bar is None:
+            self._bar = self._draw(total)
+        if self._bar.total != total:
+            self._bar.total = total
+        self._bar.n = min(done, total) if total else done
+        if text:
+            self._bar.set_postfix_str(text[-60:], refresh=False)
+        self._bar.refresh()
+
+    def _draw(self, total: float) -> Any:
+        arguments: dict[str, Any] = {
+            "total": total,
+            "desc": self.label,
+            "unit": self.unit,
+            "leave": False,
+        }
+        if self.unit == "B":
+            arguments |= {"unit_scale": True, "unit_divisor": 1024}
+        if self.unit == "%":
+            arguments["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+        if in_notebook():
+            from tqdm.notebook import tqdm as notebook_bar
+
+            return notebook_bar(**arguments)
+        from tqdm import tqdm as terminal_bar
+
+        return terminal_bar(**arguments)
+
+    def close(self) -> None:
+        """Take the line away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

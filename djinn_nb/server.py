@@ -1,0 +1,209 @@
+"""A kernel server as the user holds it: launch sessions, find them again, see what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from djinn_nb.client import Client
+from djinn_nb.model import Model, model_line, token_id_list
+from djinn_nb.planned import Planned
+from djinn_nb.session import Session
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import BadArgument, BadPrompt, UnknownSession
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MIB = 1 << 20
+
+
+class Server(Planned):
+    """A connection to one kernel server; made by `djinn_nb.connect()`.
+
+    Used as a context manager it disconnects at the end. Sessions stay with the server either way.
+
+        with djinn_nb.connect() as server:
+            session = server.launch("When Mary and John", max_new_tokens=24)
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._model = Model(client)
+        client.model  # noqa: B018 - asked now, so that showing things later asks nothing
+
+    @property
+    def address(self) -> str:
+        """Where it listens: `host:port` or `unix:/path`."""
+        return str(self._client.transport.address)
+
+    @property
+    def model(self) -> Model:
+        """The model it serves: config, tokenizer, module tree; no weights."""
+        return self._model
+
+    def launch(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0,
+        top_p: float = 1,
+        seed: int | None = None,
+        stop_on_entry: bool = False,
+        add_special_tokens: bool = True,
+        name: str | None = None,
+    ) -> Session:
+        """Make a session; it waits until `continue_()`, or stops at once with `stop_on_entry`.
+
+        prompt: a text, or token ids. temperature 0 takes the most probable token; otherwise the
+        sampler draws by (seed, position) from the smallest set of tokens with probability `top_p`.
+
+        Raises BadPrompt, PromptTooLong, NoTokenizer, QuotaExceeded, BadArgument.
+
+            session = server.launch("When Mary and John", max_new_tokens=24)
+            session = server.launch([1, 15, 8], max_new_tokens=8, temperature=0.8, seed=1)
+        """
+        text, ids = _prompt(prompt)
+        message = m.Launch(
+            prompt=text,
+            token_ids=ids,
+            max_new_tokens=_whole(max_new_tokens, "max_new_tokens"),
+            temperature=_real(temperature, "temperature"),
+            top_p=_real(top_p, "top_p"),
+            seed=None if seed is None else _whole(seed, "seed"),
+            stop_on_entry=bool(stop_on_entry),
+            add_special_tokens=bool(add_special_tokens),
+            name=_text_or_none(name, "name"),
+        )
+        session = Session(self._client, self._client.control(message))
+        if stop_on_entry:
+            session.wait()
+        return session
+
+    def attach(self, id: str | Session) -> Session:
+        """A session by its id or name, as it stands; it may have been made by another client.
+
+        Raises UnknownSession.
+        """
+        wanted = id.id if isinstance(id, Session) else id
+        if not isinstance(wanted, str):
+            raise BadArgument(f"a session is named by its id, a text, not {wanted!r}")
+        try:
+            return Session(self._client, self._client.describe(wanted))
+        except UnknownSession:
+            named = [info for info in self._infos() if info.name == wanted]
+            if len(named) != 1:
+                raise
+            return Session(self._client, named[0])
+
+    def sessions(self) -> pd.DataFrame:
+        """All sessions of yours on this server, one row each, indexed by id."""
+        import pandas as pd
+
+        rows = [
+            {
+                "id": info.id,
+                "name": info.name,
+                "status": info.status,
+                "location": info.location or "",
+                "forward": info.forward,
+                "prompt_tokens": info.num_prompt_tokens,
+                "new_tokens": len(info.tokens) - info.num_prompt_tokens,
+                "max_new_tokens": info.max_new_tokens,
+                "seed": info.seed,
+                "parent": info.parent or "",
+                "pages": info.num_pages,
+                "kv_MiB": info.kv_bytes / MIB,
+            }
+            for info in self._infos()
+        ]
+        columns = [
+            "id", "name", "status", "location", "forward", "prompt_tokens", "new_tokens",
+            "max_new_tokens", "seed", "parent", "pages", "kv_MiB",
+        ]  # fmt: skip
+        return pd.DataFrame(rows, columns=columns).set_index("id")
+
+    def memory(self) -> pd.DataFrame:
+        """What the server holds, by kind: bytes, MiB and a note."""
+        import pandas as pd
+
+        reply = self._client.call(m.DescribeMemory(), m.MemoryReply)
+        rows = [
+            {"kind": kind, "bytes": nbytes, "MiB": nbytes / MIB, "note": note}
+            for kind, nbytes, note in reply.rows
+        ]
+        return pd.DataFrame(rows, columns=["kind", "bytes", "MiB", "note"]).set_index("kind")
+
+    def session_names(self) -> list[str]:
+        """Ids and names of the sessions, for completion."""
+        infos = self._infos()
+        return list(dict.fromkeys([i.id for i in infos] + [i.name for i in infos if i.name]))
+
+    def close(self) -> None:
+        """Disconnect; sessions stay with the server. Closing twice does nothing."""
+        self._client.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._client.transport.closed
+
+    def _infos(self) -> tuple[m.SessionInfo, ...]:
+        infos = self._client.call(m.ListSessions(), m.Sessions).sessions
+        for info in infos:
+            self._client.mirror.update(info)
+        return infos
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        closed = " · disconnected" if self.closed else ""
+        return f"Server {self.address}{closed}\n  {model_line(self._client.model)}"
+
+
+def _prompt(prompt: object) -> tuple[str | None, tuple[int, ...] | None]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise BadPrompt("the prompt is empty: give at least one token")
+        return prompt, None
+    try:
+        ids = tuple(token_id_list(prompt))
+    except BadArgument:
+        raise BadPrompt(
+            f"a prompt is a text or a list of token ids, not {str(prompt)[:60]!r}"
+        ) from None
+    if not ids:
+        raise BadPrompt("the prompt is empty: give at least one token")
+    return None, ids
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise BadArgument(f"{name} is a whole number, not {value!r}")
+    return int(value)
+
+
+def _real(value: object, name: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(
+        value, (int, float, np.integer, np.floating)
+    ):
+        raise BadArgument(f"{name} is a number, not {value!r}")
+    return float(value)
+
+
+def _text_or_none(value: object, name: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BadArgument(f"{name} is a text, not {value!r}")
+    return value

@@ -1,0 +1,336 @@
+"""One prompt being debugged, as the user holds it: run, step, stop, look, fork, end.
+
+A `Session` is a handle. The session itself lives on the server, outlives this process, and may be
+moved by other clients; every control call carries the last stop this handle has shown.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from djinn_nb.client import Client
+from djinn_nb.handles import Breakpoint, Edit
+from djinn_nb.planned import Planned
+from djinn_nb.stopped import Finished, Stopped
+from djinn_nb.waiting import run_until_rest, wait_until_rest
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.codec import rebuild_error
+from kernel_server.protocol.errors import (
+    BadArgument,
+    NotFinished,
+    NoTokenizer,
+    NotStopped,
+    UnknownLocation,
+    UnknownSession,
+)
+
+_Handle = TypeVar("_Handle", Breakpoint, Edit)
+
+
+class Story(list[str]):
+    """What happened to a session, one line each; prints as text."""
+
+    def __repr__(self) -> str:
+        return "\n".join(self)
+
+
+class Session(Planned):
+    """A prompt being debugged; made by `server.launch()`, found again by `server.attach(id)`.
+
+    session = server.launch("When Mary and John", max_new_tokens=24)
+    session.break_at(20)
+    stop = session.continue_()
+    """
+
+    def __init__(self, client: Client, info: m.SessionInfo) -> None:
+        self.client = client
+        self.id = info.id
+        self._first = info
+        #: the stop this handle has shown last; the server refuses a call that saw an older one
+        self._seen = info.stop_number
+        self._stop: Stopped | None = None
+        self.client.mirror.update(info)
+        # the prompt's ids are shown with their texts, and repr asks nothing
+        self.client.token_texts(info.tokens)
+
+    # -- what is known --------------------------------------------------------------------
+
+    @property
+    def newest(self) -> m.SessionInfo:
+        """The newest description that has come here; `refresh()` asks for one."""
+        return self.client.mirror.newest(self.id) or self._first
+
+    def refresh(self) -> m.SessionInfo:
+        """Ask the server how the session is now."""
+        return self.client.describe(self.id)
+
+    def refreshed(self, handle: _Handle) -> _Handle:
+        """The handle, after a look at the server."""
+        if not self.client.mirror.is_gone(self.id):
+            self.refresh()
+        return handle
+
+    @property
+    def name(self) -> str:
+        return self._first.name
+
+    @property
+    def seed(self) -> int:
+        """The seed of its sampler: the same seed gives the same tokens."""
+        return self._first.seed
+
+    @property
+    def parent(self) -> str | None:
+        """Id of the session it was forked from."""
+        return self._first.parent
+
+    @property
+    def status(self) -> str:
+        """`waiting`, `running`, `stopped`, `finished` or `failed`."""
+        return self.refresh().status
+
+    @property
+    def forward(self) -> int:
+        """The current forward: 0 is the prefill, forward k yields generated token k."""
+        return self.refresh().forward
+
+    @property
+    def location(self) -> str | None:
+        """The location last reached in this forward; None before the first."""
+        return self.refresh().location
+
+    @property
+    def layers_executed(self) -> int:
+        """Distinct layers finished in the current forward."""
+        return self.refresh().layers_executed
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids so far, prompt included."""
+        return list(self.refresh().tokens)
+
+    @property
+    def text(self) -> str:
+        """Prompt and continuation so far. Raises NoTokenizer when the model has none."""
+        if not self.client.model.has_tokenizer:
+            raise NoTokenizer(
+                f"{self.client.model.name} has no tokenizer, so tokens have no text:"
+                " session.tokens has their ids"
+            )
+        return "".join(self.client.token_texts(self.refresh().tokens))
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32] | None:
+        """Logits of the last finished forward's last token, `[vocabulary]`; None before the first.
+
+        float32, whatever the model's dtype.
+        """
+        try:
+            found = self.client.read_tensor(m.ReadLogits(session_id=self.id), "logits")
+        except NotFinished:
+            return None
+        return found.astype(np.float32, copy=False).reshape(-1)
+
+    def story(self) -> Story:
+        """The events, moves and instructions of this session, as the server kept them."""
+        return Story(self.client.call(m.ReadStory(session_id=self.id), m.StoryReply).lines)
+
+    # -- breakpoints and edits ------------------------------------------------------------
+
+    def break_at(
+        self,
+        location: int | str,
+        *,
+        when: str = "any",
+        condition: str | None = None,
+        ignore: int = 0,
+        once: bool = False,
+    ) -> Breakpoint:
+        """Stop when a forward reaches `location`: a layer number, or a name.
+
+        when: "prefill", "decode" or "any". condition: judged for each token fed, such as
+        'token == " to" and norm > 30'; names: token, token_id, position, forward, norm (L2), hits.
+        ignore: let the first so many pass. once: disabled after its first stop.
+
+        Raises UnknownLocation, BadCondition (a caret shows where), BadArgument.
+
+            session.break_at(20)
+            session.break_at("layers.3.input", when="decode", ignore=2)
+        """
+        message = m.SetBreakpoint(
+            session_id=self.id,
+            location=location_name(location),
+            when=_when(when),
+            condition=_condition(condition),
+            ignore=_count(ignore, "ignore"),
+            once=bool(once),
+        )
+        made = self.client.call(message, m.BreakpointReply).breakpoint
+        self.refresh()
+        return Breakpoint(self, made)
+
+    @property
+    def breakpoints(self) -> list[Breakpoint]:
+        """Its breakpoints, in the order made."""
+        return [Breakpoint(self, info) for info in self.refresh().breakpoints]
+
+    @property
+    def edits(self) -> list[Edit]:
+        """Its edits, in the order made, which is the order they apply in."""
+        return [Edit(self, info) for info in self.refresh().edits]
+
+    def edit_call(self, message: Any) -> m.EditReply:
+        """Send a request about edits; values read before are out of date afterwards."""
+        reply = self.client.call(message, m.EditReply)
+        self.client.mirror.values_changed(self.id)
+        self.refresh()
+        return reply
+
+    # -- running --------------------------------------------------------------------------
+
+    def continue_(self, timeout: float | None = None) -> Stopped | Finished:
+        """Run on until something stops the session, or it finishes.
+
+        timeout: seconds to wait; then StillRunning is raised and the session runs on. An interrupt
+        likewise ends the waiting only: `wait()` waits on, `pause()` stops the session.
+
+        Raises StaleStop when another client has moved the session, SessionFailed when the model
+        failed, OutOfPages when there is no room.
+
+            stop = session.continue_()
+            if isinstance(stop, Stopped): ...
+        """
+        return self._run(m.Continue(session_id=self.id, seen=self._seen), timeout)
+
+    def next(self, timeout: float | None = None) -> Stopped | Finished:
+        """Run to the next layer's output; past the last layer to `final_norm`, then `logits`."""
+        return self._run(m.Next(session_id=self.id, seen=self._seen), timeout)
+
+    def step_out(self, timeout: float | None = None) -> Stopped | Finished:
+        """Run to this forward's `logits`, before the next token is sampled."""
+        return self._run(m.StepOut(session_id=self.id, seen=self._seen), timeout)
+
+    def run_to(self, location: int | str, timeout: float | None = None) -> Stopped | Finished:
+        """Run until `location` is reached next, in this forward or a later one."""
+        message = m.RunTo(session_id=self.id, seen=self._seen, location=location_name(location))
+        return self._run(message, timeout)
+
+    def pause(self) -> Stopped | Finished:
+        """Stop at the next layer boundary, and wait for it; a session at rest is left alone."""
+        info = self.client.control(m.Pause(session_id=self.id))
+        if info.status == "running":
+            info = wait_until_rest(self.client, self.id, timeout_s=None, name=self._label)
+        return self._arrived(info)
+
+    def wait(self, timeout: float | None = None) -> Stopped | Finished:
+        """Wait until the session rests, without making it run; at rest, where it stands."""
+        info = wait_until_rest(self.client, self.id, timeout_s=timeout, name=self._label)
+        return self._arrived(info)
+
+    @property
+    def stop(self) -> Stopped | None:
+        """The stop it stands at now; None when it is not stopped.
+
+        Reading it takes note of where other clients have moved the session.
+        """
+        info = self.refresh()
+        if info.status != "stopped":
+            self._seen = info.stop_number
+            return None
+        found = self._arrived(info)
+        return found if isinstance(found, Stopped) else None
+
+    def fork(self, seed: int | None = None, *, name: str | None = None) -> Session:
+        """A copy of it as it stands; pages are shared until one of the two writes them.
+
+        seed: another seed for the copy's sampler. Raises NotStopped while it runs.
+
+            child = session.fork(seed=7)
+        """
+        message = m.Fork(
+            session_id=self.id,
+            seed=None if seed is None else _count(seed, "seed"),
+            name=_name(name),
+        )
+        return Session(self.client, self.client.control(message))
+
+    def terminate(self) -> None:
+        """End it and free what it holds; its handle then knows only what it has shown."""
+        self.client.call(m.Terminate(session_id=self.id), m.Terminated)
+        self.client.mirror.take(m.Event(seq=0, kind="terminated", session_id=self.id))
+
+    # -- inside ---------------------------------------------------------------------------
+
+    @property
+    def _label(self) -> str:
+        return f"session {self.id}" + (f" ({self.name})" if self.name not in ("", self.id) else "")
+
+    def _run(self, message: Any, timeout: float | None) -> Stopped | Finished:
+        info = run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
+        return self._arrived(info)
+
+    def _arrived(self, info: m.SessionInfo) -> Stopped | Finished:
+        """What a description of a session at rest means for the user."""
+        self.client.mirror.update(info)
+        self._seen = info.stop_number
+        if info.status == "finished":
+            return Finished(self, info)
+        if info.status == "stopped" and info.stop is not None:
+            if self._stop is None or self._stop.number != info.stop.number:
+                self._stop = Stopped(self, info)
+            return self._stop
+        if info.error is not None:
+            raise rebuild_error(info.error)
+        if info.status == "waiting":
+            raise NotStopped(f"{self._label} has not been started: continue_() runs it")
+        raise UnknownSession(f"{self._label} is {info.status}: look at it with attach()")
+
+    def __repr__(self) -> str:
+        from djinn_nb.display import session_text
+
+        texts = self.client.token_texts(self._first.tokens)
+        gone = self.client.mirror.is_gone(self.id)
+        return session_text(self.client.model, self.newest, texts, terminated=gone)
+
+
+# -- arguments ----------------------------------------------------------------------------------
+
+
+def location_name(location: object) -> str:
+    """A location as text for the server to parse, which knows the model."""
+    if isinstance(location, (bool, np.bool_)) or not isinstance(location, (int, str, np.integer)):
+        raise UnknownLocation(
+            f"a location is a layer number or a name such as 'layers.20.output', not {location!r}"
+        )
+    return str(location)
+
+
+def _when(when: object) -> m.When:
+    if when not in ("any", "prefill", "decode"):
+        raise BadArgument(f"when is 'any', 'prefill' or 'decode', not {when!r}")
+    return when  # type: ignore[return-value]
+
+
+def _condition(condition: object) -> str | None:
+    if condition is not None and not isinstance(condition, str):
+        raise BadArgument(
+            f"a condition is a text such as 'norm > 30', not a {type(condition).__name__}"
+        )
+    return condition
+
+
+def _count(value: object, name: str) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise BadArgument(f"{name} is a whole number, not {value!r}")
+    if value < 0:
+        raise BadArgument(f"{name} is a whole number from 0, not {value}")
+    return int(value)
+
+
+def _name(name: object) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise BadArgument(f"a name is a text, not {name!r}")
+    return name

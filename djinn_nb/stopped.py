@@ -1,0 +1,423 @@
+"""What a run ends in: `Stopped`, with the values there, or `Finished`.
+
+A stop is a snapshot: it says where the session stood, and everything it asks the server for carries
+the number of that stop, so once the session has moved on it gets StaleStop instead of other values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from djinn_nb.client import CHUNK_BYTES, COMPUTE_S
+from djinn_nb.handles import Edit
+from djinn_nb.planned import Planned
+from djinn_nb.selectors import number, selector, value_array
+from djinn_nb.variables import Source, Variable
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.arrays import Array
+from kernel_server.protocol.codec import rebuild_error
+from kernel_server.protocol.errors import (
+    BadArgument,
+    BadEdit,
+    DjinnError,
+    NotSupported,
+    UnknownLocation,
+)
+from kernel_server.protocol.location import parse_location
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from djinn_nb.display import StopView
+    from djinn_nb.session import Session
+
+
+class Token(NamedTuple):
+    """A token of the session: absolute position, id, and its text (empty without a tokenizer)."""
+
+    position: int
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What is kept of every layer in this forward, without asking for it.
+
+    `norm` and `largest`: the L2 norm and the largest magnitude of each token's vector, one row per
+    location (embedding and layers reached), one column per position. `num_nan`: NaNs per location.
+    """
+
+    norm: pd.DataFrame
+    largest: pd.DataFrame
+    num_nan: pd.Series
+
+    def __repr__(self) -> str:
+        rows, columns = self.norm.shape
+        nans = int(self.num_nan.sum())
+        return f"Capture of {rows} locations × {columns} tokens, {nans} NaN (.norm, .largest)"
+
+
+class Stopped(Planned):
+    """Where a session stands, and the values there; returned by `continue_()` and the steps.
+
+    stop = session.continue_()
+    stop.hidden_states[-1].numpy()          # [hidden]
+    stop.lens(top_k=5)
+    stop.edit(scale=0.9, tokens=-1)
+    """
+
+    def __init__(self, session: Session, info: m.SessionInfo) -> None:
+        assert info.stop is not None
+        self.session = session
+        self._info = info
+        self._stop = info.stop
+        self._texts = session.client.token_texts(self._ids)
+        self._variable: Variable | None = None
+        self._view: tuple[int, StopView] | None = None
+
+    # -- where it stands ------------------------------------------------------------------
+
+    @property
+    def number(self) -> int:
+        """Stops are counted per session; a control call carries the number of the stop it saw."""
+        return self._stop.number
+
+    @property
+    def location(self) -> str:
+        """The canonical name, such as `layers.20.output`."""
+        return self._stop.location
+
+    @property
+    def reason(self) -> str:
+        """`entry`, `breakpoint`, `data breakpoint`, `step`, `pause` or `exception`."""
+        return self._stop.reason
+
+    @property
+    def forward(self) -> int:
+        """0 is the prefill; forward k yields generated token k."""
+        return self._stop.forward
+
+    @property
+    def layers_executed(self) -> int:
+        """Distinct layers finished in this forward; what comes after has not run."""
+        return self._stop.layers_executed
+
+    @property
+    def hit_tokens(self) -> list[int]:
+        """Absolute positions of the tokens at which a breakpoint held."""
+        return list(self._stop.hit_tokens)
+
+    @property
+    def hit_breakpoints(self) -> list[int]:
+        """Ids of the breakpoints that stopped the session here."""
+        return list(self._stop.hit_breakpoints)
+
+    @property
+    def tokens(self) -> list[Token]:
+        """The tokens fed in this forward: the prompt in forward 0, one token later."""
+        first = self._stop.first_token
+        return [
+            Token(first + i, token_id, text)
+            for i, (token_id, text) in enumerate(zip(self._ids, self._texts, strict=True))
+        ]
+
+    @property
+    def error(self) -> DjinnError | None:
+        """What went wrong, at a stop for the reason `exception`."""
+        return rebuild_error(self._stop.error) if self._stop.error is not None else None
+
+    @property
+    def _ids(self) -> tuple[int, ...]:
+        return self._info.tokens[self._stop.first_token : self._stop.end_token]
+
+    # -- the values -----------------------------------------------------------------------
+
+    @property
+    def value(self) -> Variable:
+        """The tensor here: `[tokens, hidden]`, or `[1, vocabulary]` at `logits`."""
+        if self._variable is None:
+            first = self._stop.first_token
+            if self.location == "logits":
+                first = self._stop.end_token - 1  # the last token's row only
+            texts = self._texts[first - self._stop.first_token :]
+            source = Source(
+                client=self.session.client,
+                session_id=self.session.id,
+                seen=self.number,
+                location=self.location,
+                first_token=first,
+                texts=lambda: texts,
+            )
+            self._variable = Variable(source)
+        return self._variable
+
+    @property
+    def hidden_states(self) -> Variable:
+        """The residual stream here, `[tokens, hidden]`: a summary until you ask for elements."""
+        if self.location == "logits":
+            raise NotSupported(
+                "stopped at logits: the tensor here is [1, vocabulary], use stop.value; stop one"
+                " step earlier, at 'final_norm', for hidden states"
+            )
+        return self.value
+
+    def capture(self) -> Capture:
+        """Norms and largest magnitudes of every layer this forward has reached, and NaN counts."""
+        import pandas as pd
+
+        reply = self._capture()
+        positions = range(reply.first_token, reply.first_token + reply.norm.shape[1])
+        index = pd.Index(reply.locations, name="location")
+        columns = pd.Index(positions, name="position")
+        return Capture(
+            norm=pd.DataFrame(reply.norm.numpy(), index=index, columns=columns),
+            largest=pd.DataFrame(reply.largest.numpy(), index=index, columns=columns),
+            num_nan=pd.Series(reply.num_nan.numpy(), index=index, name="NaN"),
+        )
+
+    def _capture(self) -> m.CaptureReply:
+        message = m.ReadCapture(session_id=self.session.id)
+        return self.session.client.call(message, m.CaptureReply, timeout_s=COMPUTE_S)
+
+    def lens(
+        self, top_k: int = 5, tokens: object = -1, layers: str | Iterable[int] | None = None
+    ) -> pd.DataFrame:
+        """Logit lens: which tokens the model's final norm and head read off the residual stream.
+
+        layers: None reads the tensor here, for `tokens` (absolute positions, negative from the
+        end, or any selector). "all" or layer numbers (-1: the embedding) read those points of this
+        forward that have been reached, for the last token fed.
+
+        Returns one row per (place, rank): location, position, rank, token_id, text, probability,
+        entropy_nats. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+
+            stop.lens(top_k=3)
+            stop.lens(layers="all", top_k=1)[["location", "text", "probability"]]
+        """
+        import pandas as pd
+
+        reply = self._lens(top_k, tokens, layers)
+        ids = np.asarray(reply.token_ids.numpy())
+        probabilities = np.asarray(reply.probabilities.numpy())
+        entropy = np.asarray(reply.entropy.numpy())
+        rows = []
+        for row, (name, position) in enumerate(zip(reply.rows, reply.positions, strict=True)):
+            for rank in range(ids.shape[1]):
+                rows.append(
+                    {
+                        "location": self.location if layers is None else name,
+                        "position": position,
+                        "rank": rank + 1,
+                        "token_id": int(ids[row, rank]),
+                        "text": reply.texts[row][rank] if reply.texts else "",
+                        "probability": float(probabilities[row, rank]),
+                        "entropy_nats": float(entropy[row]),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def _lens(self, top_k: int, tokens: object, layers: str | Iterable[int] | None) -> m.LensReply:
+        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise BadArgument(f"top_k is a whole number from 1, not {top_k!r}")
+        every = layers == "all" if isinstance(layers, str) else False
+        if isinstance(layers, str) and not every:
+            raise BadArgument(f"layers is None, 'all' or a list of layer numbers, not {layers!r}")
+        if layers is not None and not (isinstance(tokens, int) and tokens == -1):
+            raise BadArgument("the lens over layers reads the last token fed: leave tokens at -1")
+        numbers = None
+        if layers is not None and not isinstance(layers, str):
+            numbers = _layer_numbers(layers)
+        message = m.ReadLens(
+            session_id=self.session.id,
+            seen=self.number,
+            top_k=int(top_k),
+            tokens=selector(tokens),
+            layers=numbers,
+            every_layer=every,
+        )
+        return self.session.client.call(message, m.LensReply, timeout_s=COMPUTE_S)
+
+    # -- changing it ----------------------------------------------------------------------
+
+    def edit(
+        self,
+        *,
+        scale: object = None,
+        add: object = None,
+        set: object = None,
+        zero: bool = False,
+        alpha: float = 1.0,
+        tokens: object = "all",
+        channels: object = None,
+        sticky: bool = False,
+        location: int | str | None = None,
+    ) -> Edit:
+        """Change the value here, or at a `location` still ahead; exactly one of the four kinds.
+
+        scale: a factor. add: a number, vector `[hidden]` or `[tokens, hidden]`, times `alpha`.
+        set: likewise, instead of the value. zero: True. tokens: absolute positions (integer, slice,
+        list; negative from the end), "prompt", "generated", "all" or a token's text. channels:
+        integer, slice or list. sticky: apply in later forwards too, without stopping.
+
+        Computed in float32 and rounded once. Raises BadEdit, BadSelector, StaleStop; nothing is
+        changed then.
+
+            stop.edit(scale=0.9, tokens=-1)
+            stop.edit(add=vector, alpha=4, tokens=" Mary", sticky=True)
+        """
+        spec = self._edit_spec(
+            {"scale": scale, "add": add, "set": set, "zero": zero or None},
+            alpha, tokens, channels, sticky, location,
+        )  # fmt: skip
+        message = m.AddEdit(session_id=self.session.id, seen=self.number, edit=spec)
+        reply = self.session.edit_call(message)
+        assert reply.edit is not None
+        return Edit(self.session, reply.edit)
+
+    def _edit_spec(
+        self,
+        kinds: dict[str, object],
+        alpha: float,
+        tokens: object,
+        channels: object,
+        sticky: bool,
+        location: int | str | None,
+    ) -> m.EditSpec:
+        given = [kind for kind, value in kinds.items() if value is not None]
+        if len(given) != 1:
+            raise BadEdit(
+                "an edit is exactly one of scale=, add=, set=, zero=True; "
+                + (f"got {' and '.join(given)}" if given else "none was given")
+            )
+        kind = given[0]
+        if kind != "add" and alpha != 1.0:
+            raise BadEdit(f"alpha goes with add=; {kind} takes none")
+        upload_id = value = factor = None
+        if kind == "scale":
+            factor = number(kinds[kind], name="scale")
+        elif kind in ("add", "set"):
+            value, upload_id = self._value(value_array(kinds[kind], name=kind), kind)
+        elif kinds[kind] is not True:
+            raise BadEdit(f"zero is True or left out, not {kinds[kind]!r}")
+        return m.EditSpec(
+            kind=kind,  # type: ignore[arg-type]
+            location=self.location if location is None else self._place(location),
+            tokens=selector(tokens),
+            channels=selector(channels, name="channels"),
+            factor=factor,
+            alpha=number(alpha, name="alpha"),
+            value=value,
+            upload_id=upload_id,
+            sticky=bool(sticky),
+        )
+
+    def _value(self, array: Array, kind: str) -> tuple[Array | None, str | None]:
+        """The value inline when it is small, else sent ahead in chunks."""
+        if array.nbytes <= CHUNK_BYTES:
+            return array, None
+        return None, self.session.client.upload(array, f"{kind} {list(array.shape)}")
+
+    def _place(self, location: int | str) -> str:
+        return str(parse_location(location, self.session.client.model.num_layers))
+
+    def undo(self) -> None:
+        """Undo the last edit made at this stop, exactly; raises UnknownEdit when there is none."""
+        message = m.UndoEdit(session_id=self.session.id, seen=self.number)
+        self.session.edit_call(message)
+
+    # -- how it shows itself --------------------------------------------------------------
+
+    def view(self) -> StopView:
+        """All that a display of this stop needs, fetched once and again after an edit."""
+        from djinn_nb.display import stop_view
+
+        version = self.session.client.mirror.values_version(self.session.id)
+        if self._view is None or self._view[0] != version:
+            self._view = (version, stop_view(self))
+        return self._view[1]
+
+    def show(self) -> None:
+        """Display it: tokens, where it stands, norms and lens; as text outside a notebook."""
+        from djinn_nb.display import show_stop
+
+        show_stop(self)
+
+    def __repr__(self) -> str:
+        """In words, from what is known here."""
+        from djinn_nb.display import stop_line, stop_text
+
+        if self._view is not None:
+            return stop_text(self._view[1])
+        return stop_line(self.session.client.model, self._info, self._texts)
+
+    def _repr_html_(self) -> str:
+        from djinn_nb.display import stop_html, text_html
+
+        try:
+            view = self.view()
+        except DjinnError:  # the session has moved on, or the server is gone: say what is known
+            return text_html(repr(self))
+        return stop_html(view)
+
+
+class Finished:
+    """A generation that has come to its end.
+
+    end = session.continue_()
+    end.text, end.finish_reason
+    """
+
+    def __init__(self, session: Session, info: m.SessionInfo) -> None:
+        self.session = session
+        self._info = info
+        self._texts = session.client.token_texts(info.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids, prompt included."""
+        return list(self._info.tokens)
+
+    @property
+    def generated_tokens(self) -> list[int]:
+        """Ids of the generated tokens."""
+        return list(self._info.tokens[self._info.num_prompt_tokens :])
+
+    @property
+    def text(self) -> str:
+        """Prompt and continuation; empty without a tokenizer."""
+        return "".join(self._texts)
+
+    @property
+    def generated_text(self) -> str:
+        """The continuation alone; empty without a tokenizer."""
+        return "".join(self._texts[self._info.num_prompt_tokens :])
+
+    @property
+    def finish_reason(self) -> str:
+        """`eos` or `max_new_tokens`."""
+        return self._info.finish_reason or ""
+
+    def __repr__(self) -> str:
+        from djinn_nb.display import finished_text
+
+        return finished_text(self.session.client.model, self._info, self._texts)
+
+    def _repr_html_(self) -> str:
+        from djinn_nb.display import finished_html
+
+        return finished_html(self.session.client.model, self._info, self._texts)
+
+
+def _layer_numbers(layers: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(n) for n in layers)
+    except TypeError:
+        raise UnknownLocation(
+            f"layers is None, 'all' or a list of layer numbers, not {layers!r}"
+        ) from None
