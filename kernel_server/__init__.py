@@ -1,1 +1,1 @@
-"""The server side of Djinn. Importing this package imports nothing: the client needs the contract alone."""
+"""The server side of Djinn. Importing it imports nothing: the client needs the contract alone."""

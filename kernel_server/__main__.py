@@ -1,0 +1,7 @@
+"""`python -m kernel_server`."""
+
+import sys
+
+from kernel_server.cli import main
+
+sys.exit(main())

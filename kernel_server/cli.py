@@ -1,0 +1,180 @@
+"""The command line: serve a model, ask a running server how it is, check a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernel_server.config import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    ModelConfig,
+    ServerConfig,
+    parse_bytes,
+)
+from kernel_server.protocol.errors import BadArgument, DjinnError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; errors are one line on stderr."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="%(asctime)s %(name)s %(levelname)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return int(options.run(options))
+    except DjinnError as error:
+        if options.debug:
+            raise
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kernel_server",
+        description="The Djinn kernel server: runs a model that can be stopped at any layer.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="serve|status|sessions|selftest")
+
+    serve = commands.add_parser("serve", help="serve a model (without --model: the bundled one)")
+    _add_model(serve)
+    _add_address(serve)
+    serve.add_argument("--kv-memory", metavar="SIZE", help="KV page pool, e.g. 2GiB")
+    serve.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="default 512")
+    serve.add_argument(
+        "--decode-bucket", type=int, default=1, metavar="SESSIONS",
+        help="sessions decoded together; this version runs each alone (1)",
+    )  # fmt: skip
+    serve.add_argument("--runtime-file", type=Path, help=argparse.SUPPRESS)
+    serve.add_argument(
+        "--linger-s", type=float, metavar="SECONDS",
+        help="end after this long without clients and unfinished sessions (default: never)",
+    )  # fmt: skip
+    serve.add_argument("--check", action="store_true", help="check every invariant on every event")
+    serve.set_defaults(run=_serve)
+
+    status = commands.add_parser("status", help="what a running server serves and holds")
+    _add_address(status)
+    status.set_defaults(run=_status)
+
+    sessions = commands.add_parser("sessions", help="the sessions of a running server")
+    _add_address(sessions)
+    sessions.set_defaults(run=_sessions)
+
+    selftest = commands.add_parser("selftest", help="compare a model with stock transformers")
+    _add_model(selftest)
+    selftest.add_argument("--json", action="store_true", help="print the report as JSON")
+    selftest.set_defaults(run=_selftest)
+
+    for command in (serve, status, sessions, selftest):
+        command.add_argument("--debug", action="store_true", help="log more, show tracebacks")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER|ID", help="local folder or hub id")
+    parser.add_argument("--geometry", metavar="NAME", help="random weights at a true geometry")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--gpu", type=int, metavar="N", help="use GPU N")
+    parser.add_argument("--device", metavar="cpu|cuda:N")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default=DEFAULT_HOST, help="loopback only: reach it by ssh -L")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument("--socket", type=Path, metavar="PATH", help="a Unix socket instead")
+
+
+def model_config(options: argparse.Namespace) -> ModelConfig:
+    """The model asked for; contradictions are refused."""
+    if options.gpu is not None and options.device is not None:
+        raise BadArgument("give --gpu or --device, not both")
+    if options.model is not None and options.geometry is not None:
+        raise BadArgument("give --model or --geometry, not both")
+    device = options.device if options.gpu is None else f"cuda:{options.gpu}"
+    return ModelConfig(
+        model=options.model,
+        geometry=options.geometry,
+        seed=options.seed,
+        device=device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    for name in ("threads", "prefill_chunk", "decode_bucket"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise BadArgument(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if options.decode_bucket != 1:
+        raise BadArgument(
+            f"--decode-bucket {options.decode_bucket}: this version decodes each session alone;"
+            " leave it at 1"
+        )
+    config = ServerConfig(
+        model=model_config(options),
+        host=options.host,
+        port=None if options.socket else options.port,
+        socket=options.socket,
+        kv_memory_bytes=parse_bytes(options.kv_memory) if options.kv_memory else None,
+        prefill_chunk=options.prefill_chunk,
+        threads=options.threads,
+        runtime_file=options.runtime_file,
+        linger_s=options.linger_s,
+        check=options.check,
+        debug=options.debug,
+    )
+    _limit_threads(options.threads)
+    from kernel_server.server import serve
+
+    return serve(config)
+
+
+def _limit_threads(threads: int) -> None:
+    """Set the pools' sizes before torch is imported; the fingerprint holds the number."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from kernel_server.asking import Asking
+
+    with Asking.at(options.host, options.port, options.socket) as ask:
+        for line in ask.status_lines():
+            print(line)
+    return 0
+
+
+def _sessions(options: argparse.Namespace) -> int:
+    from kernel_server.asking import Asking
+
+    with Asking.at(options.host, options.port, options.socket) as ask:
+        for line in ask.session_lines():
+            print(line)
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    _limit_threads(options.threads)
+    from kernel_server.server import selftest
+
+    report = selftest(model_config(options), threads=options.threads)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(report.table())
+    return 0 if report.passed else 1

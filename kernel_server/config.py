@@ -1,0 +1,63 @@
+"""How a server is to run: read once from the command line, frozen, passed down."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernel_server.protocol.errors import BadArgument
+
+DEFAULT_PORT = 5556
+DEFAULT_HOST = "127.0.0.1"
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4,
+          "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as `2GiB`, `500MB` or `1073741824`.
+
+    >>> parse_bytes("2GiB")
+    2147483648
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not found:
+        raise BadArgument(f"{text!r} is not a size: write 2GiB, 500MB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, where and in which dtype."""
+
+    #: local folder or hub id; None with no geometry: the bundled model
+    model: str | None = None
+    #: name of a known geometry, filled with random weights
+    geometry: str | None = None
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Everything a server is started with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    host: str = DEFAULT_HOST
+    port: int | None = DEFAULT_PORT
+    #: listen on a Unix socket instead of host and port
+    socket: Path | None = None
+    #: KV page pool; None: chosen for the device
+    kv_memory_bytes: int | None = None
+    prefill_chunk: int | None = None
+    decode_bucket: int = 1
+    threads: int = 1
+    #: JSON file with address and pid, written once the server listens
+    runtime_file: Path | None = None
+    #: end after this long without clients and unfinished sessions; None: stay
+    linger_s: float | None = None
+    check: bool = False
+    debug: bool = False

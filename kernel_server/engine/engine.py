@@ -1,0 +1,329 @@
+"""Carries out instructions on one thread: runs stretches, and between two layers does errands.
+
+Which session runs, how far and why it stops is decided in `state`; what a layer computes is decided
+in `models`. This file holds each session's tensors: the forward it stands in, the value at its stop
+before and after edits, what was captured on the way, and the last logits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernel_server.engine import reads
+from kernel_server.engine.held import SessionTensors
+from kernel_server.engine.kv_cache import KVCache
+from kernel_server.engine.sampler import sample
+from kernel_server.engine.segments import ForwardState, Segments
+from kernel_server.engine.tensor_edits import apply_edits
+from kernel_server.engine.variables import evaluate_checks
+from kernel_server.protocol.errors import (
+    DjinnError,
+    OutOfDeviceMemory,
+    SessionFailed,
+)
+from kernel_server.protocol.location import (
+    NOT_STARTED,
+    layers_executed,
+    logits_point,
+    sampled_point,
+)
+from kernel_server.protocol.messages import ErrorReply, error_info
+from kernel_server.state.events import (
+    EditResult,
+    EditsApplied,
+    EditsFailed,
+    StateEvent,
+    StretchDone,
+    StretchFailed,
+)
+from kernel_server.state.instructions import (
+    ApplyEdits,
+    Check,
+    DropTensors,
+    EditPlan,
+    ForkTensors,
+    Instruction,
+    PoisonPages,
+    ReadTensors,
+    RunStretch,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the tensors of all sessions; everything but `submit`, `interrupt` and `close` happens
+    on the thread that calls `run`."""
+
+    def __init__(
+        self,
+        segments: Segments,
+        cache: KVCache,
+        *,
+        post: Callable[[StateEvent], None],
+        reply: Callable[[int, Any], None],
+        offer: reads.Offer,
+        texts: Callable[[int], str] | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.segments = segments
+        self.cache = cache
+        self.num_layers = segments.num_layers
+        self._post = post
+        self._reply = reply
+        self._texts = texts or (lambda token_id: "")
+        self._reader = reads.Reader(segments, offer, texts)
+        self._debug = debug
+        self._sessions: dict[str, SessionTensors] = {}
+        self._wake = threading.Condition()
+        self._errands: deque[Instruction] = deque()
+        self._work: deque[RunStretch] = deque()
+        self._interrupted: str | None = None
+        self._closing = False
+
+    # -- called from other threads ----------------------------------------------------------
+
+    def submit(self, instruction: Instruction) -> None:
+        """Queue an instruction; errands overtake stretches."""
+        with self._wake:
+            if isinstance(instruction, RunStretch):
+                self._interrupted = None
+                self._work.append(instruction)
+            else:
+                self._errands.append(instruction)
+            self._wake.notify()
+
+    def interrupt(self, session_id: str) -> None:
+        """Let the running stretch of this session stop at its next layer boundary."""
+        self._interrupted = session_id
+
+    def close(self) -> None:
+        """Let `run` return; a running stretch is left at its next boundary."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+
+    def nbytes(self) -> int:
+        """Bytes of the activations held for all sessions."""
+        return sum(held.nbytes for held in list(self._sessions.values()))
+
+    # -- the engine thread --------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Carry out instructions until closed."""
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    while not (self._errands or self._work or self._closing):
+                        self._wake.wait()
+                    if self._closing:
+                        return
+                self._do_errands()
+                if self._work:
+                    self._run_stretch(self._work.popleft())
+
+    def _do_errands(self) -> None:
+        while self._errands:
+            errand = self._errands.popleft()
+            try:
+                self._do_errand(errand)
+            except Exception:
+                log.exception("errand %s failed", type(errand).__name__)
+
+    def _do_errand(self, errand: Instruction) -> None:
+        match errand:
+            case ReadTensors():
+                self._read(errand)
+            case ApplyEdits():
+                self._apply_edits(errand)
+            case ForkTensors():
+                parent = self._sessions.get(errand.parent_id)
+                if parent is not None:
+                    self._sessions[errand.child_id] = parent.fork()
+            case DropTensors():
+                self._sessions.pop(errand.session_id, None)
+            case PoisonPages():
+                self.cache.poison(errand.pages)
+            case _:
+                raise TypeError(f"{type(errand).__name__} is not an errand")
+
+    # -- stretches ----------------------------------------------------------------------------
+
+    def _run_stretch(self, stretch: RunStretch) -> None:
+        held = self._sessions.setdefault(stretch.session_id, SessionTensors())
+        run = _Stretch(self, stretch, held)
+        try:
+            done = run.go()
+        except Exception as error:
+            self._post(self._failure(stretch, held, error))
+            return
+        self._post(done)
+
+    def _failure(
+        self, stretch: RunStretch, held: SessionTensors, error: Exception
+    ) -> StretchFailed:
+        point = held.forward.point if held.forward is not None else NOT_STARTED
+        fatal = False
+        if isinstance(error, torch.OutOfMemoryError):
+            error = OutOfDeviceMemory(
+                f"the device ran out of memory after point {point} of forward {stretch.forward}:"
+                " terminate a session, or start the server with less --kv-memory"
+            )
+        elif not isinstance(error, DjinnError):
+            log.exception("session %s failed", stretch.session_id)
+            lines = str(error).splitlines()
+            error = SessionFailed(
+                f"the model raised {type(error).__name__} in forward {stretch.forward} after"
+                f" point {point}: {lines[0] if lines else 'no message'}"
+            )
+            fatal = True
+        trace = traceback.format_exc() if self._debug else None
+        return StretchFailed(
+            session_id=stretch.session_id, point=point, error=error_info(error, trace), fatal=fatal
+        )
+
+    # -- errands --------------------------------------------------------------------------------
+
+    def _read(self, errand: ReadTensors) -> None:
+        try:
+            held = self._sessions.get(errand.session_id, SessionTensors())
+            answer = self._reader.read(errand, held)
+        except Exception as error:
+            if not isinstance(error, DjinnError):
+                log.exception("read failed")
+            trace = traceback.format_exc() if self._debug else None
+            answer = ErrorReply(error=error_info(error, trace))
+        self._reply(errand.request_id, answer)
+
+    def _apply_edits(self, errand: ApplyEdits) -> None:
+        """Compute the stop's value from its unedited tensor; on failure nothing has changed."""
+        try:
+            held = self._sessions[errand.session_id]
+            forward = held.standing()
+            unedited = held.unedited(self.segments.value(forward))
+            value, results = edited(forward, unedited, errand.edits)
+            self.segments.set_value(forward, value)
+            held.note_value(forward, self.num_layers)
+        except Exception as error:
+            if not isinstance(error, DjinnError):
+                log.exception("edit failed")
+            trace = traceback.format_exc() if self._debug else None
+            self._post(
+                EditsFailed(
+                    request_id=errand.request_id,
+                    session_id=errand.session_id,
+                    error=error_info(error, trace),
+                )
+            )
+            return
+        self._post(
+            EditsApplied(
+                request_id=errand.request_id,
+                session_id=errand.session_id,
+                results=tuple(results),
+            )
+        )
+
+
+class _Stretch:
+    """One stretch while it runs: what to do at each point, and what came of it."""
+
+    def __init__(self, engine: Engine, stretch: RunStretch, held: SessionTensors) -> None:
+        self.engine = engine
+        self.stretch = stretch
+        self.held = held
+        self.checks = _by_point(stretch.checks)
+        self.edits = _by_point(stretch.edits)
+        self.results: list[EditResult] = []
+        self.hits: dict[int, tuple[int, ...]] = {}
+        self.halted = False
+
+    def go(self) -> StretchDone:
+        stretch, held, engine = self.stretch, self.held, self.engine
+        for source, target in stretch.copies:
+            engine.cache.copy_page(source, target)
+        if stretch.point == NOT_STARTED:
+            held.begin(engine.segments.begin(stretch.token_ids, stretch.first_token))
+        forward = held.standing()
+        if forward.point != stretch.point:
+            raise RuntimeError(
+                f"the state places session {stretch.session_id} at point {stretch.point},"
+                f" the engine at {forward.point}"
+            )
+        before = forward.point
+        if forward.point < min(stretch.until, logits_point(engine.num_layers)):
+            until = min(stretch.until, logits_point(engine.num_layers))
+            engine.segments.advance(forward, until, stretch.tables, self.on_point)
+        point, token = forward.point, None
+        if stretch.until == sampled_point(engine.num_layers) and not self.halted:
+            logits = engine.segments.logits(forward)
+            token = sample(logits, stretch.sampling)
+            held.finish(logits)
+            point = stretch.until
+        return StretchDone(
+            session_id=stretch.session_id,
+            point=point,
+            held=self.hits,
+            edits=tuple(self.results),
+            token=token,
+            layers_run=layers_executed(point, engine.num_layers)
+            - layers_executed(before, engine.num_layers),
+        )
+
+    def on_point(self, point: int, forward: ForwardState) -> bool:
+        """Called at each point reached; True stops there."""
+        engine, held = self.engine, self.held
+        if engine._errands:
+            engine._do_errands()
+        held.arrive()
+        if plans := self.edits.get(point):
+            self._edit(forward, plans)
+        held.note_value(forward, engine.num_layers)
+        if checks := self.checks.get(point):
+            self.hits = self._judge(point, forward, checks)
+        # an interrupt sent for an earlier stretch of this session was cleared when this one came
+        self.halted = bool(self.hits) or engine._interrupted == self.stretch.session_id
+        return self.halted or engine._closing
+
+    def _edit(self, forward: ForwardState, plans: Sequence[EditPlan]) -> None:
+        segments = self.engine.segments
+        before = segments.value(forward)
+        after, results = edited(forward, before, plans)
+        self.held.unedited(before)
+        segments.set_value(forward, after)
+        self.results += results
+
+    def _judge(
+        self, point: int, forward: ForwardState, checks: Sequence[Check]
+    ) -> dict[int, tuple[int, ...]]:
+        return evaluate_checks(
+            checks,
+            self.engine.segments.value(forward),
+            self.stretch.token_ids,
+            self.engine._texts,
+            forward.start,
+            self.stretch.forward,
+        )
+
+
+def edited(
+    forward: ForwardState, value: list[Tensor], plans: Sequence[EditPlan]
+) -> tuple[list[Tensor], list[EditResult]]:
+    """The value at the forward's point with edits applied; logits hold the last row only."""
+    missing = len(forward.token_ids) - sum(chunk.shape[1] for chunk in value)
+    return apply_edits(value, plans, forward.start, first_row=missing)
+
+
+def _by_point(items: Sequence[Any]) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for item in items:
+        found.setdefault(item.point, []).append(item)
+    return found

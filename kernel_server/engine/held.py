@@ -1,0 +1,149 @@
+"""What the engine keeps of one session besides its pages: tensors only, no decisions.
+
+All tensors are immutable by convention (an edit makes new ones), so a fork shares them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernel_server.engine.segments import ForwardState
+from kernel_server.engine.variables import capture_rows
+from kernel_server.protocol.errors import NotStopped
+
+#: Up to this many tokens a forward's layer outputs are kept and reduced once, at its end; three
+#: small operations per layer would cost 5 % of a decode.
+KEEP_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Figures of consecutive points of one forward."""
+
+    first_token: int
+    #: float32 [points, tokens]
+    norm: Tensor
+    largest: Tensor
+    #: int64 [points]
+    num_nan: Tensor
+
+
+def reduce_points(values: Tensor, first_token: int) -> Captured:
+    """Figures of `values` [points, tokens, hidden]."""
+    return Captured(first_token, *capture_rows(values))
+
+
+def join_points(parts: list[Captured]) -> Captured:
+    return Captured(
+        parts[0].first_token,
+        torch.cat([p.norm for p in parts]),
+        torch.cat([p.largest for p in parts]),
+        torch.cat([p.num_nan for p in parts]),
+    )
+
+
+@dataclass(slots=True)
+class SessionTensors:
+    """The tensors of one session."""
+
+    forward: ForwardState | None = None
+    #: the value at `forward.point` before this stop's edits, None when there were none
+    _unedited: list[Tensor] | None = None
+    #: residual per point reached in this forward, chunks [1, tokens, hidden], while it is short
+    _kept: list[list[Tensor]] = field(default_factory=list)
+    #: figures per point of a long forward, reduced as it goes
+    _reduced: list[Captured] = field(default_factory=list)
+    #: of a long forward, the last token's residual per point, [hidden]
+    _last_rows: list[Tensor] = field(default_factory=list)
+    #: figures of finished forwards, oldest first
+    history: list[Captured] = field(default_factory=list)
+    #: of the last finished forward's last token, [vocabulary]
+    last_logits: Tensor | None = None
+
+    def standing(self) -> ForwardState:
+        """The forward the session stands in, or `NotStopped`."""
+        if self.forward is None:
+            raise NotStopped("the session stands in no forward: continue it to a stop first")
+        return self.forward
+
+    def begin(self, forward: ForwardState) -> None:
+        self.forward = forward
+        self._unedited = None
+        self._kept, self._reduced, self._last_rows = [], [], []
+
+    def arrive(self) -> None:
+        """A new point was reached: edits made at the last one are part of the past."""
+        self._unedited = None
+
+    def unedited(self, value: list[Tensor]) -> list[Tensor]:
+        """The value at the stop as if no edit had been made there: `value`, when it is the first
+        time this is asked at this point."""
+        if self._unedited is None:
+            self._unedited = value
+        return self._unedited
+
+    def note_value(self, forward: ForwardState, num_layers: int) -> None:
+        """Capture the residual at the point reached; at the same point again, replace it."""
+        point = forward.point
+        if point > num_layers:
+            return
+        chunks = forward.residual
+        if len(forward.token_ids) <= KEEP_ROWS:
+            # references only: a decode pays for its figures once, at its end
+            self._kept[point:] = [chunks]
+            return
+        parts = [reduce_points(chunk, forward.start) for chunk in chunks]
+        self._reduced[point:] = [
+            Captured(
+                forward.start,
+                torch.cat([p.norm for p in parts], 1),
+                torch.cat([p.largest for p in parts], 1),
+                torch.stack([p.num_nan for p in parts]).sum(0),
+            )
+        ]
+        # a copy: a view would keep every layer's residual of a long prompt alive
+        self._last_rows[point:] = [chunks[-1][0, -1].clone()]
+
+    def last_rows(self) -> list[Tensor]:
+        """Residual of the last token fed, [hidden], at each point reached in this forward."""
+        return [chunks[-1][0, -1] for chunks in self._kept] if self._kept else self._last_rows
+
+    def captured(self) -> Captured | None:
+        """Figures of the points reached in this forward."""
+        if self._kept:
+            rows = [
+                chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1) for chunks in self._kept
+            ]
+            return reduce_points(torch.cat(rows), self.standing().start)
+        return join_points(self._reduced) if self._reduced else None
+
+    def finish(self, logits: Tensor) -> None:
+        """The forward's token was drawn."""
+        captured = self.captured()
+        if captured is not None:
+            self.history = [*self.history, captured]
+        self.last_logits = logits
+        self.forward = None
+        self._unedited = None
+        self._kept, self._reduced, self._last_rows = [], [], []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the forward it stands in and of its last logits."""
+        forward = self.forward.nbytes if self.forward is not None else 0
+        return forward + (self.last_logits.nbytes if self.last_logits is not None else 0)
+
+    def fork(self) -> SessionTensors:
+        """The same tensors for another session."""
+        return SessionTensors(
+            forward=self.forward.fork() if self.forward is not None else None,
+            _unedited=self._unedited,
+            _kept=list(self._kept),
+            _reduced=list(self._reduced),
+            _last_rows=list(self._last_rows),
+            history=list(self.history),
+            last_logits=self.last_logits,
+        )

@@ -1,0 +1,67 @@
+"""Events of each owner, kept in order until they are pulled or too old. Nothing is decided here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from kernel_server.protocol.messages import Events
+
+#: Events kept per owner; a client that asks for older ones is told to describe anew.
+KEPT = 4096
+#: Longest wait a client may ask for, seconds.
+MAX_WAIT_S = 30.0
+#: Most events in one answer: keeps a frame well under the wire's cap.
+MAX_BATCH = 256
+
+
+class EventLog:
+    """Per owner, the newest events by sequence number, with a wait for the next one."""
+
+    def __init__(self, kept: int = KEPT) -> None:
+        self._kept = kept
+        self._events: dict[str, deque[Any]] = {}
+        self._last: dict[str, int] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def append(self, owner: str, event: Any) -> None:
+        """Keep an event and wake whoever waits for it."""
+        with self._changed:
+            self._events.setdefault(owner, deque(maxlen=self._kept)).append(event)
+            self._last[owner] = event.seq
+            self._changed.notify_all()
+
+    def last_seq(self, owner: str) -> int:
+        """Sequence number of the owner's newest event, 0 before the first."""
+        with self._changed:
+            return self._last.get(owner, 0)
+
+    def poll(self, owner: str, after: int, timeout_s: float) -> Events:
+        """Events after sequence number `after`, waiting up to `timeout_s` for the first."""
+        deadline = time.monotonic() + min(max(timeout_s, 0.0), MAX_WAIT_S)
+        with self._changed:
+            while self._last.get(owner, 0) <= after and not self._closed:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+            kept = self._events.get(owner, ())
+            found = []
+            # newest first: a client that keeps up reads a few, whatever is kept
+            for event in reversed(kept):
+                if event.seq <= after:
+                    break
+                found.append(event)
+            found.reverse()
+            missed = bool(found) and found[0].seq > after + 1
+            batch = tuple(found[:MAX_BATCH])
+            last = batch[-1].seq if batch else max(after, 0)
+            return Events(events=batch, last_seq=last, missed=missed)
+
+    def close(self) -> None:
+        """Let every waiting poll return."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -1,0 +1,290 @@
+"""From bytes to an answer: decodes a request, adds what only the model's words can add, routes it.
+
+Requests that change or read a session go to the loop. Text becomes token ids here, because the
+state knows numbers only; events, transfers and the model's description never reach the state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kernel_server.event_log import EventLog
+from kernel_server.loop import Loop
+from kernel_server.protocol import codec
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.arrays import Array
+from kernel_server.protocol.conditions import parse_condition
+from kernel_server.protocol.errors import (
+    BadArgument,
+    BadCondition,
+    BadMessage,
+    BadPrompt,
+    BadSelector,
+    DjinnError,
+    ModelLoading,
+    NoTokenizer,
+    NotSupported,
+)
+from kernel_server.transfers import Transfers
+
+log = logging.getLogger(__name__)
+
+CAPABILITIES = (
+    "breakpoints", "conditions", "edits", "sticky_edits", "fork", "lens", "capture", "pause",
+)  # fmt: skip
+
+#: Longest prompt text accepted, characters; the context limits tokens later.
+MAX_PROMPT_CHARACTERS = 4_000_000
+
+
+class Words(Protocol):
+    """The tokenizer's side of a model: text to ids and the text of one id."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def text(self, token_id: int) -> str: ...
+
+    def ids_of(self, text: str) -> tuple[int, ...]: ...
+
+    def all_texts(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is there once the model is loaded."""
+
+    loop: Loop
+    model: m.ModelInfo
+    words: Words | None
+    memory: Callable[[], tuple[tuple[str, int, str], ...]]
+
+
+class Gateway:
+    """Answers every request of every client; `ready` is called once the model is loaded."""
+
+    def __init__(
+        self, server_id: str, version: str, events: EventLog, *, debug: bool = False
+    ) -> None:
+        self.server_id = server_id
+        self.version = version
+        self.events = events
+        self.transfers = Transfers()
+        self.debug = debug
+        self._served: Served | None = None
+        self._failure: DjinnError | None = None
+        self._progress = ("starting", 0.0)
+        # fast tokenizers are not safe to call from two threads at once
+        self._words_lock = threading.Lock()
+
+    # -- life of the server ---------------------------------------------------------------
+
+    def loading(self, text: str, fraction: float) -> None:
+        """Say how far the model is loaded, 0 to 1."""
+        self._progress = (text, fraction)
+
+    def ready(self, served: Served) -> None:
+        self._served = served
+
+    def failed(self, error: DjinnError) -> None:
+        """The model could not be loaded: every later request gets this error."""
+        self._failure = error
+
+    # -- the one door ---------------------------------------------------------------------
+
+    def handle(self, owner: str, connection_id: str, payload: bytes) -> bytes:
+        """Answer one request; every failure is an `ErrorReply`."""
+        try:
+            request = codec.decode(payload)
+            response = self._answer(owner, request)
+        except DjinnError as error:
+            response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
+        except Exception as error:
+            log.exception("request failed")
+            response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
+        return codec.encode(response)
+
+    def _trace(self, error: Exception) -> str | None:
+        return "".join(traceback.format_exception(error)) if self.debug else None
+
+    def _answer(self, owner: str, request: Any) -> Any:
+        match request:
+            case m.Initialize():
+                return self._initialize(owner, request)
+            case m.PollEvents():
+                return self.events.poll(owner, request.after, request.timeout_s)
+            case m.ReadChunk() | m.BeginUpload() | m.WriteChunk():
+                return self._transfer(owner, request)
+        served = self._ready()
+        match request:
+            case m.DescribeModel():
+                return m.ModelReply(model=served.model)
+            case m.DescribeMemory():
+                rows = served.memory()
+                return m.MemoryReply(rows=(*rows, self._transfer_row()))
+            case m.Tokenize():
+                ids = self._encode(served, request.text, request.add_special_tokens)
+                return m.TokenIds(token_ids=tuple(ids))
+            case m.TokenTexts():
+                return m.Texts(texts=self._texts(served, request.token_ids))
+            case m.Launch():
+                request = self._launch(served, request)
+            case m.SetBreakpoint():
+                self._check_texts(served, request)
+            case m.AddEdit():
+                request = self._edit(served, owner, request)
+            case m.ReadValue() | m.ReadLens():
+                request = dataclasses.replace(
+                    request, tokens=self._selector(served, request.tokens)
+                )
+        if not isinstance(request, _STATE_REQUESTS):
+            raise BadMessage(f"{type(request).__name__} is not a request")
+        return served.loop.request(owner, request)
+
+    def _ready(self) -> Served:
+        if self._failure is not None:
+            raise self._failure
+        if self._served is None:
+            text, fraction = self._progress
+            raise ModelLoading(
+                f"the model is still loading ({text}, {fraction:.0%}): wait, or watch with"
+                " 'python -m kernel_server status'"
+            )
+        return self._served
+
+    def _initialize(self, owner: str, request: m.Initialize) -> m.Initialized:
+        if request.protocol != m.PROTOCOL_VERSION:
+            raise NotSupported(
+                f"the client speaks protocol {request.protocol}, this server"
+                f" {m.PROTOCOL_VERSION} (djinn-nb {self.version}): install the same version on both"
+            )
+        text, fraction = self._progress
+        phase = "failed" if self._failure else "ready" if self._served else "loading"
+        return m.Initialized(
+            server_id=self.server_id,
+            version=self.version,
+            protocol=m.PROTOCOL_VERSION,
+            phase=phase,
+            progress=text,
+            fraction=1.0 if self._served else fraction,
+            capabilities=CAPABILITIES,
+            event_seq=self.events.last_seq(owner),
+            error=m.error_info(self._failure) if self._failure else None,
+        )
+
+    # -- transfers ------------------------------------------------------------------------
+
+    def _transfer(self, owner: str, request: Any) -> Any:
+        if isinstance(request, m.BeginUpload):
+            key = self.transfers.begin(owner, request.dtype, request.shape)
+            return m.UploadReply(transfer_id=key, received=0)
+        if request.cancel:
+            self.transfers.cancel(owner, request.transfer_id)
+            if isinstance(request, m.WriteChunk):
+                return m.UploadReply(transfer_id=request.transfer_id, received=0)
+            return m.Chunk(offset=request.offset, data=Array("uint8", (0,), b""))
+        if isinstance(request, m.WriteChunk):
+            received = self.transfers.write(
+                owner, request.transfer_id, request.offset, request.data.data
+            )
+            return m.UploadReply(transfer_id=request.transfer_id, received=received)
+        data = self.transfers.read(owner, request.transfer_id, request.offset, request.length)
+        return m.Chunk(offset=request.offset, data=Array("uint8", (len(data),), data))
+
+    def _transfer_row(self) -> tuple[str, int, str]:
+        return ("transfers", self.transfers.bytes_open(), "tensors on their way to clients")
+
+    # -- words ----------------------------------------------------------------------------
+
+    def _words(self, served: Served, what: str) -> Words:
+        if served.words is None:
+            raise NoTokenizer(
+                f"{served.model.name} has no tokenizer, so {what} is not possible:"
+                " use token ids (a list of integers) instead"
+            )
+        return served.words
+
+    def _encode(self, served: Served, text: str, add_special_tokens: bool) -> list[int]:
+        words = self._words(served, "a text prompt")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise BadPrompt(
+                f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
+            )
+        with self._words_lock:
+            return words.encode(text, add_special_tokens)
+
+    def _texts(self, served: Served, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+        size = served.model.vocab_size
+        if bad := [i for i in token_ids if not 0 <= i < size]:
+            raise BadArgument(f"token id {bad[0]} lies outside the vocabulary (0 to {size - 1})")
+        if served.words is None:
+            return ("",) * len(token_ids)
+        with self._words_lock:
+            return tuple(served.words.text(i) for i in token_ids)
+
+    def _launch(self, served: Served, request: m.Launch) -> m.Launch:
+        if (request.prompt is None) == (request.token_ids is None):
+            raise BadPrompt("give the prompt either as text or as token ids")
+        if request.prompt is None:
+            return request
+        if not request.prompt:
+            raise BadPrompt("the prompt is empty: give at least one token")
+        ids = self._encode(served, request.prompt, request.add_special_tokens)
+        return dataclasses.replace(request, prompt=None, token_ids=tuple(ids))
+
+    def _selector(self, served: Served, selector: m.Selector) -> m.Selector:
+        """Fill in the token ids of a text selector."""
+        if selector.kind != "text" or selector.text is None:
+            return selector
+        ids = self._ids_of(served, selector.text, "selecting tokens by text")
+        if not ids:
+            raise BadSelector(
+                f"no token has the text {selector.text!r}{self._near(served, selector.text)}"
+            )
+        return dataclasses.replace(selector, token_ids=ids)
+
+    def _ids_of(self, served: Served, text: str, what: str) -> tuple[int, ...]:
+        words = self._words(served, what)
+        with self._words_lock:
+            return words.ids_of(text)
+
+    def _near(self, served: Served, text: str) -> str:
+        """A hint: tokens that differ from `text` by spaces or a letter or two."""
+        assert served.words is not None
+        with self._words_lock:
+            texts = served.words.all_texts()
+        same = sorted({t for t in texts if t.strip() == text.strip() and t.strip()})
+        near = same or difflib.get_close_matches(text, texts[:50_000], n=1, cutoff=0.7)
+        return f"; did you mean {near[0]!r}?" if near else ""
+
+    def _check_texts(self, served: Served, request: m.SetBreakpoint) -> None:
+        """A condition on a text no token has would never hold, so it is refused now."""
+        if request.condition is None:
+            return
+        for text in parse_condition(request.condition).token_texts:
+            if not self._ids_of(served, text, "a condition on token text"):
+                raise BadCondition(
+                    f"no token of this model has the text {text!r}, so the condition cannot be"
+                    f" judged by it{self._near(served, text)}"
+                )
+
+    def _edit(self, served: Served, owner: str, request: m.AddEdit) -> m.AddEdit:
+        edit = request.edit
+        if edit.upload_id is not None:
+            value = self.transfers.take(owner, edit.upload_id)
+            edit = dataclasses.replace(edit, value=value, upload_id=None)
+        edit = dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
+        return dataclasses.replace(request, edit=edit)
+
+
+_STATE_REQUESTS = (
+    m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepOut, m.RunTo, m.Pause, m.Fork,
+    m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit,
+    m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadStory,
+)  # fmt: skip

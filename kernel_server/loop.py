@@ -1,0 +1,143 @@
+"""The only place where state and engine meet: take an event, handle it, carry out what follows.
+
+Whoever has an event calls `dispatch`; the state is decided under one lock in the caller's own
+thread, so a control call is answered without waiting for the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import traceback
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Protocol
+
+from kernel_server.event_log import EventLog
+from kernel_server.protocol.errors import ServerFault
+from kernel_server.protocol.location import NOT_STARTED
+from kernel_server.protocol.messages import ErrorReply, error_info
+from kernel_server.state.events import (
+    EditsApplied,
+    EditsFailed,
+    Requested,
+    StateEvent,
+    StretchDone,
+    StretchFailed,
+)
+from kernel_server.state.instructions import Instruction, Interrupt, Publish, Reply
+from kernel_server.state.server_state import ServerState
+
+log = logging.getLogger(__name__)
+
+#: A reply that takes longer than this is a fault of ours, not patience of theirs.
+REPLY_DEADLINE_S = 120.0
+
+
+class Worker(Protocol):
+    """What the loop asks of the engine."""
+
+    def submit(self, instruction: Instruction) -> None: ...
+
+    def interrupt(self, session_id: str) -> None: ...
+
+
+class Loop:
+    """Feeds events to the state and instructions to the engine, one event at a time."""
+
+    def __init__(self, state: ServerState, events: EventLog, *, debug: bool = False) -> None:
+        self.state = state
+        self.events = events
+        self.debug = debug
+        self._engine: Worker | None = None
+        self._lock = threading.Lock()
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, Future[Any]] = {}
+
+    def attach(self, engine: Worker) -> None:
+        """Name the engine that carries out instructions."""
+        self._engine = engine
+
+    def request(self, owner: str, message: Any) -> Any:
+        """Hand a request to the state and return its response message."""
+        request_id = next(self._ids)
+        future: Future[Any] = Future()
+        self._waiting[request_id] = future
+        self.dispatch(
+            Requested(request_id=request_id, owner=owner, message=message, now=time.time())
+        )
+        try:
+            return future.result(REPLY_DEADLINE_S)
+        except FutureTimeout:
+            self._waiting.pop(request_id, None)
+            fault = ServerFault(
+                f"no answer to {type(message).__name__} within {REPLY_DEADLINE_S:.0f} s;"
+                " the engine may be stuck in one layer"
+            )
+            return ErrorReply(error=error_info(fault))
+
+    def reply(self, request_id: int, message: Any) -> None:
+        """Answer a request; an answer nobody waits for any more is dropped."""
+        future = self._waiting.pop(request_id, None)
+        if future is not None:
+            future.set_result(message)
+
+    def dispatch(self, event: StateEvent) -> None:
+        """Handle one event and carry out its instructions, in order with all others."""
+        with self._lock:
+            try:
+                instructions = self.state.handle(event)
+            except Exception as error:
+                self._report_fault(event, error)
+                return
+            for instruction in instructions:
+                self._carry_out(instruction)
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case Reply():
+                self.reply(instruction.request_id, instruction.message)
+            case Publish():
+                self.events.append(instruction.owner, instruction.event)
+            case Interrupt():
+                self.engine.interrupt(instruction.session_id)
+            case _:
+                self.engine.submit(instruction)
+
+    def _end_run(self, session_id: str, fault: ServerFault) -> None:
+        failed = StretchFailed(
+            session_id=session_id, point=NOT_STARTED, error=error_info(fault), fatal=True
+        )
+        try:
+            for instruction in self.state.handle(failed):
+                self._carry_out(instruction)
+        except Exception:
+            log.exception("could not mark session %s as failed", session_id)
+
+    @property
+    def engine(self) -> Worker:
+        if self._engine is None:
+            raise RuntimeError("no engine is attached to the loop")
+        return self._engine
+
+    def _report_fault(self, event: StateEvent, error: Exception) -> None:
+        """A bug in the state: the caller is told, with the session's story; the server goes on."""
+        log.exception("state machine failed on %s", type(event).__name__)
+        session_id = getattr(event, "session_id", None) or getattr(
+            getattr(event, "message", None), "session_id", None
+        )
+        story = self.state.story(session_id)[-40:] if session_id else []
+        fault = ServerFault(
+            f"internal error in {type(event).__name__}: {type(error).__name__}: {error};"
+            " please report it with details['story']",
+            story=story,
+        )
+        request_id = getattr(event, "request_id", None)
+        if isinstance(event, StretchDone | EditsApplied | EditsFailed):
+            # nobody else will move this session on: end its run rather than leave it hanging
+            self._end_run(event.session_id, fault)
+        if request_id is not None:
+            trace = "".join(traceback.format_exception(error)) if self.debug else None
+            self.reply(request_id, ErrorReply(error=error_info(fault, trace)))
