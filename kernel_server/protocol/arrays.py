@@ -26,6 +26,8 @@ ITEM_BYTES: dict[str, int] = {
 }
 
 MAX_DIMENSIONS = 8
+#: bound of the product of a shape's numbers that are not zero; more is no tensor
+_MAX_ELEMENTS = 2**48
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +43,9 @@ class Array:
             raise BadMessage(f"array dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
         if len(self.shape) > MAX_DIMENSIONS or any(n < 0 for n in self.shape):
             raise BadMessage(f"array shape {list(self.shape)} is not a shape")
+        # an empty array needs no bytes, however large its other numbers are
+        if math.prod(n for n in self.shape if n) > _MAX_ELEMENTS:
+            raise BadMessage(f"array shape {str(list(self.shape))[:60]} is too large")
         if self.nbytes != len(self.data):
             raise BadMessage(
                 f"array of shape {list(self.shape)} {self.dtype} needs {self.nbytes} bytes,"
@@ -57,19 +62,23 @@ class Array:
         if self.dtype == "bfloat16":
             raw = np.frombuffer(self.data, dtype="<u2").astype("<u4") << 16
             return raw.view("<f4").reshape(self.shape)
-        return np.frombuffer(self.data, dtype=np.dtype(self.dtype)).reshape(self.shape)
+        if self.dtype == "bool":
+            # any byte may have come; numpy's own must be 0 or 1
+            return np.frombuffer(self.data, dtype="u1").astype(np.bool_).reshape(self.shape)
+        little = np.dtype(self.dtype).newbyteorder("<")
+        return np.frombuffer(self.data, dtype=little).reshape(self.shape)
 
     @classmethod
     def from_numpy(cls, values: npt.ArrayLike) -> Array:
-        """Wrap a numpy array, copying only when it is not contiguous."""
+        """Wrap a numpy array, copying only when it is not contiguous and little-endian."""
         array = np.asarray(values)
         if array.dtype.name not in ITEM_BYTES:
             raise BadMessage(f"arrays of dtype {array.dtype} do not cross the wire")
-        shape = array.shape
-        array = np.ascontiguousarray(array)
+        name, shape = array.dtype.name, array.shape
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         # memoryview.cast refuses shapes that hold a zero
-        data = memoryview(array).cast("B") if array.size else b""
-        return cls(array.dtype.name, tuple(shape), data)
+        data = array.data.cast("B") if array.size else b""
+        return cls(name, tuple(shape), data)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Array):

@@ -4,8 +4,8 @@
 
     b"DJN1"  header length (uint32, little-endian)  header (UTF-8 JSON)  buffer 0  buffer 1 ...
 
-Decoding allocates nothing by a length that was sent: the header must lie inside the bytes that came,
-and every buffer is a view of them whose size follows from its dtype and shape.
+Decoding allocates nothing by a length that was sent: the header must lie inside the bytes that
+came, and every buffer is a view of them whose size follows from its dtype and shape.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from kernel_server.protocol.messages import MESSAGES, ErrorInfo
 
 MAGIC = b"DJN1"
 MAX_DEPTH = 32
+#: whole numbers that cross: those of a signed or an unsigned 64-bit integer
+MIN_INT, MAX_INT = -(2**63), 2**64 - 1
 _HEAD = struct.Struct("<4sI")
 
 
@@ -46,9 +48,9 @@ def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(value)}
+        return value if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, int):
-        return int(value)
+        return _checked_int(int(value), "a whole number")
     if isinstance(value, Array):
         buffers.append(value.data)
         return {"$array": value.dtype, "shape": list(value.shape)}
@@ -56,11 +58,45 @@ def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
         return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         if value and all(type(item) is int for item in value):
-            return list(value)  # token ids: the common long case
+            _checked_ints(value, "a list")  # token ids: the common long case
+            return list(value)
         return [_dump(item, buffers, depth + 1) for item in value]
     if isinstance(value, dict):
-        return {"$dict": {str(k): _dump(v, buffers, depth + 1) for k, v in value.items()}}
+        return {"$dict": {str(k): _dump_plain(v, depth + 1) for k, v in value.items()}}
     raise TypeError(f"{type(value).__name__} does not cross the wire")
+
+
+def _dump_plain(value: Any, depth: int) -> Any:
+    """A free value: it says nothing of its type, so it holds no message and no array."""
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Array) or type(value) in _MESSAGE_TYPES():
+        raise TypeError(f"{type(value).__name__} does not cross the wire inside a dict")
+    if isinstance(value, (tuple, list)):
+        return [_dump_plain(item, depth + 1) for item in value]
+    return _dump(value, [], depth)
+
+
+def _checked_int(value: int, path: str) -> int:
+    if not MIN_INT <= value <= MAX_INT:
+        raise BadMessage(f"{path} is outside the 64-bit integers")
+    return value
+
+
+def _checked_ints(values: Any, path: str) -> None:
+    if values:
+        _checked_int(min(values), path)
+        _checked_int(max(values), path)
+
+
+def _checked_text(value: str, path: str) -> str:
+    """JSON can spell half of a character pair, which no file, log or tokenizer takes."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadMessage(f"{path}: the text holds half of a surrogate pair") from None
+    return value
 
 
 @cache
@@ -80,7 +116,9 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
     if header_length > len(view) - start:
         raise BadMessage(f"header of {header_length} bytes announced, {len(view) - start} came")
     try:
-        tree = json.loads(bytes(view[start : start + header_length]), parse_constant=_refuse)
+        # as text: from bytes json would guess among the encodings
+        header = str(view[start : start + header_length], "utf-8")
+        tree = json.loads(header, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise BadMessage(f"the header is not JSON: {error}") from None
     if not isinstance(tree, dict) or set(tree) != {"type", "body"}:
@@ -211,6 +249,7 @@ def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
             if args[0] is int:  # token ids: the common long case
                 if not all(type(item) is int for item in value):
                     raise BadMessage(f"{path}: expected integers")
+                _checked_ints(value, path)
                 return tuple(value)
             return tuple(_load(item, args[0], buffers, path, depth + 1) for item in value)
         if len(value) != len(args):
@@ -230,9 +269,16 @@ def _load_plain(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
     if isinstance(value, dict):
         if set(value) == {"$dict"} and isinstance(value["$dict"], dict):
             items = value["$dict"].items()
-            return {key: _load_plain(item, buffers, path, depth + 1) for key, item in items}
+            return {
+                _checked_text(key, path): _load_plain(item, buffers, path, depth + 1)
+                for key, item in items
+            }
         return _float(value, path)
-    return value
+    if isinstance(value, str):
+        return _checked_text(value, path)
+    if isinstance(value, float):
+        return _float(value, path)
+    return value if value is None or isinstance(value, bool) else _checked_int(value, path)
 
 
 def _scalar_loader(kind: Any) -> _Loader:
@@ -241,7 +287,9 @@ def _scalar_loader(kind: Any) -> _Loader:
             return _float(value, path)
         if type(value) is not kind:
             raise BadMessage(f"{path}: expected {kind.__name__}, not {type(value).__name__}")
-        return value
+        if kind is int:
+            return _checked_int(value, path)
+        return _checked_text(value, path) if kind is str else value
 
     return load
 
@@ -251,9 +299,12 @@ def _float(value: Any, path: str) -> float:
         return float(value["$float"])
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except OverflowError:
-            raise BadMessage(f"{path}: the number is too large for a float") from None
+            number = math.inf
+        if math.isfinite(number):
+            return number
+        raise BadMessage(f"{path}: the number is too large for a float")
     raise BadMessage(f"{path}: expected a number")
 
 

@@ -1,4 +1,4 @@
-"""The language of breakpoint conditions: tokenizer, parser, type check, evaluator. All our own.
+"""The language of breakpoint conditions: parser, type check, evaluator. All our own.
 
 A condition is data: it is parsed here, once, into closures, and never reaches Python's `eval`. It
 is judged for each token fed at the breakpoint's location; who supplies the variables, and what
@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import operator
-import re
-import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+from kernel_server.protocol.condition_lexemes import Lexeme, caret, lexemes, refuse
 from kernel_server.protocol.errors import BadCondition, NotSupported
 
 Kind = Literal["text", "number", "truth value"]
@@ -46,8 +44,6 @@ PLANNED_NAMES = ("top_token", "entropy", "prob")
 
 MAX_LENGTH = 2000
 MAX_DEPTH = 50
-#: the largest whole number up to which a double holds every one
-MAX_INTEGER = 2**53
 
 Values = Mapping[str, Any]
 _Run = Callable[[Values], Any]
@@ -56,135 +52,6 @@ _Step = tuple[str, _Run, Callable[[], NoReturn]]
 
 _WORDS = ("and", "or", "not", "in", "true", "false")
 _PYTHON_WORDS = {"True": "true", "False": "false", "AND": "and", "OR": "or", "NOT": "not"}
-_FOREIGN = {"&&": "and", "||": "or", "!": "not", "=": "==", "&": "and", "|": "or", "<>": "!="}
-_CODE = {".": "attributes", "[": "indexing", "{": "braces", ":": "colons", ";": "statements"}
-_LEXEME = re.compile(
-    r"(?P<space>\s+)"
-    r"|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)"
-    r"|(?P<name>[^\W\d]\w*)"
-    r"|(?P<operator>==|!=|<=|>=|<>|&&|\|\||\*\*|//|[-+*/%<>(),=&|!.\[\]{}:;])",
-)
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
-_WINDOW = 72
-
-
-# --- showing where --------------------------------------------------------------------------------
-
-
-def _at(text: str, start: int, end: int, line: str) -> str:
-    """`line`, then the part of the condition around `start:end` with carets under it."""
-    first = text.rfind("\n", 0, start) + 1
-    last = text.find("\n", start)
-    last = len(text) if last < 0 else last
-    end = max(min(end, last), start + 1)
-    lead = tail = ""
-    if last - first > _WINDOW:
-        low = max(first, min(start - _WINDOW // 3, last - _WINDOW))
-        high = min(last, low + _WINDOW)
-        lead, tail = "…" if low > first else "", "…" if high < last else ""
-        first, last, end = low, high, max(min(end, high), start + 1)
-    shown = "".join(c if c.isprintable() else " " for c in text[first:last])
-    before, under = shown[: start - first], shown[start - first : end - first]
-    carets = "^" * max(_width(under), 1)
-    return f"{line}\n  {lead}{shown}{tail}\n  {' ' * (len(lead) + _width(before))}{carets}"
-
-
-def _width(text: str) -> int:
-    """Columns in a terminal."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
-
-
-def _refuse(text: str, start: int, end: int, line: str) -> NoReturn:
-    raise BadCondition(_at(text, start, end, line), condition=text, start=start, end=end)
-
-
-# --- tokenizer ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Lexeme:
-    kind: Literal["number", "text", "name", "operator", "end"]
-    value: Any
-    start: int
-    end: int
-
-
-def _lexemes(text: str) -> list[_Lexeme]:
-    made: list[_Lexeme] = []
-    at = 0
-    while at < len(text):
-        if text[at] in "'\"":
-            made.append(_text_literal(text, at))
-            at = made[-1].end
-            continue
-        found = _LEXEME.match(text, at)
-        if found is None:
-            _refuse(text, at, at + 1, f"unexpected character {text[at]!r}")
-        kind, value = found.lastgroup, found.group()
-        if kind == "number":
-            made.append(_Lexeme("number", _number(text, value, at, found.end()), at, found.end()))
-        elif kind == "name":
-            made.append(_Lexeme("name", value, at, found.end()))
-        elif kind == "operator":
-            _refuse_foreign(text, value, at, found.end())
-            made.append(_Lexeme("operator", value, at, found.end()))
-        at = found.end()
-    return [*made, _Lexeme("end", None, len(text), len(text))]
-
-
-def _refuse_foreign(text: str, value: str, start: int, end: int) -> None:
-    if value in _FOREIGN:
-        _refuse(text, start, end, f"unexpected {value!r}, did you mean {_FOREIGN[value]!r}?")
-    if value in _CODE:
-        _refuse(text, start, end, f"unexpected {value!r}: a condition has no {_CODE[value]}")
-
-
-def _number(text: str, digits: str, start: int, end: int) -> int | float:
-    follows = text[end : end + 1]
-    if follows.isalnum() or follows == "_":
-        _refuse(text, start, end + 1, f"{text[start : end + 1]!r} is not a number")
-    if not digits.isascii():
-        _refuse(text, start, end, "numbers are written with the digits 0 to 9")
-    # the length is looked at first: int() of a long text is slow, and refused by Python itself
-    if digits.isdigit() and (len(digits) > 100 or int(digits) > MAX_INTEGER):
-        line = f"a whole number here is at most {MAX_INTEGER}, where doubles stop being exact"
-        _refuse(text, start, end, line)
-    value = int(digits) if digits.isdigit() else float(digits)
-    if not math.isfinite(value):
-        _refuse(text, start, end, "the number is too large for a double (1.8e308)")
-    return value
-
-
-def _text_literal(text: str, start: int) -> _Lexeme:
-    quote, at = text[start], start + 1
-    parts: list[str] = []
-    while True:
-        char = text[at : at + 1]
-        if char in ("", "\n"):
-            line = f"the text is not closed: a {quote} is missing"
-            _refuse(text, start, at, line if not char else f"{line} (a new line is written \\n)")
-        if char == quote:
-            return _Lexeme("text", "".join(parts), start, at + 1)
-        if char != "\\":
-            parts.append(char)
-            at += 1
-            continue
-        value, at = _escape(text, at)
-        parts.append(value)
-
-
-def _escape(text: str, at: int) -> tuple[str, int]:
-    """The character an escape at `at` stands for, and where the text goes on."""
-    letter = text[at + 1 : at + 2]
-    if letter in _ESCAPES:
-        return _ESCAPES[letter], at + 2
-    size = {"x": 2, "u": 4, "U": 8}.get(letter, 0)
-    digits = text[at + 2 : at + 2 + size]
-    if size and re.fullmatch(f"[0-9a-fA-F]{{{size}}}", digits) and int(digits, 16) < 0x110000:
-        return chr(int(digits, 16)), at + 2 + size
-    known = r"\n \t \r \\ \' \" \xHH \uHHHH \UHHHHHHHH"
-    _refuse(text, at, at + 2 + size, f"unknown escape; the known ones are {known}")
 
 
 # --- tree -----------------------------------------------------------------------------------------
@@ -300,7 +167,7 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.lexemes = _lexemes(text)
+        self.lexemes = lexemes(text)
         self.at = 0
         self.depth = 0
         self.names: set[str] = set()
@@ -309,21 +176,21 @@ class _Parser:
     # looking
 
     @property
-    def next(self) -> _Lexeme:
+    def next(self) -> Lexeme:
         return self.lexemes[self.at]
 
     def sees(self, *values: str) -> bool:
         return self.next.kind in ("operator", "name") and self.next.value in values
 
-    def take(self) -> _Lexeme:
+    def take(self) -> Lexeme:
         lexeme = self.next
         self.at += 1
         return lexeme
 
-    def refuse(self, where: _Lexeme | _Node, line: str) -> NoReturn:
-        _refuse(self.text, where.start, where.end, line)
+    def refuse(self, where: Lexeme | _Node, line: str) -> NoReturn:
+        refuse(self.text, where.start, where.end, line)
 
-    def deeper(self, lexeme: _Lexeme) -> None:
+    def deeper(self, lexeme: Lexeme) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.refuse(lexeme, f"nested deeper than {MAX_DEPTH} levels")
@@ -487,7 +354,7 @@ class _Parser:
             # of the same strength only the first operand stands without parentheses
             text += f" {sign} {node.inside(binds + 1)}"
             by_zero = functools.partial(
-                _refuse, self.text, node.start, node.end, "division by zero: this is 0 here"
+                refuse, self.text, node.start, node.end, "division by zero: this is 0 here"
             )
             rest.append((sign, node.run, by_zero))
             end = node.end
@@ -531,7 +398,7 @@ class _Parser:
             self.refuse(lexeme, "the condition ends where a value should follow")
         self.refuse(lexeme, f"unexpected {_shown(lexeme)} where a value should stand")
 
-    def parenthesised(self, opened: _Lexeme) -> _Node:
+    def parenthesised(self, opened: Lexeme) -> _Node:
         self.deeper(opened)
         node = self.any()
         self.depth -= 1
@@ -549,12 +416,12 @@ class _Parser:
         # a negative number is written with a minus, yet nothing binds tighter than it
         return _Node(kind, _ATOM, _write(value), lambda values: value, start, end, (value,))
 
-    def variable(self, lexeme: _Lexeme) -> _Node:
+    def variable(self, lexeme: Lexeme) -> _Node:
         name = lexeme.value
         if name in PLANNED_NAMES:
             line = f"{name!r} (the logit lens) is planned; this version knows {', '.join(NAMES)}"
             raise NotSupported(
-                _at(self.text, lexeme.start, lexeme.end, line), condition=self.text, name=name
+                caret(self.text, lexeme.start, lexeme.end, line), condition=self.text, name=name
             )
         if self.sees("("):
             self.refuse(lexeme, f"{name!r} cannot be called: a condition has no functions")
@@ -581,7 +448,7 @@ def _short(text: str) -> str:
     return line if len(line) <= 40 else f"{line[:39]}…"
 
 
-def _shown(lexeme: _Lexeme) -> str:
+def _shown(lexeme: Lexeme) -> str:
     if lexeme.kind == "text":
         return f"text {_short(_write(lexeme.value))}"
     return repr(_short(str(lexeme.value)))

@@ -48,11 +48,12 @@ class DjinnError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild, (self.code, self.message, self.details))
+        state = {"details": self.details, "server_traceback": self.server_traceback}
+        return (_rebuild, (self.code, self.message), state)
 
 
-def _rebuild(code: str, message: str, details: dict[str, Any]) -> DjinnError:
-    return ERRORS.get(code, ServerFault)(message, **details)
+def _rebuild(code: str, message: str) -> DjinnError:
+    return ERRORS.get(code, ServerFault)(message)
 
 
 ERRORS["DjinnError"] = DjinnError

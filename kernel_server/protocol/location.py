@@ -34,6 +34,9 @@ OUTER_SITES = ("embedding", "final_norm", "logits")
 NOT_STARTED = -1
 EMBEDDING = 0
 
+#: longer texts are nobody's name for a place, and a number of 5,000 digits is slow to read
+_MAX_LENGTH = 80
+
 _LAYER = re.compile(r"^(?:layers|blocks|h)\.(-?\d+)(?:\.(.+))?$")
 _HF_HIDDEN = re.compile(r"^hidden_states\[(-?\d+)\]$")
 _LENS_SITES = {
@@ -110,7 +113,9 @@ def parse_location(spec: object, num_layers: int) -> Location:
         raise UnknownLocation(
             f"a location is a layer number or a name such as 'layers.20.output', not {spec!r}"
         )
-    text = str(spec).strip()
+    text = str(spec).strip() if isinstance(spec, str) or abs(spec) < 10**9 else "that number"
+    if len(text) > _MAX_LENGTH:
+        raise _unknown(f"{text[:_MAX_LENGTH]}…", num_layers)
     if re.fullmatch(r"-?\d+", text):
         return _layer_site(int(text), "output", num_layers, text)
     if found := _HF_HIDDEN.match(text):

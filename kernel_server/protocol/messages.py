@@ -24,9 +24,9 @@ _T = TypeVar("_T", bound=type)
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def message(cls: _T) -> _T:
     """Make `cls` a frozen keyword-only dataclass and register it with the codec."""
-    made = dataclass(frozen=True, slots=True, kw_only=True)(cls)
+    made: Any = dataclass(frozen=True, slots=True, kw_only=True)(cls)
     MESSAGES[cls.__name__] = made
-    return made  # type: ignore[return-value]
+    return made  # type: ignore[no-any-return]
 
 
 Status = Literal["waiting", "running", "stopped", "finished", "failed"]
@@ -365,14 +365,13 @@ class UndoEdit:
 
 @message
 class ReadValue:
-    """The tensor at the stop: a summary, or its elements."""
+    """The tensor at the stop: a summary, or its elements in the dtype they have."""
 
     session_id: str
     seen: int
     what: Literal["summary", "tensor"] = "summary"
     tokens: Selector = ALL
     channels: Selector = ALL
-    dtype: Literal["float32", "native"] = "float32"
 
 
 @message
