@@ -8,6 +8,7 @@ bits. Whether to stop, and which pages belong to the session, is decided by the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -88,7 +89,7 @@ class Segments:
         if count == 0:
             raise ServerFault("a forward needs at least one token")
         cuts = [0, *range(size - start % size, count, size), count]
-        bounds = tuple(zip(cuts[:-1], cuts[1:], strict=True))
+        bounds = tuple(itertools.pairwise(cuts))
         return ForwardState(tuple(token_ids), start, bounds)
 
     def advance(

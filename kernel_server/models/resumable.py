@@ -10,10 +10,11 @@ where a forward stops, and in what chunks it runs, is decided by the caller.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -215,7 +216,7 @@ class ResumableModel:
         outer, self._pass = self._pass, _Pass(recording, step)
         final = None
         try:
-            final = self._last_hidden_state(self._call_entry(ids, positions))
+            final = self.last_hidden_state(self._call_entry(ids, positions))
         except _LastLayerReached:
             pass
         finally:
@@ -233,7 +234,7 @@ class ResumableModel:
             self._output_arity[index] = len(output)
             result: Tensor = output[0]
             return result
-        return output  # type: ignore[no-any-return]
+        return output
 
     def norm(
         self, hidden: Tensor, ids: Tensor, positions: Tensor, recording: Recording | None = None
@@ -247,7 +248,7 @@ class ResumableModel:
             played = {path: iter(outputs) for path, outputs in recording.preamble.items()}
         outer, self._pass = self._pass, _Pass(final=hidden, played=played)
         try:
-            return self._last_hidden_state(self._call_entry(ids, positions))
+            return self.last_hidden_state(self._call_entry(ids, positions))
         finally:
             self._pass = outer
 
@@ -310,7 +311,7 @@ class ResumableModel:
 
     # -- learning ------------------------------------------------------------------------------
 
-    def refuse(self, reason: str, feature: str, advice: str = "") -> None:
+    def refuse(self, reason: str, feature: str, advice: str = "") -> NoReturn:
         """Raise UnsupportedModel with one line: family, reason, what to do."""
         advice = advice or "use another model, or run it with stock transformers"
         raise UnsupportedModel(
@@ -374,7 +375,7 @@ class ResumableModel:
         self._learn_output(entry.output)
         self._entry_view = self._make_entry_view({})
         self._head_stub = _HeadStub(
-            self.model.get_submodule(self.entry_path), self._wrap_last_hidden_state
+            self.model.get_submodule(self.entry_path), self.with_last_hidden_state
         )
         self._head_view = view(self.model, {self.entry_path: self._head_stub})
 
@@ -393,14 +394,15 @@ class ResumableModel:
         last = getattr(output, "last_hidden_state", None)
         if isinstance(last, Tensor):
             kind = type(output)
-            self._wrap_last_hidden_state: Callable[[Tensor], Any] = lambda h: kind(
+            #: what the base model returns around a last hidden state, and back
+            self.with_last_hidden_state: Callable[[Tensor], Any] = lambda h: kind(
                 last_hidden_state=h
             )
-            self._last_hidden_state: Callable[[Any], Tensor] = lambda out: out.last_hidden_state
+            self.last_hidden_state: Callable[[Any], Tensor] = lambda out: out.last_hidden_state
         elif isinstance(output, tuple) and isinstance(output[0], Tensor):
             rest = (None,) * (len(output) - 1)
-            self._wrap_last_hidden_state = lambda h: (h, *rest)
-            self._last_hidden_state = lambda out: out[0]
+            self.with_last_hidden_state = lambda h: (h, *rest)
+            self.last_hidden_state = lambda out: out[0]
         else:
             self.refuse("its base model returns no last hidden state", "base model")
 
@@ -414,7 +416,9 @@ class ResumableModel:
 
     def replay_preamble(self, paths: Sequence[str]) -> None:
         """Record the outputs of these modules with every pass and play them back to the norm."""
-        stubs = {path: _PreambleStub(self.model.get_submodule(path), path, self) for path in paths}
+        stubs: dict[str, nn.Module] = {
+            path: _PreambleStub(self.model.get_submodule(path), path, self) for path in paths
+        }
         self._entry_view = self._make_entry_view(stubs)
 
     def _call_entry(self, ids: Tensor, positions: Tensor) -> Any:
@@ -435,8 +439,6 @@ class ResumableModel:
 
 def _copies(configs: Sequence[PretrainedConfig]) -> dict[int, PretrainedConfig]:
     """Deep copies by the id of the original; configurations that share parts still share them."""
-    import copy
-
     memo: dict[int, Any] = {}
     copied = {}
     for config in configs:

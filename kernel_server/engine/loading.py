@@ -1,0 +1,155 @@
+"""From a stock model to one that serves sessions: made resumable, measured, checked, given pages.
+
+Runs the load check on a small pool of pages, some of them poisoned; only a model that passes gets
+its pool. Reading weights is `models.registry`'s work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from kernel_server.engine.attention import Calibration, PagedAttentionRoute
+from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
+from kernel_server.engine.segments import ForwardState, Segments
+from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.selftest import LoadReport, Trace, check_model
+from kernel_server.protocol.errors import BadArgument, OutOfDeviceMemory
+
+#: Without --kv-memory: this part of what is free, and on the CPU no more than this.
+_FREE_SHARE = 0.85
+_CPU_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A checked model with its pages, ready for the engine."""
+
+    model: ResumableModel
+    segments: Segments
+    cache: KVCache
+    report: LoadReport
+
+
+def serve(
+    model: PreTrainedModel,
+    *,
+    kv_memory_bytes: int | None = None,
+    prefill_chunk: int = 512,
+    page_tokens: int | None = None,
+    group_layers: int | None = None,
+) -> Served:
+    """Make a stock model resumable, check it against transformers, and give it a page pool.
+
+    kv_memory_bytes: of the pool; without it 85 % of what is free, at most 1 GiB on the CPU.
+    page_tokens, group_layers: T and G of a page, chosen for the geometry when not given.
+
+    Raises UnsupportedModel, BadArgument if the pool is too small, or OutOfDeviceMemory.
+
+    >>> served = serve(stock_model, kv_memory_bytes=64 << 20)  # doctest: +SKIP
+    """
+    resumable = ResumableModel(model, PagedAttentionRoute())
+    shape = page_shape(resumable, page_tokens=page_tokens, group_layers=group_layers)
+    report = load_check(resumable, shape)
+    wanted = kv_memory_bytes
+    if wanted is None:
+        wanted = _default_bytes(resumable.device)
+    num_pages = wanted // shape.page_bytes
+    if num_pages < shape.num_groups:
+        raise BadArgument(
+            f"--kv-memory of {wanted:,} bytes holds {num_pages} pages of {shape.page_bytes:,}, and"
+            f" one session needs at least {shape.num_groups}: give"
+            f" {shape.num_groups * shape.page_bytes:,} or more"
+        )
+    try:
+        cache = KVCache(shape, num_pages, resumable.device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise OutOfDeviceMemory(
+            f"{wanted:,} bytes of pages do not fit on {resumable.device}: start the server with"
+            " less --kv-memory"
+        ) from error
+    return Served(resumable, Segments(resumable, cache, prefill_chunk=prefill_chunk), cache, report)
+
+
+def page_shape(
+    model: ResumableModel, *, page_tokens: int | None = None, group_layers: int | None = None
+) -> PageShape:
+    """Pages for the keys and values this model was seen to make."""
+    seen: Calibration = model.observer
+    layers = [seen.layers[index] for index in range(model.num_layers)]
+    return choose_page_shape(
+        layers, model.dtype, page_tokens=page_tokens, group_layers=group_layers
+    )
+
+
+def load_check(model: ResumableModel, shape: PageShape) -> LoadReport:
+    """Run the load check of a resumable model; raises UnsupportedModel if it fails."""
+    seen: Calibration = model.observer
+    windows = [seen.windows[index] for index in range(model.num_layers)]
+    # Small pages: the check must cross their borders, whatever the model's own page length.
+    small = PageShape(min(shape.page_tokens, 16), shape.group_layers, shape.layers, shape.dtype)
+    return check_model(model, CheckRunner(model, small), windows)
+
+
+class CheckRunner:
+    """Runs the load check's prompts over a small pool; every run gets other, poisoned pages."""
+
+    def __init__(self, model: ResumableModel, shape: PageShape, max_tokens: int = 32) -> None:
+        self._model = model
+        self._groups = shape.num_groups
+        self._pages = shape.pages_for(max_tokens)
+        self._cache = KVCache(shape, 2 * self._groups * self._pages, model.device)
+        self._half = 0
+
+    def run(
+        self,
+        prompt: Sequence[int],
+        feeds: Sequence[int],
+        *,
+        chunk: int,
+        stops: bool = False,
+        window: int | None = None,
+    ) -> list[Trace]:
+        """One trace per forward: the prompt, then each token of `feeds` alone."""
+        cache = self._cache
+        cache.poison(range(cache.num_pages))
+        segments = Segments(self._model, cache, prefill_chunk=chunk)
+        segments.window = window
+        self._half = 1 - self._half
+        # Ids in falling order, so that neighbours in a table are no neighbours in the pool.
+        free = list(range(self._half, cache.num_pages, 2))
+        tables = [[free.pop() for _ in range(self._pages)] for _ in range(self._groups)]
+        traces, start = [], 0
+        for tokens in [list(prompt), *([token] for token in feeds)]:
+            traces.append(self._forward(segments, segments.begin(tokens, start), tables, stops))
+            start += len(tokens)
+        return traces
+
+    def _forward(
+        self, segments: Segments, state: ForwardState, tables: list[list[int]], stops: bool
+    ) -> Trace:
+        last = segments.num_layers + 2
+        points: list[torch.Tensor] = []
+
+        def on_point(point: int, state: ForwardState) -> bool:
+            if point < last:
+                points.append(torch.cat(segments.value(state), 1)[0])
+            return stops
+
+        while state.point < last:
+            segments.advance(state, last, tables, on_point)
+            if stops:
+                state = state.fork()
+                state.drop_cache()
+        return Trace(points, segments.logits(state))
+
+
+def _default_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _FREE_SHARE)
+    return min(_CPU_BYTES, int(psutil.virtual_memory().available * _FREE_SHARE / 2))
