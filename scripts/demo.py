@@ -1,7 +1,8 @@
 """Run the tour without a browser and print it cell by cell, as one would have seen it.
 
 `make demo`. The notebook runs in a real kernel of this environment; a failing cell, a notebook
-without code or a kernel that dies ends the command with a non-zero status. Nothing is written back.
+without code or a kernel that dies ends the command with a non-zero status. Nothing is written back,
+and the embedded server the notebook starts ends with the demo.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from scripts.private_runtime import private_runtime
 
 TOUR = Path(__file__).parents[1] / "notebooks" / "00_tour.ipynb"
 RULE = "─" * 80
@@ -92,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no notebook at {chosen.notebook}", file=sys.stderr)
         return 2
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
-    return run(chosen.notebook, chosen.timeout)
+    with private_runtime():
+        return run(chosen.notebook, chosen.timeout)
 
 
 if __name__ == "__main__":

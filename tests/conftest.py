@@ -18,9 +18,9 @@ os.environ["JUPYTER_PLATFORM_DIRS"] = "1"  # what jupyter_core will do next; sil
 
 import pytest
 
+from scripts.private_runtime import end_servers
+
 _NO_GPU = "no CUDA device here"
-
-
 _user_folders: Path | None = None
 
 
@@ -45,6 +45,7 @@ def pytest_configure() -> None:
 
 def pytest_unconfigure() -> None:
     if _user_folders is not None:
+        end_servers(_user_folders / "run")
         shutil.rmtree(_user_folders, ignore_errors=True)
 
 
