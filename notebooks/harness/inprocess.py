@@ -1,0 +1,133 @@
+"""A kernel in this process, reached through the client's own API without sockets.
+
+Evaluation notebooks hook the stock modules and plant faults, which takes the engine's objects in
+reach; what they ask of it goes through the same messages as any client's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from djinn_nb.client import Client
+from djinn_nb.server import Server
+from djinn_nb.transport import Transport
+from kernel_server.config import ModelConfig, ServerConfig
+from kernel_server.gateway import Gateway
+from kernel_server.kernel import Kernel, load
+from kernel_server.models.resumable import ResumableModel
+
+OWNER = "evaluation"
+
+
+class InProcessTransport:
+    """The calls of the client's `Transport`, answered by a gateway of this process."""
+
+    address = "this process"
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._ended = threading.Event()
+
+    def request(
+        self, payload: bytes, kind: Literal["control", "bulk"] = "control", timeout: float = 30.0
+    ) -> bytes:
+        """The gateway's answer; the deadlines are its own."""
+        return self._gateway.handle(OWNER, kind, payload)
+
+    def listen(
+        self,
+        poll_payload: Callable[[int], bytes],
+        on_answer: Callable[[bytes], int],
+        *,
+        after: int = 0,
+        on_trouble: Callable[[Exception | None], None] | None = None,
+    ) -> None:
+        """Poll for events from sequence number `after` on, on a thread, until closed."""
+
+        def poll() -> None:
+            last = after
+            while not self._ended.is_set():
+                last = on_answer(self._gateway.handle(OWNER, "events", poll_payload(last)))
+
+        threading.Thread(target=poll, name="in-process-events", daemon=True).start()
+
+    @property
+    def closed(self) -> bool:
+        return self._ended.is_set()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Stop polling; a poll under way ends when the kernel is closed."""
+        self._ended.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A kernel of this process and the client's view of it."""
+
+    kernel: Kernel
+    server: Server
+
+    @property
+    def model(self) -> ResumableModel:
+        """The stock model, made resumable, that the kernel runs."""
+        return self.kernel.segments.model
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.num_layers
+
+
+@contextlib.contextmanager
+def local_kernel(
+    *,
+    model: str | Path | None = None,
+    geometry: str | None = None,
+    seed: int = 0,
+    dtype: str,
+    device: str,
+    prefill_chunk: int,
+    kv_memory_bytes: int = 256 << 20,
+) -> Iterator[Local]:
+    """Load a model and serve it inside this process, on one thread.
+
+    model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
+
+        with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
+            session = local.server.launch("When Mary and John", max_new_tokens=4)
+    """
+    config = ServerConfig(
+        model=ModelConfig(
+            model=None if model is None else str(model),
+            geometry=geometry,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+        ),
+        prefill_chunk=prefill_chunk,
+        kv_memory_bytes=kv_memory_bytes,
+        check=True,
+    )
+    kernel = Kernel(load(config, _quiet), config).start()
+    transport = cast(Transport, InProcessTransport(kernel.gateway))
+    server = Server(Client(transport, "evaluation"))
+    try:
+        yield Local(kernel, server)
+    finally:
+        server.close()
+        kernel.close()
+        # The next model needs the room, and modules refer to each other in circles.
+        del server, transport, kernel
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _quiet(*progress: Any) -> None:
+    """Loading is not what these notebooks are about."""
