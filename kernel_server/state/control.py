@@ -1,0 +1,275 @@
+"""Requests that make, move and end sessions, and those about breakpoints. Each is refused whole,
+with nothing changed, or done. What the engine makes of it is decided in `running`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import (
+    BadArgument,
+    BadPrompt,
+    NotStopped,
+    PromptTooLong,
+    QuotaExceeded,
+)
+from kernel_server.protocol.location import NOT_STARTED, parse_location
+from kernel_server.state.events import Requested
+from kernel_server.state.instructions import ForkTensors
+from kernel_server.state.running import Running
+from kernel_server.state.sessions import Session
+from kernel_server.state.stepping import (
+    Target,
+    entry,
+    next_target,
+    run_to_target,
+    step_out_target,
+)
+from kernel_server.state.story import brief
+
+MAX_SEED = 2**63
+
+
+class Control(Running):
+    """Launch, continue and stepping, pause, fork, terminate, breakpoints."""
+
+    # -- making ---------------------------------------------------------------------------------
+
+    def launch(self, event: Requested, request: m.Launch) -> None:
+        prompt = self._checked_prompt(request)
+        self._check_sampling(request.temperature, request.top_p)
+        self._check_seed(request.seed)
+        self._check_name(request.name)
+        self._check_quota(event.owner)
+        number = self.num_made = self.num_made + 1
+        session = Session(
+            id=f"s{number}",
+            owner=event.owner,
+            name=request.name or f"s{number}",
+            parent=None,
+            tokens=list(prompt),
+            prompt=prompt,
+            max_new_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # no randomness here: the number of the session is as good a seed, and reproducible
+            seed=number if request.seed is None else request.seed,
+            tables=[()] * self.shape.num_groups,
+        )
+        self.sessions[session.id] = session
+        self.note(session, "Launch", brief(request))
+        if request.stop_on_entry:
+            session.target = entry()
+            self.set_running(session)
+        self.publish(session, "launched")
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+
+    def _checked_prompt(self, request: m.Launch) -> tuple[int, ...]:
+        shape, prompt, new = self.shape, request.token_ids, request.max_new_tokens
+        if not prompt:
+            raise BadPrompt("the prompt is empty: give at least one token")
+        for index, token in enumerate(prompt):
+            if type(token) is not int or not 0 <= token < shape.vocab_size:
+                raise BadPrompt(
+                    f"token id {token} at position {index} lies outside the vocabulary, 0 to"
+                    f" {shape.vocab_size - 1}"
+                )
+        if type(new) is not int or new < 1:
+            raise BadArgument(f"max_new_tokens is {new!r}: give 1 or more")
+        if len(prompt) + new > shape.max_context:
+            raise PromptTooLong(
+                f"{len(prompt)} prompt tokens and {new} new ones exceed the model's context of"
+                f" {shape.max_context}: shorten the prompt, or ask for at most"
+                f" {max(shape.max_context - len(prompt), 0)} new tokens",
+                prompt_tokens=len(prompt),
+                max_context=shape.max_context,
+            )
+        pages = shape.num_groups * shape.pages_for(len(prompt) + new - 1)
+        if pages > shape.num_pages:
+            raise PromptTooLong(
+                f"{len(prompt)} prompt tokens and {new} new ones need {pages} pages, the whole pool"
+                f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
+                needed=pages,
+                total=shape.num_pages,
+            )
+        return prompt
+
+    def _check_sampling(self, temperature: float, top_p: float) -> None:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise BadArgument(f"temperature is {temperature}: give 0 (greedy) or a positive number")
+        if not 0 < top_p <= 1:
+            raise BadArgument(f"top_p is {top_p}: give a number above 0, at most 1")
+
+    def _check_seed(self, seed: int | None) -> None:
+        if seed is not None and (type(seed) is not int or not 0 <= seed < MAX_SEED):
+            raise BadArgument(f"seed is {seed!r}: give a whole number from 0 to 2**63 - 1")
+
+    def _check_name(self, name: str | None) -> None:
+        if name is None:
+            return
+        most = self.limits.name_length
+        if not 1 <= len(name) <= most or not name.isprintable():
+            raise BadArgument(
+                f"the name has {len(name)} characters: give 1 to {most}, all printable"
+            )
+
+    def _check_quota(self, owner: str) -> None:
+        have = sum(session.owner == owner for session in self.sessions.values())
+        most = self.limits.sessions_per_owner
+        if have >= most:
+            raise QuotaExceeded(
+                f"you have {have} sessions, the limit is {most}: terminate one first",
+                have=have,
+                limit=most,
+            )
+
+    def fork(self, event: Requested, request: m.Fork, parent: Session) -> None:
+        if parent.status not in ("waiting", "stopped", "finished"):
+            place = parent.place(self.shape.num_layers)
+            what = "pause it first" if parent.status == "running" else "it holds nothing to copy"
+            raise NotStopped(f"session {parent.id} is {place}: {what}", status=parent.status)
+        self._check_seed(request.seed)
+        self._check_name(request.name)
+        self._check_quota(event.owner)
+        number = self.num_made = self.num_made + 1
+        child = Session(
+            id=f"s{number}",
+            owner=parent.owner,
+            name=request.name or f"{parent.name} fork {number}"[-self.limits.name_length :],
+            parent=parent.id,
+            tokens=list(parent.tokens),
+            prompt=parent.prompt,
+            max_new_tokens=parent.max_new_tokens,
+            temperature=parent.temperature,
+            top_p=parent.top_p,
+            seed=parent.seed if request.seed is None else request.seed,
+            tables=list(parent.tables),
+            status=parent.status,
+            forward=parent.forward,
+            point=parent.point,
+            layers_replayed=parent.layers_replayed,
+            stop_number=parent.stop_number,
+            stop=parent.stop,
+            finish_reason=parent.finish_reason,
+            error=parent.error,
+            breakpoints=parent.breakpoints.copy(),
+            edits=parent.edits.copy(),
+        )
+        for table in child.tables:
+            self.pool.retain(table)
+        self.sessions[child.id] = child
+        self.note(parent, "Fork", f"to {child.id}")
+        self.note(child, "Fork", f"of {parent.id}, {child.place(self.shape.num_layers)}")
+        self.emit(ForkTensors(parent_id=parent.id, child_id=child.id))
+        self.publish(child, "launched")
+        self.reply(event.request_id, m.SessionReply(session=self.info(child)))
+
+    # -- moving -----------------------------------------------------------------------------
+
+    def continue_(self, event: Requested, request: m.Continue, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        self._run_on(event, session, None)
+
+    def next(self, event: Requested, request: m.Next, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        self._run_on(event, session, next_target(self.shape, session.forward, session.point))
+
+    def step_out(self, event: Requested, request: m.StepOut, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        self._run_on(event, session, step_out_target(self.shape, session.forward, session.point))
+
+    def run_to(self, event: Requested, request: m.RunTo, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        num_layers = self.shape.num_layers
+        wanted = parse_location(request.location, num_layers).point(num_layers)
+        self._run_on(event, session, run_to_target(session.forward, session.point, wanted))
+
+    def _run_on(self, event: Requested, session: Session, target: Target | None) -> None:
+        # found out now, while it can still be refused
+        self.pool.require(self.writes(session, self.until(session, target)).num_pages)
+        session.target = target
+        self.set_running(session)
+        self.publish(session, "continued")
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+
+    def pause(self, event: Requested, request: m.Pause, session: Session) -> None:
+        """Stop at the next boundary; a session that does not run is answered as it is."""
+        if session.status == "running" and not session.pausing:
+            if self.slot is not None and self.slot.session is session:
+                session.pausing = True
+                self.interrupt()
+            elif session.point == NOT_STARTED:
+                session.pausing = True  # its next stretch runs to the embedding
+            else:
+                self.scheduler.remove(session.owner, session.id)
+                self.stop(session, "pause")
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+
+    # -- ending -----------------------------------------------------------------------------
+
+    def terminate(self, event: Requested, request: m.Terminate, session: Session) -> None:
+        del self.sessions[session.id]
+        self.scheduler.remove(session.owner, session.id)
+        if self.slot is not None and self.slot.session is session:
+            # the engine writes its pages until it has answered
+            self.slot.ended = True
+            self.interrupt()
+        else:
+            self.free(session)
+        self.publish(session, "terminated")
+        self._story.end(session.id)
+        self.reply(event.request_id, m.Terminated(session_id=session.id))
+
+    # -- breakpoints ------------------------------------------------------------------------
+
+    def set_breakpoint(self, event: Requested, request: m.SetBreakpoint, session: Session) -> None:
+        if session.status in ("finished", "failed"):
+            place = session.place(self.shape.num_layers)
+            raise NotStopped(
+                f"session {session.id} is {place}: no forward will come to a breakpoint",
+                status=session.status,
+            )
+        most = self.limits.breakpoints_per_session
+        if len(session.breakpoints) >= most:
+            raise QuotaExceeded(
+                f"session {session.id} has {most} breakpoints, the limit: remove one first",
+                have=most,
+                limit=most,
+            )
+        found = session.breakpoints.add(request, self.shape.num_layers)
+        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+
+    def enable_breakpoint(
+        self, event: Requested, request: m.EnableBreakpoint, session: Session
+    ) -> None:
+        found = session.breakpoints.get(request.breakpoint_id)
+        session.breakpoints.enable(found, request.enabled)
+        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+
+    def remove_breakpoint(
+        self, event: Requested, request: m.RemoveBreakpoint, session: Session
+    ) -> None:
+        found = session.breakpoints.get(request.breakpoint_id)
+        session.breakpoints.remove(found)
+        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+
+    def _breakpoint_changed(
+        self, event: Requested, session: Session, info: m.BreakpointInfo
+    ) -> None:
+        self.plan_anew(session)
+        self.publish(session, "changed")
+        self.reply(event.request_id, m.BreakpointReply(breakpoint=info))
+
+    # -- asking -----------------------------------------------------------------------------
+
+    def describe(self, event: Requested, request: m.Describe, session: Session) -> None:
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+
+    def list_sessions(self, event: Requested, request: m.ListSessions) -> None:
+        mine = [s for s in self.sessions.values() if s.owner == event.owner]
+        self.reply(event.request_id, m.Sessions(sessions=tuple(map(self.info, mine))))
+
+    def read_story(self, event: Requested, request: m.ReadStory, session: Session) -> None:
+        lines = tuple(self._story.lines(session.id))
+        self.reply(event.request_id, m.StoryReply(lines=lines))

@@ -1,0 +1,268 @@
+"""What every part of the state machine stands on: the sessions, the page pool, the engine's slot,
+and the few ways anything leaves it. Which requests and results do what is decided in `control`,
+`editing` and `running`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kernel_server.protocol.errors import NotStopped, StaleStop, UnknownSession
+from kernel_server.protocol.location import layers_executed, location_at
+from kernel_server.protocol.messages import (
+    ErrorInfo,
+    Event,
+    Reason,
+    SessionInfo,
+    StopInfo,
+)
+from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.state.edits import Edit
+from kernel_server.state.instructions import (
+    DropTensors,
+    Instruction,
+    Interrupt,
+    PoisonPages,
+    Publish,
+    Reply,
+)
+from kernel_server.state.pages import PagePool
+from kernel_server.state.scheduler import Scheduler
+from kernel_server.state.sessions import Session
+from kernel_server.state.shape import Limits, ModelShape
+from kernel_server.state.story import Story
+
+EventKind = Literal[
+    "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed"
+]
+
+
+@dataclass(slots=True)
+class Slot:
+    """The stretch the engine was given, and what it was told then."""
+
+    session: Session
+    #: the forward it runs, where it started, and how far it may go
+    forward: int
+    start: int
+    until: int
+    armed: tuple[Breakpoint, ...]
+    #: edits ahead, with the positions each changes
+    edits: list[tuple[Edit, tuple[int, ...]]]
+    #: pages that are copied first: owned until the engine has answered, so that nobody frees them
+    sources: tuple[int, ...]
+    #: many tokens: worth interrupting
+    long: bool
+    interrupted: bool = False
+    #: the session was terminated: free it when the engine answers
+    ended: bool = False
+
+
+class Core:
+    """The remembered part of the state machine, and its ways out."""
+
+    def __init__(
+        self, shape: ModelShape, limits: Limits | None = None, *, check: bool = False
+    ) -> None:
+        self.shape = shape
+        self.limits = limits or Limits()
+        self.checking = check
+        self.sessions: dict[str, Session] = {}
+        self.pool = PagePool(shape.num_pages)
+        self.scheduler = Scheduler()
+        self.slot: Slot | None = None
+        #: how many sessions were ever made; names them, and is the default seed
+        self.num_made = 0
+        #: how many events were handled
+        self.num_events = 0
+        #: owner -> sequence number of the last event published
+        self.event_seq: dict[str, int] = {}
+        self._story = Story(self.limits.story_entries)
+        self._out: list[Instruction] = []
+
+    # -- ways out ---------------------------------------------------------------------------
+
+    def emit(self, instruction: Instruction) -> None:
+        self._out.append(instruction)
+
+    def note(self, session: Session, name: str, detail: Any = "") -> None:
+        """Add a line to the session's story."""
+        self._story.note(session.id, self.num_events, name, detail)
+
+    def reply(self, request_id: int, message: Any) -> None:
+        self._out.append(Reply(request_id=request_id, message=message))
+
+    def publish(
+        self, session: Session, kind: EventKind, *, done: int = 0, total: int = 0, text: str = ""
+    ) -> None:
+        """Append an event to the owner's log; it carries the session unless that has no news."""
+        seq = self.event_seq.get(session.owner, 0) + 1
+        self.event_seq[session.owner] = seq
+        session.revision += 1
+        shown = None if kind in ("progress", "terminated") else session.info(self.shape, seq)
+        event = Event(
+            seq=seq,
+            kind=kind,
+            session_id=session.id,
+            session=shown,
+            done=done,
+            total=total,
+            text=text,
+        )
+        self._out.append(Publish(owner=session.owner, event=event))
+
+    def info(self, session: Session) -> SessionInfo:
+        return session.info(self.shape, self.event_seq.get(session.owner, 0))
+
+    def location(self, point: int) -> str:
+        return str(location_at(point, self.shape.num_layers))
+
+    # -- finding and refusing -----------------------------------------------------------------
+
+    def own(self, owner: str, session_id: str) -> Session:
+        """The owner's session, or `UnknownSession`; others' do not exist for them."""
+        session = self.sessions.get(session_id)
+        if session is None or session.owner != owner:
+            raise UnknownSession(
+                f"no session {session_id!r}: it was terminated or never was; sessions() lists"
+                " those there are"
+            )
+        return session
+
+    def require_rest(self, session: Session, seen: int) -> None:
+        """Refuse unless the session waits or is stopped, and the caller saw it so."""
+        place = session.place(self.shape.num_layers)
+        if seen != session.stop_number:
+            raise StaleStop(
+                f"session {session.id} has moved on: it is at stop {session.stop_number} ({place}),"
+                f" and this call saw stop {seen}; look at the session again, then repeat",
+                seen=seen,
+                stop_number=session.stop_number,
+            )
+        if session.status in ("waiting", "stopped"):
+            return
+        then = {
+            "running": "pause it, or wait for its next stop",
+            "finished": "launch again, or fork one of its stops",
+            "failed": "its error says why; launch again",
+        }[session.status]
+        raise NotStopped(f"session {session.id} is {place}: {then}", status=session.status)
+
+    def require_stop(self, session: Session, seen: int) -> None:
+        """Refuse unless the session stands at the stop the caller saw."""
+        self.require_rest(session, seen)
+        if session.status != "stopped":
+            place = session.place(self.shape.num_layers)
+            raise NotStopped(f"session {session.id} is {place}: continue it to a stop first")
+
+    # -- status -----------------------------------------------------------------------------
+
+    def move(self, session: Session, status: Any) -> None:
+        self.note(session, f"{session.status} → {status}")
+        session.move_to(status)
+
+    def stop(
+        self,
+        session: Session,
+        reason: Reason,
+        *,
+        hit_tokens: tuple[int, ...] = (),
+        hit_breakpoints: tuple[int, ...] = (),
+        error: ErrorInfo | None = None,
+    ) -> None:
+        """Let a session stand where it is."""
+        self.move(session, "stopped")
+        self._rest(session)
+        session.error = error
+        session.stop = StopInfo(
+            number=session.stop_number,
+            reason=reason,
+            location=self.location(session.point),
+            forward=session.forward,
+            first_token=session.first_token,
+            end_token=session.end_token,
+            layers_executed=layers_executed(session.point, self.shape.num_layers),
+            hit_tokens=hit_tokens,
+            hit_breakpoints=hit_breakpoints,
+            error=error,
+        )
+        self.publish(session, "stopped")
+
+    def wait(self, session: Session, error: ErrorInfo) -> None:
+        """Let a session wait before the forward it could not begin."""
+        self.move(session, "waiting")
+        self._rest(session)
+        session.error = error
+        self.publish(session, "stopped")
+
+    def finish(self, session: Session) -> None:
+        """All tokens are drawn; pages stay, so that it can be forked and looked at."""
+        self.move(session, "finished")
+        self._rest(session)
+        self.publish(session, "finished")
+
+    def fail(self, session: Session, error: ErrorInfo) -> None:
+        """A session lost to a fault holds nothing any more."""
+        self.move(session, "failed")
+        self._rest(session)
+        session.stop = None
+        session.error = error
+        self.free(session)
+        self.publish(session, "failed")
+
+    def _rest(self, session: Session) -> None:
+        session.stop_number += 1
+        session.target = None
+        session.pausing = False
+        self._trim(session)
+
+    def set_running(self, session: Session) -> None:
+        """Queue a session, and let a long stretch give way to it."""
+        self.move(session, "running")
+        session.stop = None
+        session.error = None
+        self.queue(session)
+
+    def queue(self, session: Session, *, first: bool = False) -> None:
+        self.scheduler.add(session.owner, session.id, first=first)
+        if self.slot is not None and self.slot.long:
+            self.interrupt()
+
+    def interrupt(self) -> None:
+        """Ask the engine to answer at the next layer boundary, once."""
+        assert self.slot is not None
+        if not self.slot.interrupted:
+            self.slot.interrupted = True
+            self.emit(Interrupt(session_id=self.slot.session.id))
+
+    def plan_anew(self, session: Session) -> None:
+        """What the engine was told of a long stretch has changed: let it be asked again."""
+        if self.slot is not None and self.slot.session is session and self.slot.long:
+            self.interrupt()
+
+    # -- pages ------------------------------------------------------------------------------
+
+    def release(self, pages: list[int] | tuple[int, ...]) -> None:
+        """Drop an owner of each page; with checks on, freed ones are filled with NaN."""
+        freed = self.pool.release(pages)
+        if freed and self.checking:
+            self.emit(PoisonPages(pages=tuple(freed)))
+
+    def _trim(self, session: Session) -> None:
+        """Give back pages of groups this forward has not reached: nothing is in them."""
+        shape = self.shape
+        begun = shape.groups_begun(layers_executed(session.point, shape.num_layers))
+        keep = shape.pages_for(session.first_token)
+        for group in range(begun, shape.num_groups):
+            table = session.tables[group]
+            if len(table) > keep:
+                session.tables[group] = table[:keep]
+                self.release(table[keep:])
+
+    def free(self, session: Session) -> None:
+        """Give back all pages and tensors of a session."""
+        pages = [page for table in session.tables for page in table]
+        session.tables = [()] * self.shape.num_groups
+        self.emit(DropTensors(session_id=session.id))
+        self.release(pages)

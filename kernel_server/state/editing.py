@@ -1,0 +1,294 @@
+"""Requests about edits, and those that read tensors.
+
+At the stop an edit belongs to, the value is computed anew from its unedited tensor with all edits
+that are left, so undoing is exact; the session's list changes when the engine has done it, and
+requests about the session wait until then. Ahead of the stop, edits are only recorded. What an
+edit must look like is decided in `edits`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import (
+    BadArgument,
+    BadSelector,
+    NotFinished,
+    QuotaExceeded,
+    SessionFailed,
+    UndoRefused,
+)
+from kernel_server.protocol.location import NOT_STARTED, layers_executed
+from kernel_server.state.control import Control
+from kernel_server.state.edits import Edit, at_stop, here, make_edit
+from kernel_server.state.events import EditsApplied, EditsFailed, Requested
+from kernel_server.state.instructions import ApplyEdits, ReadTensors
+from kernel_server.state.selectors import TokenSelector, resolve_channels
+from kernel_server.state.sessions import PendingEdits, Session
+
+#: Most entries per row a lens answers.
+MAX_TOP_K = 1000
+
+#: Where an edit stands to its session: part of the stop, still to come in this forward, sticky and
+#: at work in other forwards, or done with.
+Place = Literal["here", "ahead", "later", "past"]
+
+
+class Editing(Control):
+    """Adding, switching, removing and undoing edits; reading tensors."""
+
+    # -- edits --------------------------------------------------------------------------------
+
+    def add_edit(self, event: Requested, request: m.AddEdit, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        most = self.limits.edits_per_session
+        if len(session.edits) >= most:
+            raise QuotaExceeded(
+                f"session {session.id} has {most} edits, the limit: remove one first",
+                have=most,
+                limit=most,
+            )
+        edit = make_edit(
+            request.edit,
+            self.shape,
+            session.standing(),
+            edit_id=session.edits.next_id,
+            stop_number=session.stop_number,
+        )
+        if self._place(session, edit) == "here":
+            self._apply(event, session, "add", edit)
+        else:
+            session.edits.add(edit)
+            self._edits_changed(event.request_id, session, edit)
+
+    def enable_edit(self, event: Requested, request: m.EnableEdit, session: Session) -> None:
+        edit = session.edits.get(request.edit_id)
+        place = self._place(session, edit)
+        if edit.enabled == request.enabled:
+            self._answer(event.request_id, session, edit)
+        elif place == "past":
+            raise self._too_late(session, edit, "on" if request.enabled else "off")
+        elif place == "here":
+            self._apply(event, session, "enable" if request.enabled else "disable", edit)
+        else:
+            session.edits.enable(edit, request.enabled)
+            self._edits_changed(event.request_id, session, edit)
+
+    def remove_edit(self, event: Requested, request: m.RemoveEdit, session: Session) -> None:
+        self._remove(event, session, session.edits.get(request.edit_id))
+
+    def undo_edit(self, event: Requested, request: m.UndoEdit, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        made_here = [e for e in session.edits if e.made_at_stop == session.stop_number]
+        if not made_here:
+            raise UndoRefused(
+                f"no edit was made at stop {session.stop_number} of session {session.id}; a sticky"
+                " one can be removed by its id, another one only by launching again"
+            )
+        self._remove(event, session, made_here[-1])
+
+    def _remove(self, event: Requested, session: Session, edit: Edit) -> None:
+        place = self._place(session, edit)
+        if place == "past" and (edit.forwards_matched or session.status == "running"):
+            raise self._too_late(session, edit, "away")
+        if place == "here" and edit.enabled:
+            self._apply(event, session, "remove", edit)
+        else:
+            session.edits.remove(edit)
+            self._edits_changed(event.request_id, session, None)
+
+    def _place(self, session: Session, edit: Edit) -> Place:
+        if session.status == "stopped" and here(edit, session.standing()):
+            last_only = edit.point == self.shape.logits
+            if edit.positions_in(session.standing(), last_only):
+                return "here"
+        if edit.sticky:
+            return "later"
+        waits = session.status in ("waiting", "stopped") and edit.point > session.point
+        return "ahead" if waits and edit.forward == session.forward else "past"
+
+    def _too_late(self, session: Session, edit: Edit, where: str) -> UndoRefused:
+        place = session.place(self.shape.num_layers)
+        if session.status == "running" and edit.forward == session.forward:
+            return UndoRefused(
+                f"session {session.id} is running the forward of edit {edit.id}, so it cannot be"
+                f" taken {where} exactly: pause it first"
+                if where == "away"
+                else f"session {session.id} is running the forward of edit {edit.id}, so it cannot"
+                f" be switched {where} exactly: pause it first"
+            )
+        verb = "taken away" if where == "away" else f"switched {where}"
+        return UndoRefused(
+            f"edit {edit.id} belongs to {self.location(edit.point)} of forward {edit.forward}, and"
+            f" session {session.id} is {place}: it cannot be {verb} exactly; launch again, or go on"
+            " from a fork made at that stop"
+        )
+
+    def _apply(
+        self,
+        event: Requested,
+        session: Session,
+        action: Literal["add", "enable", "disable", "remove"],
+        edit: Edit,
+    ) -> None:
+        """Ask the engine for the value with the edits as they would be after `action`."""
+        stand = session.standing()
+        logits = self.shape.logits
+        remaining = [
+            (found, positions)
+            for found, positions in at_stop(session.edits, stand, logits)
+            if found is not edit
+        ]
+        if action in ("add", "enable"):
+            remaining.append((edit, edit.positions_in(stand, edit.point == logits)))
+            remaining.sort(key=lambda entry: entry[0].id)
+        session.pending = PendingEdits(
+            event.request_id, action, edit, {found.id: where for found, where in remaining}
+        )
+        self.emit(
+            ApplyEdits(
+                request_id=event.request_id,
+                session_id=session.id,
+                edits=tuple(
+                    found.plan(where, stand.first, stand.end, found.point == logits)
+                    for found, where in remaining
+                ),
+            )
+        )
+
+    def edits_applied(self, event: EditsApplied) -> None:
+        session, pending = self._pending(event.session_id, event.request_id)
+        self.note(session, "EditsApplied", event)
+        edit = pending.edit
+        match pending.action:
+            case "add":
+                session.edits.add(edit)
+            case "enable":
+                session.edits.enable(edit, True)
+            case "disable":
+                session.edits.enable(edit, False)
+                edit.taken_back()
+            case "remove":
+                session.edits.remove(edit)
+        results = {result.edit_id: result for result in event.results}
+        for found in session.edits:
+            if found.id in pending.positions:
+                found.passed(session.forward, pending.positions[found.id], results.get(found.id))
+        shown = None if pending.action == "remove" else edit
+        self._edits_changed(pending.request_id, session, shown)
+
+    def edits_failed(self, event: EditsFailed) -> None:
+        session, pending = self._pending(event.session_id, event.request_id)
+        self.note(session, "EditsFailed", event)
+        self.reply(pending.request_id, m.ErrorReply(error=event.error))
+
+    def _pending(self, session_id: str, request_id: int) -> tuple[Session, PendingEdits]:
+        session = self.sessions[session_id]
+        pending = session.pending
+        assert pending is not None and pending.request_id == request_id, (
+            f"{session_id}: request {request_id} was answered, {pending} is pending"
+        )
+        session.pending = None
+        return session, pending
+
+    def _edits_changed(self, request_id: int, session: Session, edit: Edit | None) -> None:
+        self.publish(session, "changed")
+        self._answer(request_id, session, edit)
+
+    def _answer(self, request_id: int, session: Session, edit: Edit | None) -> None:
+        infos = session.edit_infos(self.shape.num_layers)
+        shown = None if edit is None else next(i for i in infos if i.id == edit.id)
+        self.reply(request_id, m.EditReply(edit=shown, edits=infos))
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read_value(self, event: Requested, request: m.ReadValue, session: Session) -> None:
+        self.require_stop(session, request.seen)
+        rows = self._rows(session, request.tokens)
+        channels = resolve_channels(request.channels, self.shape.width(session.point))
+        self._read(event, session, rows, channels)
+
+    def read_lens(self, event: Requested, request: m.ReadLens, session: Session) -> None:
+        self.require_stop(session, request.seen)
+        most = min(self.shape.vocab_size, MAX_TOP_K)
+        if not 1 <= request.top_k <= most:
+            raise BadArgument(f"top_k is {request.top_k}: give 1 to {most}")
+        rows = None
+        if request.layers is None and not request.every_layer:
+            rows = self._rows(session, request.tokens)
+        for layer in request.layers or ():
+            self._check_layer_ran(session, layer)
+        self._read(event, session, rows, None)
+
+    def _check_layer_ran(self, session: Session, layer: int) -> None:
+        if not -1 <= layer < self.shape.num_layers:
+            raise BadArgument(
+                f"layer {layer}: the model has layers 0 to {self.shape.num_layers - 1}, and -1 is"
+                " the embedding"
+            )
+        ran = layers_executed(session.point, self.shape.num_layers)
+        if layer >= ran:
+            raise BadArgument(
+                f"layer {layer} has not run in forward {session.forward}: the session stands at"
+                f" {self.location(session.point)}; step there first"
+            )
+
+    def read_capture(self, event: Requested, request: m.ReadCapture, session: Session) -> None:
+        self._refuse_failed(session)
+        if session.forward == 0 and session.point == NOT_STARTED:
+            raise NotFinished(f"session {session.id} has run no layer yet: continue it first")
+        self._read(event, session, None, None)
+
+    def read_logits(self, event: Requested, request: m.ReadLogits, session: Session) -> None:
+        self._refuse_failed(session)
+        if not session.finished_forwards:
+            raise NotFinished(
+                f"session {session.id} has finished no forward yet: continue it first"
+            )
+        self._read(event, session, None, None)
+
+    def _refuse_failed(self, session: Session) -> None:
+        if session.status == "failed":
+            why = f": {session.error.message}" if session.error else ""
+            raise SessionFailed(f"session {session.id} failed and holds no tensors{why}")
+
+    def _rows(self, session: Session, selector: m.Selector) -> tuple[int, ...] | None:
+        """Rows of the tensor at the stop, None for all of them."""
+        stand = session.standing()
+        tokens = TokenSelector(selector, stand.num_prompt_tokens)
+        tokens.check_once(stand.end, stand.end)
+        if tokens.kind == "all":
+            return None
+        found = tokens.positions(stand.tokens, stand.first, stand.end)
+        fed = f"forward {stand.forward} feeds tokens {stand.first} to {stand.end - 1}"
+        if not found or (tokens.kind == "indices" and len(found) < len(selector.indices)):
+            raise BadSelector(
+                f"{fed}, and {tokens} selects others: what was fed earlier is no longer here"
+            )
+        if session.point == self.shape.logits:
+            if found != (stand.end - 1,):
+                raise BadSelector(
+                    f"logits are kept for the last token only: select token {stand.end - 1} (-1)"
+                )
+            return None
+        return tuple(position - stand.first for position in found)
+
+    def _read(
+        self,
+        event: Requested,
+        session: Session,
+        rows: tuple[int, ...] | None,
+        channels: tuple[int, ...] | None,
+    ) -> None:
+        self.emit(
+            ReadTensors(
+                request_id=event.request_id,
+                session_id=session.id,
+                message=event.message,
+                rows=rows,
+                channels=channels,
+                first_token=session.first_token,
+                forward=session.forward,
+            )
+        )

@@ -1,0 +1,128 @@
+"""Which page belongs to whom. Bookkeeping only: integers, no tensors.
+
+A page has as many owners as there are page-table entries that name it (and copies under way that
+still read it). Forks share pages by adding owners; a page with two owners is never written: whoever
+is about to write takes a fresh page first. Who writes what, and when, is decided by the callers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kernel_server.protocol.errors import OutOfPages
+from kernel_server.state.shape import ModelShape
+
+#: Physical pages of one page group, in the order of the tokens they hold.
+PageTable = tuple[int, ...]
+
+
+class PagePool:
+    """Hands out page ids and counts their owners."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        # a stack, lowest id on top: a page just freed is the next one used
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def owners(self, page: int) -> int:
+        """How many own this page; 0 when it is free."""
+        return self._owners[page]
+
+    def require(self, count: int) -> None:
+        """Raise `OutOfPages` unless `count` pages are free."""
+        if count > len(self._free):
+            raise OutOfPages(
+                f"needs {count} pages, {len(self._free)} of {self.num_pages} are free; terminate a"
+                " session, or start the server with more --kv-memory",
+                needed=count,
+                free=len(self._free),
+                total=self.num_pages,
+            )
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages, or raise `OutOfPages` and take none."""
+        self.require(count)
+        taken = [self._free.pop() for _ in range(count)]
+        for page in taken:
+            self._owners[page] = 1
+        return taken
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Add an owner to each page."""
+        for page in pages:
+            assert self._owners[page] > 0, f"page {page} is free and cannot be shared"
+            self._owners[page] += 1
+
+    def release(self, pages: Iterable[int]) -> list[int]:
+        """Drop an owner of each page; returns those that became free."""
+        freed = []
+        for page in pages:
+            assert self._owners[page] > 0, f"page {page} is free already"
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free.append(page)
+                freed.append(page)
+        return freed
+
+    def check(self, held: Iterable[int]) -> None:
+        """Assert that the owners counted are exactly the entries of `held`."""
+        counted = [0] * self.num_pages
+        for page in held:
+            counted[page] += 1
+
+        assert counted == self._owners, "owners counted differ from page-table entries"
+        assert len(set(self._free)) == len(self._free), "a page is free twice"
+        assert all(self._owners[page] == 0 for page in self._free), "a free page has an owner"
+        assert len(self._free) + sum(n > 0 for n in self._owners) == self.num_pages, (
+            "a page is lost"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """What must happen before a stretch may write: (group, index in its table) of each fresh page,
+    those that replace a shared page, and the others."""
+
+    fresh: tuple[tuple[int, int], ...]
+    shared: tuple[tuple[int, int], ...]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.fresh) + len(self.shared)
+
+
+NOTHING = WritePlan((), ())
+
+
+def plan_writes(
+    shape: ModelShape,
+    pool: PagePool,
+    tables: Sequence[PageTable],
+    layers: tuple[int, int],
+    tokens: tuple[int, int],
+) -> WritePlan:
+    """The pages that running `layers` over `tokens` (both half-open) has to take first."""
+    if layers[0] >= layers[1]:
+        return NOTHING
+    first = tokens[0] // shape.page_tokens
+    end = shape.pages_for(tokens[1])
+    fresh: list[tuple[int, int]] | None = None
+    shared: list[tuple[int, int]] | None = None
+    for group in range(layers[0] // shape.layers_per_group, shape.groups_begun(layers[1])):
+        table = tables[group]
+        for index in range(first, end):
+            if index >= len(table):
+                fresh = [] if fresh is None else fresh
+                fresh.append((group, index))
+            elif pool.owners(table[index]) > 1:
+                shared = [] if shared is None else shared
+                shared.append((group, index))
+    if fresh is None and shared is None:
+        return NOTHING
+    return WritePlan(tuple(fresh or ()), tuple(shared or ()))

@@ -1,0 +1,272 @@
+"""What the engine is given to do, and what follows from how it went.
+
+One stretch is in the engine at a time, normally a whole forward; which session's, the scheduler
+says. A stretch is cut short by an interrupt (pause, or others waiting beside a long prefill); a
+session that was cut short goes on from where it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kernel_server.protocol.errors import OutOfPages
+from kernel_server.protocol.location import EMBEDDING, NOT_STARTED, layers_executed
+from kernel_server.protocol.messages import ErrorReply, error_info
+from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.state.core import Core, Slot
+from kernel_server.state.edits import plans_beyond
+from kernel_server.state.events import EditResult, StretchDone, StretchFailed
+from kernel_server.state.instructions import Check, RunStretch
+from kernel_server.state.pages import WritePlan, plan_writes
+from kernel_server.state.sessions import MOVES, Session
+from kernel_server.state.stepping import Target, furthest
+
+
+class Running(Core):
+    """Gives stretches to the engine and takes their results."""
+
+    # -- giving ---------------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Give the engine the next stretch, if it has none and a session can run."""
+        while self.slot is None:
+            session_id = self.scheduler.next()
+            if session_id is None:
+                return
+            session = self.sessions[session_id]
+            try:
+                self._begin(session)
+            except OutOfPages as error:
+                self._no_room(session, error)
+
+    def until(self, session: Session, target: Target | None) -> int:
+        """How far the current forward may run without asking."""
+        return furthest(
+            self.shape,
+            session.forward,
+            session.point,
+            target,
+            session.pausing,
+            session.breakpoints.armed(session.forward == 0),
+        )
+
+    def writes(self, session: Session, until: int) -> WritePlan:
+        """The pages to be taken before the session may run to `until`."""
+        num_layers = self.shape.num_layers
+        return plan_writes(
+            self.shape,
+            self.pool,
+            session.tables,
+            (layers_executed(session.point, num_layers), layers_executed(until, num_layers)),
+            (session.first_token, session.end_token),
+        )
+
+    def _begin(self, session: Session) -> None:
+        """Take the pages of a stretch and give it to the engine, or raise and change nothing."""
+        shape = self.shape
+        until = self.until(session, session.target)
+        copies = self._take(session, self.writes(session, until))
+        prefill = session.forward == 0
+        long = prefill and len(session.prompt) > 1
+        if long and self.scheduler:
+            until = min(until, self._slice_end(session))
+        point = session.point
+        armed = tuple(b for b in session.breakpoints.armed(prefill) if point < b.point <= until)
+        edits = []
+        if len(session.edits):
+            edits = [
+                entry
+                for entry in plans_beyond(session.edits, session.standing(), shape.logits)
+                if entry[0].point <= until
+            ]
+        first, end = session.first_token, session.end_token
+        groups = shape.groups_begun(layers_executed(until, shape.num_layers))
+        stretch = RunStretch(
+            session_id=session.id,
+            forward=session.forward,
+            token_ids=session.fed,
+            first_token=first,
+            point=point,
+            until=until,
+            checks=_checks(armed),
+            edits=tuple(
+                edit.plan(positions, first, end, edit.point == shape.logits)
+                for edit, positions in edits
+                if positions
+            ),
+            tables=tuple(session.tables[:groups]),
+            copies=copies,
+            sampling=session.sampling(),
+        )
+        self.slot = Slot(
+            session=session,
+            forward=session.forward,
+            start=point,
+            until=until,
+            armed=armed,
+            edits=edits,
+            sources=tuple(source for source, _ in copies),
+            long=long,
+        )
+        self.emit(stretch)
+        self.note(session, "RunStretch", (session.forward, point, until, copies))
+
+    def _slice_end(self, session: Session) -> int:
+        """How far a prefill may go before others have their turn."""
+        chunks = -(-len(session.prompt) // self.shape.prefill_chunk)
+        layers = max(1, self.limits.prefill_slice // chunks)
+        return max(session.point, EMBEDDING) + layers
+
+    def _take(self, session: Session, plan: WritePlan) -> tuple[tuple[int, int], ...]:
+        """Take fresh pages into the session's tables; returns the (from, to) copies to make.
+
+        The sources keep this owner until the engine has answered.
+        """
+        if not plan.num_pages:
+            return ()
+        pages = self.pool.allocate(plan.num_pages)
+        copies = []
+        for group, index in plan.shared:
+            table = session.tables[group]
+            page = pages.pop()
+            copies.append((table[index], page))
+            session.tables[group] = (*table[:index], page, *table[index + 1 :])
+        for group, index in plan.fresh:
+            assert len(session.tables[group]) == index
+            session.tables[group] += (pages.pop(),)
+        return tuple(copies)
+
+    def _no_room(self, session: Session, error: OutOfPages) -> None:
+        """A session that was to run finds no pages: it rests and can be continued later."""
+        reason = error_info(error)
+        if session.point == NOT_STARTED:
+            self.wait(session, reason)
+        else:
+            self.stop(session, "exception", error=reason)
+
+    # -- taking ---------------------------------------------------------------------------------
+
+    def stretch_done(self, event: StretchDone) -> None:
+        slot = self._answered(event.session_id, event.point)
+        session = slot.session
+        if slot.ended:
+            self.free(session)
+            return
+        self.note(session, "StretchDone", event)
+        stopping = self._arrive(slot, event.point, event.held, event.edits, event.layers_run)
+        if event.point == self.shape.sampled:
+            assert event.token is not None, "a forward was finished without a token"
+            self._drawn(session, event.token)
+        elif stopping:
+            self._stop_at_breakpoints(session, stopping, event)
+        elif (
+            session.target is not None
+            and session.target.point == event.point
+            and (session.target.forward == session.forward)
+        ):
+            self.stop(session, session.target.reason)
+        elif session.pausing and event.point != NOT_STARTED:
+            self.stop(session, "pause")
+        else:
+            # cut short for others, or a breakpoint that is to be ignored: then run on at once
+            self.queue(session, first=event.point < slot.until and not slot.interrupted)
+
+    def stretch_failed(self, event: StretchFailed) -> None:
+        if event.fatal and (self.slot is None or self.slot.session.id != event.session_id):
+            self._lost_outside(event)
+            return
+        slot = self._answered(event.session_id, None if event.fatal else event.point)
+        session = slot.session
+        if slot.ended:
+            self.free(session)
+            return
+        self.note(session, "StretchFailed", event)
+        if event.fatal:
+            self.fail(session, event.error)
+        else:
+            stopping = self._arrive(slot, event.point, {}, (), 0)
+            if event.point == NOT_STARTED:
+                self.wait(session, event.error)
+            else:
+                ids = tuple(b.id for b in stopping)
+                self.stop(session, "exception", hit_breakpoints=ids, error=event.error)
+
+    def _lost_outside(self, event: StretchFailed) -> None:
+        """A fault was found while the session was not in the engine."""
+        session = self.sessions.get(event.session_id)
+        if session is None or (session.status, "failed") not in MOVES:
+            return
+        self.note(session, "StretchFailed", event)
+        self.scheduler.remove(session.owner, session.id)
+        if session.pending is not None:
+            self.reply(session.pending.request_id, ErrorReply(error=event.error))
+            session.pending = None
+        self.fail(session, event.error)
+
+    def _answered(self, session_id: str, point: int | None) -> Slot:
+        """Empty the engine's slot; an answer that does not belong to it is a fault."""
+        slot = self.slot
+        assert slot is not None, f"{session_id} answered, and nothing was asked"
+        assert slot.session.id == session_id, f"{session_id} answered for {slot.session.id}"
+        assert point is None or slot.start <= point <= slot.until, (
+            f"{session_id} came to point {point} from {slot.start}, until {slot.until}"
+        )
+        self.slot = None
+        self.release(slot.sources)
+        return slot
+
+    def _arrive(
+        self,
+        slot: Slot,
+        point: int,
+        held: Mapping[int, tuple[int, ...]],
+        results: tuple[EditResult, ...],
+        layers_run: int,
+    ) -> list[Breakpoint]:
+        """Move the cursor and count what was passed; returns the breakpoints that stop here."""
+        session = slot.session
+        session.point = point
+        if layers_run:
+            num_layers = self.shape.num_layers
+            new = layers_executed(point, num_layers) - layers_executed(slot.start, num_layers)
+            session.layers_replayed += max(0, layers_run - new)
+        if slot.edits:
+            by_id = {result.edit_id: result for result in results}
+            for edit, positions in slot.edits:
+                if edit.point <= point and session.edits.has(edit):
+                    edit.passed(slot.forward, positions, by_id.get(edit.id))
+        if not slot.armed:
+            return []
+        return session.breakpoints.reached(slot.armed, (slot.start, point), held)
+
+    def _stop_at_breakpoints(
+        self, session: Session, stopping: list[Breakpoint], event: StretchDone
+    ) -> None:
+        everywhere = range(session.first_token, session.end_token)
+        hit: set[int] = set()
+        for found in stopping:
+            hit.update(everywhere if found.condition is None else event.held[found.id])
+        ids = tuple(found.id for found in stopping)
+        self.stop(session, "breakpoint", hit_tokens=tuple(sorted(hit)), hit_breakpoints=ids)
+
+    def _drawn(self, session: Session, token: int) -> None:
+        """A token was drawn: the session is finished, or its next forward is queued."""
+        session.tokens.append(token)
+        total = session.max_new_tokens
+        self.publish(session, "progress", done=session.finished_forwards, total=total)
+        if token in self.shape.eos_token_ids:
+            session.finish_reason = "eos"
+        elif session.finished_forwards >= total:
+            session.finish_reason = "max_new_tokens"
+        if session.finish_reason is not None:
+            self.finish(session)
+            return
+        session.forward += 1
+        session.point = NOT_STARTED
+        session.layers_replayed = 0
+        self.queue(session)
+
+
+def _checks(armed: tuple[Breakpoint, ...]) -> tuple[Check, ...]:
+    """Only conditions are put to the engine; the others are counted when they are passed."""
+    return tuple([found.check() for found in armed if found.condition is not None])

@@ -1,0 +1,220 @@
+"""A session as data, and the moves its status may make.
+
+Everything that determines a session is here: tokens, cursor, page tables, breakpoints, edits,
+sampler. When a move happens is decided by `control` and `running`; which moves there are, by the
+table below, from which the diagram in STATUS.md is drawn.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kernel_server.protocol.location import NOT_STARTED, layers_executed, location_at
+from kernel_server.protocol.messages import (
+    EditInfo,
+    ErrorInfo,
+    FinishReason,
+    SessionInfo,
+    Status,
+    StopInfo,
+)
+from kernel_server.state.breakpoints import Breakpoints
+from kernel_server.state.edits import Edit, Edits, Standing, here
+from kernel_server.state.events import Requested
+from kernel_server.state.instructions import Sampling
+from kernel_server.state.pages import PageTable
+from kernel_server.state.shape import ModelShape
+from kernel_server.state.stepping import Target
+
+#: (from, to) -> what causes the move. Terminate ends a session in any status.
+MOVES: dict[tuple[Status, Status], str] = {
+    ("waiting", "running"): "continue, next, step_out, run_to, or launch with stop_on_entry",
+    ("stopped", "running"): "continue, next, step_out, run_to",
+    ("running", "stopped"): "breakpoint, step, pause, or an exception within a forward",
+    ("running", "waiting"): "no room for a forward that has not begun",
+    ("running", "finished"): "end of sequence, or max_new_tokens",
+    ("running", "failed"): "the model raised",
+    ("stopped", "failed"): "a fault of the server",
+}
+
+#: What each status means, for the diagram.
+MEANINGS: dict[Status, str] = {
+    "waiting": "no forward begun, nothing runs",
+    "running": "queued, or in the engine",
+    "stopped": "stands at a location",
+    "finished": "all tokens drawn",
+    "failed": "lost; holds nothing",
+}
+
+
+@dataclass(slots=True)
+class PendingEdits:
+    """Edits the engine was asked to apply; the session's list changes when it has."""
+
+    request_id: int
+    action: Literal["add", "enable", "disable", "remove"]
+    edit: Edit
+    #: positions each edit changes, by edit id
+    positions: dict[int, tuple[int, ...]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One prompt being debugged."""
+
+    id: str
+    owner: str
+    name: str
+    parent: str | None
+    #: prompt and generated token ids; only ever appended to
+    tokens: list[int]
+    #: the prompt once more, as a forward is told of it
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    #: physical pages by page group
+    tables: list[PageTable]
+    status: Status = "waiting"
+    forward: int = 0
+    #: the point last reached in this forward
+    point: int = NOT_STARTED
+    layers_replayed: int = 0
+    stop_number: int = 0
+    stop: StopInfo | None = None
+    finish_reason: FinishReason | None = None
+    error: ErrorInfo | None = None
+    target: Target | None = None
+    pausing: bool = False
+    #: counts every change a client could see
+    revision: int = 0
+    breakpoints: Breakpoints = field(default_factory=Breakpoints)
+    edits: Edits = field(default_factory=Edits)
+    pending: PendingEdits | None = None
+    #: requests that wait until pending edits are applied
+    deferred: deque[Requested] = field(default_factory=deque)
+
+    @property
+    def first_token(self) -> int:
+        """Absolute position of the first token fed in this forward."""
+        return 0 if self.forward == 0 else len(self.prompt) + self.forward - 1
+
+    @property
+    def end_token(self) -> int:
+        """One past the last token fed in this forward."""
+        return len(self.prompt) + self.forward
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """Token ids fed in this forward."""
+        return self.prompt if self.forward == 0 else (self.tokens[self.end_token - 1],)
+
+    @property
+    def finished_forwards(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+    def standing(self) -> Standing:
+        """Where it stands, for edits and selectors."""
+        return Standing(
+            self.forward, self.point, len(self.prompt), self.max_new_tokens, self.tokens
+        )
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            position=self.end_token,
+        )
+
+    def move_to(self, status: Status) -> None:
+        """Change the status by a legal move."""
+        assert (self.status, status) in MOVES, f"{self.id}: {self.status} → {status} is no move"
+        self.status = status
+
+    def place(self, num_layers: int) -> str:
+        """Where it stands, in words for messages."""
+        if self.status == "finished":
+            return f"finished after {self.finished_forwards} tokens"
+        if self.point == NOT_STARTED:
+            return f"{self.status} before forward {self.forward}"
+        where = location_at(min(self.point, num_layers + 2), num_layers)
+        return f"{self.status} at {where}, forward {self.forward}"
+
+    def edit_infos(self, num_layers: int) -> tuple[EditInfo, ...]:
+        """All edits; `at_this_stop` is true of those whose place is the stop it stands at."""
+        if not len(self.edits):
+            return ()
+        stand = self.standing()
+        stopped = self.status == "stopped"
+        return tuple(e.info(num_layers, stopped and here(e, stand)) for e in self.edits)
+
+    def info(self, shape: ModelShape, event_seq: int) -> SessionInfo:
+        """All a client needs to show it."""
+        num_pages = sum(map(len, self.tables))
+        started = self.point != NOT_STARTED
+        reached = min(self.point, shape.logits)
+        return SessionInfo(
+            id=self.id,
+            name=self.name,
+            owner=self.owner,
+            status=self.status,
+            tokens=tuple(self.tokens),
+            num_prompt_tokens=len(self.prompt),
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            forward=self.forward,
+            location=str(location_at(reached, shape.num_layers)) if started else None,
+            layers_executed=layers_executed(self.point, shape.num_layers),
+            layers_replayed=self.layers_replayed,
+            stop_number=self.stop_number,
+            stop=self.stop,
+            finish_reason=self.finish_reason,
+            error=self.error,
+            parent=self.parent,
+            num_pages=num_pages,
+            kv_bytes=num_pages * shape.page_bytes,
+            revision=self.revision,
+            event_seq=event_seq,
+            breakpoints=self.breakpoints.info(shape.num_layers),
+            edits=self.edit_infos(shape.num_layers),
+        )
+
+    def check(self, shape: ModelShape) -> None:
+        """Assert what must hold of one session by itself."""
+        self.breakpoints.check()
+        self.edits.check()
+        drawn = self.finished_forwards
+        done = self.point == shape.sampled
+        assert drawn == self.forward + done, f"{self.id}: {drawn} tokens drawn"
+        assert done == (self.status == "finished") or self.status == "failed", f"{self.id}: {self}"
+        assert NOT_STARTED <= self.point <= shape.sampled
+        assert (self.stop is not None) == (self.status == "stopped"), f"{self.id}: stop"
+        assert (self.finish_reason is not None) == (self.status == "finished")
+        if self.status == "stopped":
+            assert self.point != NOT_STARTED, f"{self.id} is stopped nowhere"
+            assert self.stop is not None and self.stop.number == self.stop_number
+        if self.status == "waiting":
+            assert self.point == NOT_STARTED
+        if self.status != "running":
+            assert self.target is None and not self.pausing, f"{self.id} rests and is to run on"
+        elif self.target is not None:
+            ahead = (self.target.forward, self.target.point) > (self.forward, self.point)
+            assert ahead, f"{self.id} has passed {self.target}"
+        assert self.pending is None or self.status == "stopped"
+        assert self.pending is not None or not self.deferred, f"{self.id} forgot requests"
+        if self.status == "failed":
+            assert not any(self.tables), f"{self.id} failed and holds pages"
+            return
+        begun = shape.groups_begun(layers_executed(self.point, shape.num_layers))
+        for group, table in enumerate(self.tables):
+            needed = self.end_token if group < begun else self.first_token
+            most = self.end_token if self.status == "running" else needed
+            assert shape.pages_for(needed) <= len(table) <= shape.pages_for(most), (
+                f"{self.id}: group {group} has {len(table)} pages for {needed} tokens"
+            )

@@ -1,0 +1,72 @@
+"""Where next, step_out and run_to lead, and how far a stretch may go.
+
+A target is a (forward, point); a session that has one stops there unless a breakpoint or the end
+comes first. Pure functions of where the session stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kernel_server.protocol.location import EMBEDDING
+from kernel_server.protocol.messages import Reason
+from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.state.shape import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place to stop at once, and the reason the stop will have."""
+
+    forward: int
+    point: int
+    reason: Reason = "step"
+
+
+def entry() -> Target:
+    """The first place of the first forward."""
+    return Target(0, EMBEDDING, "entry")
+
+
+def next_target(shape: ModelShape, forward: int, point: int) -> Target:
+    """The next layer's output; after the last layer the final norm, the logits, then the next
+    forward's first layer."""
+    if point == shape.logits:
+        return Target(forward + 1, 1)
+    return Target(forward, max(point, EMBEDDING) + 1)
+
+
+def step_out_target(shape: ModelShape, forward: int, point: int) -> Target:
+    """This forward's logits, before sampling; from there, the next forward's."""
+    return run_to_target(forward, point, shape.logits)
+
+
+def run_to_target(forward: int, point: int, wanted: int) -> Target:
+    """`wanted` when it is reached next, in this forward or the one after."""
+    return Target(forward if wanted > point else forward + 1, wanted)
+
+
+def furthest(
+    shape: ModelShape,
+    forward: int,
+    point: int,
+    target: Target | None,
+    pausing: bool,
+    armed: Iterable[Breakpoint],
+) -> int:
+    """How far the session's current forward may run without asking: the nearest sure stop.
+
+    armed: in the order of their points.
+    """
+    until = shape.sampled
+    if pausing and point < EMBEDDING:
+        until = EMBEDDING
+    if target is not None and target.forward == forward and point < target.point < until:
+        until = target.point
+    for found in armed:
+        if found.point >= until:
+            break
+        if found.point > point and found.sure:
+            return found.point
+    return until
