@@ -163,11 +163,7 @@ class _Change:
         # a float64 model keeps its bits only in float64
         compute = torch.float64 if like.dtype == torch.float64 else torch.float32
         if spec.kind == "scale":
-            if spec.factor is None or not math.isfinite(spec.factor):
-                raise BadEdit(
-                    f"edit {plan.edit_id}: scale needs a finite factor, not {spec.factor}"
-                )
-            return cls("scale", spec.factor, None, compute)
+            return cls("scale", _number(plan, "factor", spec.factor, compute), None, compute)
         if spec.kind == "zero":
             return cls("zero", 0.0, None, compute)
         num_channels = width if plan.channels is None else len(plan.channels)
