@@ -170,11 +170,22 @@ def _sessions(options: argparse.Namespace) -> int:
 
 def _selftest(options: argparse.Namespace) -> int:
     _limit_threads(options.threads)
-    from kernel_server.server import selftest
+    from kernel_server.engine.loading import serve
+    from kernel_server.kernel import load
 
-    report = selftest(model_config(options), threads=options.threads)
+    config = ServerConfig(model=model_config(options), threads=options.threads)
+    loaded = load(config, lambda text, fraction: None)
+    # raises the reason when the model is refused; a pool is needed only to serve sessions
+    report = serve(loaded.model).report
     if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(report.table())
-    return 0 if report.passed else 1
+        print(json.dumps(report.as_dict(), indent=2))
+        return 0
+    random = " · random weights" if loaded.random_weights else ""
+    print(f"{loaded.name}{random} ({report.family}, {report.dtype}, stock {report.attention})")
+    for check in report.checks:
+        verdict = "pass" if check.passed else "FAIL"
+        print(f"  {verdict}  {check.name:<40} {check.value:.3g} (allowed {check.tolerance:.3g})")
+    for note in report.notes:
+        print(f"  note  {note}")
+    print("every check passed")
+    return 0

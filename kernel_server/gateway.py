@@ -47,11 +47,11 @@ MAX_PROMPT_CHARACTERS = 4_000_000
 class Words(Protocol):
     """The tokenizer's side of a model: text to ids and the text of one id."""
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def text(self, token_id: int) -> str: ...
 
-    def ids_of(self, text: str) -> tuple[int, ...]: ...
+    def ids(self, text: str) -> tuple[int, ...]: ...
 
     def all_texts(self) -> list[str]: ...
 
@@ -217,7 +217,7 @@ class Gateway:
                 f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
             )
         with self._words_lock:
-            return words.encode(text, add_special_tokens)
+            return words.encode(text, add_special_tokens=add_special_tokens)
 
     def _texts(self, served: Served, token_ids: tuple[int, ...]) -> tuple[str, ...]:
         size = served.model.vocab_size
@@ -252,7 +252,7 @@ class Gateway:
     def _ids_of(self, served: Served, text: str, what: str) -> tuple[int, ...]:
         words = self._words(served, what)
         with self._words_lock:
-            return words.ids_of(text)
+            return words.ids(text)
 
     def _near(self, served: Served, text: str) -> str:
         """A hint: tokens that differ from `text` by spaces or a letter or two."""

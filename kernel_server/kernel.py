@@ -1,98 +1,106 @@
 """One loaded model made ready to debug: pages, engine, state, loop and gateway, put together.
 
-Only wiring. A kernel needs no sockets: `handle` answers the bytes of one request, which is how the
-service uses it and how tests and notebooks run one inside their own process.
+Only wiring. A kernel needs no sockets: `gateway.handle` answers the bytes of one request, which is
+how the service uses it and how tests and notebooks run one inside their own process.
 """
 
 from __future__ import annotations
 
-import logging
+import platform
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 
 import kernel_server.version as version
 from kernel_server.config import ServerConfig
 from kernel_server.engine.engine import Engine
-from kernel_server.engine.kv_cache import KVCache, PageShape
+from kernel_server.engine.loading import Served as Ready
+from kernel_server.engine.loading import serve
 from kernel_server.engine.reads import TensorSource
-from kernel_server.engine.segments import Segments
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway, Served
 from kernel_server.loop import Loop
-from kernel_server.models.registry import LoadedModel, load_model
-from kernel_server.protocol.errors import OutOfDeviceMemory
+from kernel_server.models import registry
+from kernel_server.models.registry import LoadedModel, open_model
+from kernel_server.models.vocabulary import Vocabulary
 from kernel_server.protocol.messages import ModelInfo
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, process_rows
 
-log = logging.getLogger(__name__)
-
+#: Told how far loading is: (text, 0 to 1).
 Progress = Callable[[str, float], None]
 
-#: Pool when --kv-memory is not given: on a CPU this much, on a GPU this share of what is free.
-CPU_KV_BYTES = 1 << 30
-GPU_KV_SHARE = 0.8
 CPU_PREFILL_CHUNK = 512
 GPU_PREFILL_CHUNK = 2048
 
 
 def load(config: ServerConfig, progress: Progress) -> LoadedModel:
-    """Load the model of `config` and compare it with stock transformers.
+    """Read the weights `config` names.
 
-    Raises ModelNotFound, BrokenModel, UnsupportedModel, OutOfDeviceMemory.
+    Raises ModelNotFound, BrokenModel, UnsupportedModel, BadArgument, OutOfDeviceMemory.
     """
     torch.set_num_threads(config.threads)
-    return load_model(config.model, progress=progress)
+    wanted = config.model
+    progress("reading weights", 0.0)
+    return open_model(
+        wanted.model,
+        geometry=wanted.geometry,
+        seed=wanted.seed,
+        dtype=wanted.dtype,
+        device=wanted.device,
+        trust_remote_code=wanted.trust_remote_code,
+        progress=lambda done, total, text: progress(text, 0.9 * done / max(total, 1)),
+    )
 
 
 class Kernel:
     """A model's engine thread with everything that decides for it.
 
-    kernel = Kernel(load(config, print), config).start()
-    answer = kernel.gateway.handle("me", "here", request_bytes)
-    kernel.close()
+    Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory.
+
+        kernel = Kernel(load(config, print), config).start()
+        answer = kernel.gateway.handle("me", "here", request_bytes)
+        kernel.close()
     """
 
     def __init__(
-        self, loaded: LoadedModel, config: ServerConfig, gateway: Gateway | None = None
+        self,
+        loaded: LoadedModel,
+        config: ServerConfig,
+        gateway: Gateway | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.loaded = loaded
         self.config = config
         self.gateway = gateway or Gateway(
             secrets.token_hex(4), version.VERSION, EventLog(), debug=config.debug
         )
-        model = loaded.model
-        on_gpu = model.device.type == "cuda"
-        chunk = config.prefill_chunk or (GPU_PREFILL_CHUNK if on_gpu else CPU_PREFILL_CHUNK)
-        shape = loaded.page_shape
-        num_pages = self._num_pages(shape, model.device)
-        self.cache = KVCache(shape, num_pages, model.device)
-        self.segments = Segments(model, self.cache, prefill_chunk=chunk)
-        self.info: ModelInfo = replace(
-            loaded.info,
-            fingerprint=loaded.info.fingerprint
-            | {
-                "prefill_chunk": chunk,
-                "decode_bucket": config.decode_bucket,
-                "threads": torch.get_num_threads(),
-                "mode": "exact",
-            },
+        if progress is not None:
+            progress("comparing with stock transformers", 0.92)
+        default = GPU_PREFILL_CHUNK if loaded.device.type == "cuda" else CPU_PREFILL_CHUNK
+        chunk = config.prefill_chunk or default
+        self.ready: Ready = serve(
+            loaded.model, kv_memory_bytes=config.kv_memory_bytes, prefill_chunk=chunk
         )
-        self.state = ServerState(self._shape(shape, num_pages, chunk), Limits(), check=config.check)
+        self.info: ModelInfo = _describe(loaded, self.ready, config)
+        # a model may have rows without a token: its vocabulary is as wide as its logits
+        self.words = (
+            Vocabulary(loaded.tokenizer, self.info.vocab_size) if loaded.tokenizer else None
+        )
+        self.state = ServerState(_shape(self.info, self.ready), Limits(), check=config.check)
         self.loop = Loop(self.state, self.gateway.events, debug=config.debug)
         self.engine = Engine(
-            self.segments,
-            self.cache,
+            self.ready.segments,
+            self.ready.cache,
             post=self.loop.dispatch,
             reply=self.loop.reply,
             offer=self._offer,
-            texts=loaded.vocabulary.text if loaded.vocabulary is not None else None,
+            texts=self.words.text if self.words is not None else None,
             debug=config.debug,
         )
         self.loop.attach(self.engine)
@@ -102,9 +110,7 @@ class Kernel:
         """Start the engine thread and answer requests from now on."""
         self._thread.start()
         self.gateway.ready(
-            Served(
-                loop=self.loop, model=self.info, words=self.loaded.vocabulary, memory=self.memory
-            )
+            Served(loop=self.loop, model=self.info, words=self.words, memory=self.memory)
         )
         return self
 
@@ -122,56 +128,80 @@ class Kernel:
 
     def memory(self) -> tuple[Row, ...]:
         """Where the bytes are, as (kind, bytes, note)."""
-        used = self.cache.num_pages - self.state.pool.num_free
-        page = self.cache.page_bytes
-        held = self.engine.nbytes()
+        cache = self.ready.cache
+        used = cache.num_pages - self.state.pool.num_free
+        page = cache.page_bytes
+        weights = sum(p.nbytes for p in self.loaded.model.parameters())
         return (
-            ("weights", self.loaded.weights_bytes, self.info.name),
-            ("KV pages in use", used * page, f"{used} of {self.cache.num_pages} pages"),
-            ("KV pages free", (self.cache.num_pages - used) * page, f"{page} bytes a page"),
-            ("residual streams", held, "activations of stopped and running sessions"),
+            ("weights", weights, self.info.name),
+            ("KV pages in use", used * page, f"{used} of {cache.num_pages} pages"),
+            ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
+            ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
             *process_rows(self.info.device),
-        )
-
-    # -- sizes --------------------------------------------------------------------------------
-
-    def _num_pages(self, shape: PageShape, device: torch.device) -> int:
-        wanted = self.config.kv_memory_bytes
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if wanted is None:
-                wanted = int(free * GPU_KV_SHARE)
-            elif wanted > free:
-                raise OutOfDeviceMemory(
-                    f"--kv-memory asks for {wanted} bytes, {free} are free on {device} beside the"
-                    " weights: ask for less"
-                )
-        elif wanted is None:
-            wanted = CPU_KV_BYTES
-        if wanted < shape.page_bytes * shape.num_groups:
-            raise OutOfDeviceMemory(
-                f"--kv-memory of {wanted} bytes does not hold one page per page group"
-                f" ({shape.num_groups} of {shape.page_bytes} bytes): ask for more"
-            )
-        return wanted // shape.page_bytes
-
-    def _shape(self, pages: PageShape, num_pages: int, chunk: int) -> ModelShape:
-        info = self.info
-        return ModelShape(
-            num_layers=info.num_layers,
-            hidden_size=info.hidden_size,
-            norm_size=self.loaded.norm_size,
-            vocab_size=info.vocab_size,
-            layers_per_group=pages.group_layers,
-            page_tokens=pages.page_tokens,
-            num_pages=num_pages,
-            page_bytes=pages.page_bytes,
-            max_context=info.max_context,
-            eos_token_ids=info.eos_token_ids,
-            prefill_chunk=chunk,
         )
 
     def _offer(self, session_id: str, source: TensorSource) -> str:
         """Open a download for the session's owner."""
         owner: Any = self.state.sessions[session_id].owner
         return self.gateway.transfers.offer(str(owner), source)
+
+
+def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelInfo:
+    model, stock = ready.model, loaded.model
+    vocab_size, hidden = stock.get_output_embeddings().weight.shape[0], model.config.hidden_size
+    device = str(loaded.device)
+    fingerprint = {
+        "weights": loaded.weights_hash,
+        "djinn": version.VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": _device_name(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "prefill_chunk": ready.segments.prefill_chunk,
+        "decode_bucket": config.decode_bucket,
+        "page_tokens": ready.cache.shape.page_tokens,
+        "attention": model.route.name,
+        "mode": "exact",
+    }
+    return ModelInfo(
+        name=loaded.name,
+        architecture=type(stock).__name__,
+        random_weights=loaded.random_weights,
+        num_layers=model.num_layers,
+        hidden_size=hidden,
+        vocab_size=vocab_size,
+        max_context=registry.max_context(stock),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=device,
+        num_parameters=sum(p.numel() for p in stock.parameters()),
+        has_tokenizer=loaded.tokenizer is not None,
+        eos_token_ids=registry.eos_token_ids(stock),
+        fingerprint=fingerprint,
+        config=registry.describe_config(stock),
+        modules=registry.module_tree(stock),
+        load_check=ready.report.as_dict(),
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _shape(info: ModelInfo, ready: Ready) -> ModelShape:
+    pages = ready.cache.shape
+    return ModelShape(
+        num_layers=info.num_layers,
+        hidden_size=info.hidden_size,
+        norm_size=ready.model.model.get_output_embeddings().weight.shape[1],
+        vocab_size=info.vocab_size,
+        layers_per_group=pages.group_layers,
+        page_tokens=pages.page_tokens,
+        num_pages=ready.cache.num_pages,
+        page_bytes=pages.page_bytes,
+        max_context=info.max_context,
+        eos_token_ids=info.eos_token_ids,
+        prefill_chunk=ready.segments.prefill_chunk,
+    )

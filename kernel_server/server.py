@@ -107,7 +107,7 @@ class Server:
 
             shown = _Shown(self.gateway)
             loaded = load(self.config, shown)
-            self.kernel = Kernel(loaded, self.config, self.gateway)
+            self.kernel = Kernel(loaded, self.config, self.gateway, shown)
             self.kernel.start()
             model = self.kernel.info
             random = " · random weights" if model.random_weights else ""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernel_server.engine.segments import ForwardState
-from kernel_server.engine.variables import capture_rows
 from kernel_server.protocol.errors import NotStopped
 
 #: Up to this many tokens a forward's layer outputs are kept and reduced once, at its end; three
@@ -33,7 +32,12 @@ class Captured:
 
 def reduce_points(values: Tensor, first_token: int) -> Captured:
     """Figures of `values` [points, tokens, hidden]."""
-    return Captured(first_token, *capture_rows(values))
+    return Captured(
+        first_token,
+        torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32),
+        torch.linalg.vector_norm(values, ord=torch.inf, dim=-1, dtype=torch.float32),
+        values.isnan().sum((1, 2)),
+    )
 
 
 def join_points(parts: list[Captured]) -> Captured:
