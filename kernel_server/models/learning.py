@@ -120,22 +120,34 @@ def _learn_axes(model: ResumableModel, short: Recording) -> None:
 
 
 def _check_memory(model: ResumableModel, before: Recording) -> None:
-    """Refuse a preamble that remembers longer prompts, as dynamic rotary scaling does."""
+    """Refuse a preamble that remembers longer prompts, as dynamic rotary scaling does.
+
+    The same ids are recorded before and after ids further on, within and beyond the length the
+    model was made for: some scalings forget again once a short prompt comes.
+    """
     reach = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    if _has_learnt_positions(model, before):
-        # A table of positions has an end; what has no table but a formula is tried beyond it.
-        start = max(reach - 4 - _SHORT, 0)
-    else:
-        start = 2 * max(reach, 4096)
-    model.record(*model.inputs(model.sample_ids(_SHORT, seed=1), start))
-    after = model.record(before.token_ids, before.positions)
-    if not all(map(same_call, before.calls, after.calls)):
-        model.refuse(
-            "its rotary positions depend on prompts seen earlier (dynamic rotary scaling), so a"
-            " session could not be replayed exactly",
-            "dynamic RoPE",
-            "set another rope_type in the configuration, e.g. 'linear' or 'yarn'",
-        )
+    starts = [0, max(reach - 4 - _SHORT, 0)]
+    if _has_rotary(model) and not _has_learnt_positions(model, before):
+        # A table of positions has an end; what is a formula is tried beyond it.
+        starts = [0, max(reach, 4096) + 64, 4 * max(reach, 4096)]
+    for index, near in enumerate(starts):
+        first = model.record(*model.inputs(model.sample_ids(_SHORT), near))
+        for far in starts[index + 1 :]:
+            model.record(*model.inputs(model.sample_ids(_SHORT, seed=1), far))
+            again = model.record(first.token_ids, first.positions)
+            if not all(map(same_call, first.calls, again.calls)):
+                model.refuse(
+                    "its rotary positions depend on longer prompts seen earlier (dynamic rotary"
+                    " scaling), so a session could not be replayed exactly",
+                    "dynamic RoPE",
+                    "set another rope_type in the configuration, such as 'linear' or 'yarn'",
+                )
+
+
+def _has_rotary(model: ResumableModel) -> bool:
+    return any(
+        name.endswith("inv_freq") for module in model.model.modules() for name in module._buffers
+    )
 
 
 def _has_learnt_positions(model: ResumableModel, recording: Recording) -> bool:

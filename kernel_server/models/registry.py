@@ -138,7 +138,7 @@ def choose_dtype(dtype: str | None, device: torch.device, config: PretrainedConf
     own = getattr(config, "dtype", None)
     if isinstance(own, str):
         own = _DTYPES.get(own)
-    return own if own in _DTYPES.values() else torch.bfloat16
+    return own if isinstance(own, torch.dtype) and own in _DTYPES.values() else torch.bfloat16
 
 
 def _hash_random(model: PreTrainedModel, seed: int) -> str:

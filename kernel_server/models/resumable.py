@@ -32,7 +32,7 @@ from kernel_server.models.anatomy import (
 )
 from kernel_server.models.learning import learn
 from kernel_server.models.recording import Call, Recording
-from kernel_server.protocol.errors import UnsupportedModel
+from kernel_server.protocol.errors import DjinnError, UnsupportedModel
 
 #: Runs one layer in place: (layer index, residual, its other arguments) -> residual after it,
 #: or None to run no further layer in this pass.
@@ -185,11 +185,30 @@ class ResumableModel:
         #: axis of tokens of each layer argument, by layer and leaf path
         self.axes: list[dict[str, int]] = []
         self.observer: Any = None
+        if getattr(model, "_is_stateful", False):
+            self.refuse(
+                "it keeps a recurrent state besides keys and values (state-space, linear attention"
+                " or hybrid layers), which cannot be paged",
+                "recurrent state",
+                "use a model whose layers are all attention",
+            )
         self._set_attention()
-        with torch.no_grad(), route.calibration(self.family, self.eager) as observer:
-            self.observer = observer
-            self._learn_calls()
-            learn(self, observer)
+        try:
+            with torch.no_grad(), route.calibration(self.family, self.eager) as observer:
+                self.observer = observer
+                self._learn_calls()
+                learn(self, observer)
+        except torch.OutOfMemoryError:
+            raise
+        except DjinnError:
+            self._restore_attention()
+            raise
+        except Exception as error:
+            self._restore_attention()
+            self.refuse(
+                f"its layers could not be learnt: {type(error).__name__}: {_first_line(error)}",
+                "layer calls",
+            )
 
     # -- what the engine calls -----------------------------------------------------------------
 
@@ -321,7 +340,7 @@ class ResumableModel:
     def _set_attention(self) -> None:
         self.model.set_attn_implementation(self.route.name)
         left = [c for c in configs_of(self.model) if c._attn_implementation != self.route.name]
-        if left or not getattr(self.model, "_supports_attention_backend", True):
+        if left:
             self._restore_attention()
             self.refuse(
                 "its attention cannot be routed to Djinn's pages (it does not use transformers'"

@@ -27,7 +27,7 @@ SHORT_PROMPT = 6
 #: Sliding windows are shrunk to this in both paths, so that a short prompt exceeds them.
 WINDOW = 6
 #: Largest difference of one token's vector, relative to its length, by dtype.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 #: Lower precision is also allowed this many times what stock's own two attentions differ by.
 _OWN_SPREAD = 3.0
 #: Configuration fields that bound what a token may see.
@@ -184,8 +184,7 @@ def _compare_with_stock(
     stock, router = _run_stock(model, prompt, feeds, change, forced=forced)
     spread = 0.0
     if low and forced is None and not model.eager:
-        other, _ = _run_stock(model, prompt, feeds, change, eager=True)
-        spread = max(_worst(model, other[i], stock[i], [])[0] for i in range(len(stock)))
+        spread = _own_spread(model, stock, prompt, feeds, change)
     tolerance = max(base, _OWN_SPREAD * spread)
     for part, indices in (("prefill", [0]), ("decode", range(1, len(stock)))):
         value, where = 0.0, ""
@@ -201,6 +200,22 @@ def _compare_with_stock(
             f"mixture of experts in {report.dtype}: every layer was compared on the engine's own"
             f" inputs{suffix}; {tied} choices of experts nearer than the tolerance left out"
         )
+
+
+def _own_spread(
+    model: ResumableModel,
+    stock: list[Trace],
+    prompt: Sequence[int],
+    feeds: Sequence[int],
+    change: Callable[[PretrainedConfig], None] | None,
+) -> float:
+    """What stock's eager attention and its SDPA differ by; 0 where a family's eager one fails."""
+    try:
+        other, _ = _run_stock(model, prompt, feeds, change, eager=True)
+    except (RuntimeError, ValueError, TypeError):
+        return 0.0
+    spread = max(_worst(model, other[i], stock[i], [])[0] for i in range(len(stock)))
+    return spread if math.isfinite(spread) else 0.0
 
 
 def _has_experts(model: ResumableModel) -> bool:
@@ -256,7 +271,7 @@ def _run_stock(
     twin = model.stock(change)
     if eager:
         twin.set_attn_implementation("eager")
-    layers = list(twin.get_submodule(model.anatomy.layers_path))  # type: ignore[call-overload]
+    layers = list(twin.get_submodule(model.anatomy.layers_path))
     gaps = _RouterGaps(model, layers) if forced is not None else None
     now: dict[str, Any] = {}
 
