@@ -1,4 +1,4 @@
-"""What is known of the model served: sizes, config, module tree, tokenizer. No weights come here."""
+"""What is known of the model served: sizes, config, modules, tokenizer. No weights come here."""
 
 from __future__ import annotations
 

@@ -311,7 +311,7 @@ def location_name(location: object) -> str:
 def _when(when: object) -> m.When:
     if when not in ("any", "prefill", "decode"):
         raise BadArgument(f"when is 'any', 'prefill' or 'decode', not {when!r}")
-    return when  # type: ignore[return-value]
+    return when
 
 
 def _condition(condition: object) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -191,7 +191,8 @@ class Variable:
             if rows and channels:
                 label = f"{self._source.location} {list(self.shape)}"
                 found = self._source.client.read_tensor(self._request("tensor"), label)
-                values = found.astype(np.float32, copy=False).reshape(rows, channels)
+                values = found.astype(np.float32, copy=False)
+                values = _in_order(values, self._rows, self._channels)
             else:
                 values = np.zeros((rows, channels), np.float32)
             self._values = values.reshape(self.shape)
@@ -222,7 +223,6 @@ class Variable:
             what="summary" if what == "summary" else "tensor",
             tokens=_as_selector(self._rows, self._source.first_token),
             channels=_as_selector(self._channels, 0),
-            dtype="native",
         )
 
     def _learn(self) -> None:
@@ -261,7 +261,7 @@ def _take(indexes: _Indexes, key: object, axis: str) -> tuple[_Indexes, bool]:
     """The indexes that `key` selects, and whether the dimension stays."""
     key = plain_array(key)
     try:
-        taken = indexes[key]  # type: ignore[index]
+        taken: Any = indexes[cast(Any, key)]
     except (IndexError, TypeError, ValueError) as error:
         if isinstance(error, IndexError) and isinstance(key, (int, np.integer)):
             raise BadSelector(
@@ -274,10 +274,23 @@ def _take(indexes: _Indexes, key: object, axis: str) -> tuple[_Indexes, bool]:
 
 
 def _as_selector(indexes: _Indexes | None, first: int) -> m.Selector:
-    """Indexes of rows or channels as the contract's selector; a run of them as a slice."""
+    """Indexes of rows or channels as the contract's selector, each once and in rising order."""
     if indexes is None:
         return m.ALL
-    start, stop = int(indexes[0]) if len(indexes) else 0, len(indexes)
-    if stop > 1 and np.array_equal(indexes, np.arange(start, start + stop)):
-        return m.Selector(kind="slice", start=first + start, stop=first + start + stop)
-    return m.Selector(kind="indices", indices=tuple(first + int(i) for i in indexes))
+    wanted = np.unique(indexes)
+    start, count = int(wanted[0]) if len(wanted) else 0, len(wanted)
+    if count > 1 and int(wanted[-1]) - start == count - 1:
+        return m.Selector(kind="slice", start=first + start, stop=first + start + count)
+    return m.Selector(kind="indices", indices=tuple(first + int(i) for i in wanted))
+
+
+def _in_order(
+    values: npt.NDArray[np.float32], rows: _Indexes | None, channels: _Indexes | None
+) -> npt.NDArray[np.float32]:
+    """`values`, which came in rising order, as the indexes asked for them, repeats included."""
+    for axis, indexes in enumerate((rows, channels)):
+        if indexes is not None:
+            wanted, places = np.unique(indexes, return_inverse=True)
+            if len(wanted) != len(indexes) or not np.array_equal(wanted, indexes):
+                values = values.take(places, axis=axis)
+    return values
