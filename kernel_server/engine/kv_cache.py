@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class LayerKV:
         return max(self.key_heads * self.key_dim, self.value_heads * self.value_dim)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageShape:
     """The geometry of every page of a pool.
 
@@ -50,7 +51,7 @@ class PageShape:
     layers: tuple[LayerKV, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def row(self) -> int:
         return max(layer.row for layer in self.layers)
 
