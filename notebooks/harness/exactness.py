@@ -54,7 +54,7 @@ def watching(local: Local) -> Iterator[Watch]:
         return logits
 
     hooks = [layer.register_forward_hook(note_layer(i)) for i, layer in enumerate(model.layers)]
-    model.head = note_head  # type: ignore[method-assign]
+    model.head = note_head  # type: ignore[method-assign, assignment]
     try:
         yield watch
     finally:
@@ -161,7 +161,7 @@ def finish(
 def layer_calls(local: Local, num_prompt_tokens: int) -> Callable[[int], list[int]]:
     """forward → the layer calls it must make: every chunk passes a layer before any enters the
     next, and no layer runs twice."""
-    chunks = -(-num_prompt_tokens // local.kernel.segments.prefill_chunk)
+    chunks = -(-num_prompt_tokens // local.segments.prefill_chunk)
 
     def of(forward: int) -> list[int]:
         times = chunks if forward == 0 else 1

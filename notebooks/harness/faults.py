@@ -8,6 +8,7 @@ changes a bit on this device is measured by the notebook, not assumed here.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -56,7 +57,7 @@ def eager_attention(local: Local, layer: int) -> Iterator[None]:
 @contextlib.contextmanager
 def other_chunks(local: Local, layer: int) -> Iterator[None]:
     """A second execution path: layers after `layer` run a long prompt in chunks half the size."""
-    segments = local.kernel.segments
+    segments = local.segments
     run_layer = segments._layer
     half = segments.prefill_chunk // 2
 
@@ -70,7 +71,10 @@ def other_chunks(local: Local, layer: int) -> Iterator[None]:
             for low, high in cuts:
                 bounds.append((low, high))
                 pieces.append(hidden[:, low - begin : high - begin].contiguous())
-        outputs = run_layer(replace(state, bounds=tuple(bounds), residual=pieces), index, work)
+        recording = copy.copy(segments._recorded(state))
+        recording.cuts = {}  # kept slices are of whole chunks
+        cut = replace(state, bounds=tuple(bounds), residual=pieces, recording=recording)
+        outputs = run_layer(cut, index, work)
         joined = []
         for begin, end in state.bounds:
             parts = [o for o, (a, _) in zip(outputs, bounds, strict=True) if begin <= a < end]
@@ -95,7 +99,7 @@ def no_final_norm(local: Local, layer: int) -> Iterator[None]:
 @contextlib.contextmanager
 def one_layer_late(local: Local, layer: int) -> Iterator[None]:
     """A resumed forward goes on one layer too late: layer + 1 is left out."""
-    segments = local.kernel.segments
+    segments = local.segments
     run_layer = segments._layer
 
     def run(state: ForwardState, index: int, work: Any) -> list[Tensor]:
@@ -113,13 +117,13 @@ def zeroed_page(local: Local, layer: int) -> Iterator[None]:
 
     Of the session launched last; what was there is put back at the end.
     """
-    kernel = local.kernel
-    session = list(kernel.state.sessions.values())[-1]
-    group = min(layer + 1, local.num_layers - 1) // kernel.cache.shape.group_layers
+    pool = local.cache.pool
+    session = list(local.kernel.state.sessions.values())[-1]
+    group = min(layer + 1, local.num_layers - 1) // local.cache.shape.group_layers
     page = session.tables[group][0]
-    before = kernel.cache.pool[page].clone()
-    kernel.cache.pool[page].zero_()
+    before = pool[page].clone()
+    pool[page].zero_()
     try:
         yield
     finally:
-        kernel.cache.pool[page].copy_(before)
+        pool[page].copy_(before)

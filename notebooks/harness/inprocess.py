@@ -20,6 +20,8 @@ from djinn_nb.client import Client
 from djinn_nb.server import Server
 from djinn_nb.transport import Transport
 from kernel_server.config import ModelConfig, ServerConfig
+from kernel_server.engine.kv_cache import KVCache
+from kernel_server.engine.segments import Segments
 from kernel_server.gateway import Gateway
 from kernel_server.kernel import Kernel, load
 from kernel_server.models.resumable import ResumableModel
@@ -78,7 +80,15 @@ class Local:
     @property
     def model(self) -> ResumableModel:
         """The stock model, made resumable, that the kernel runs."""
-        return self.kernel.segments.model
+        return self.segments.model
+
+    @property
+    def segments(self) -> Segments:
+        return self.kernel.ready.segments
+
+    @property
+    def cache(self) -> KVCache:
+        return self.kernel.ready.cache
 
     @property
     def num_layers(self) -> int:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
-
-from kernel_server.models.geometry import random_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 _COMMON = {
     "vocab_size": 320,
@@ -46,8 +45,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def make_folder(family: str, folder: Path, seed: int = 0) -> Path:
     """Write a tiny model of this family, without a tokenizer; returns its folder."""
     own = FAMILIES[family]
-    fields = {"vocab_size": 320, "eos_token_id": None} | own if family == "gpt2" else _COMMON | own
-    config = AutoConfig.for_model(family, **fields)
-    home = folder / family
-    random_model(config, seed, torch.float32, "cpu").save_pretrained(home)
-    return home
+    common = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": None}
+    config = AutoConfig.for_model(family, **(common if family == "gpt2" else _COMMON) | own)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # The usual small start would leave every layer next to nothing to say.
+            spread = 0.05 if parameter.dim() < 2 else parameter.shape[-1] ** -0.5
+            parameter.add_(torch.empty_like(parameter).normal_(0.0, spread, generator=generator))
+    logging.disable_progress_bar()
+    model.save_pretrained(folder / family)
+    return folder / family
