@@ -51,6 +51,8 @@ def run(path: Path, timeout_s: float) -> int:
         timeout=timeout_s,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
+        # What a kernel warns of at its start is no part of the tour.
+        extra_arguments=["--log-level=ERROR"],
     )
     started = time.monotonic()
     cells = 0

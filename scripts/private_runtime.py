@@ -47,7 +47,7 @@ def _runs(pid: int) -> bool:
 def private_runtime() -> Iterator[Path]:
     """Point XDG_RUNTIME_DIR at a fresh folder, mode 0700; at the end its servers are ended."""
     before = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(tempfile.mkdtemp(prefix="djinn-"))
+    folder = Path(tempfile.mkdtemp(prefix="djinn-run-"))
     os.environ["XDG_RUNTIME_DIR"] = str(folder)
     try:
         yield folder
