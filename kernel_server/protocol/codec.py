@@ -21,7 +21,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from kernel_server.protocol import messages as _messages
-from kernel_server.protocol.arrays import ITEM_BYTES, Array
+from kernel_server.protocol.arrays import ITEM_BYTES, MAX_DIMENSIONS, Array
 from kernel_server.protocol.errors import ERRORS, BadMessage, DjinnError, ServerFault
 from kernel_server.protocol.messages import MESSAGES, ErrorInfo
 
@@ -144,8 +144,11 @@ class _Buffers:
         self._view = view
 
     def take(self, dtype: Any, shape: Any) -> Array:
-        if dtype not in ITEM_BYTES or not isinstance(shape, list) or len(shape) > 8:
-            raise BadMessage("an array needs a known dtype and a shape of at most 8 dimensions")
+        known = isinstance(dtype, str) and dtype in ITEM_BYTES
+        if not known or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise BadMessage(
+                f"an array needs a known dtype and a shape of at most {MAX_DIMENSIONS} dimensions"
+            )
         if any(type(n) is not int or n < 0 for n in shape):
             raise BadMessage(f"array shape {str(shape)[:60]} is not a shape")
         size = math.prod(shape) * ITEM_BYTES[dtype]
