@@ -1,0 +1,256 @@
+"""Breakpoints: when they are hit, hold and stop, and what is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import (
+    BadArgument,
+    BadCondition,
+    NotStopped,
+    NotSupported,
+    QuotaExceeded,
+    UnknownBreakpoint,
+    UnknownLocation,
+)
+from kernel_server.state.server_state import Limits
+from tests.state.world import SAMPLED, World, snapshot
+
+
+def counts(info: m.BreakpointInfo) -> tuple[int, int, int]:
+    return info.hits, info.held, info.stops
+
+
+def test_a_breakpoint_stops_where_it_stands_with_nothing_run_past_it(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output")
+    session = world.run(sid)
+
+    assert session.stop is not None
+    assert session.stop.reason == "breakpoint"
+    assert (session.stop.location, session.layers_executed) == ("layers.2.output", 3)
+    assert (session.stop.first_token, session.stop.end_token) == (0, 6)
+    assert session.stop.hit_breakpoints == (1,)
+    assert session.stop.hit_tokens == (0, 1, 2, 3, 4, 5)
+
+
+def test_it_stops_in_every_forward(world: World):
+    sid = world.launch(max_new_tokens=3)
+    world.break_at(sid, "layers.2.output")
+    stops = [world.run(sid).stop for _ in range(4)]
+
+    assert [s and (s.forward, s.hit_tokens) for s in stops[1:]] == [(1, (6,)), (2, (7,)), None]
+    assert counts(world.breakpoint(sid)) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(("when", "forwards"), [("prefill", [0]), ("decode", [1, 2])])
+def test_it_counts_only_in_its_phase(world: World, when, forwards):
+    sid = world.launch(max_new_tokens=3)
+    world.break_at(sid, "layers.2.output", when=when)
+    seen = []
+    while (stop := world.run(sid).stop) is not None:
+        seen.append(stop.forward)
+
+    assert seen == forwards
+    assert counts(world.breakpoint(sid)) == (len(forwards),) * 3
+
+
+def test_an_input_is_the_output_of_the_layer_before(world: World):
+    sid = world.launch()
+
+    assert world.break_at(sid, "layers.3.input").location == "layers.2.output"
+    assert world.break_at(sid, "layers.0.input").location == "embedding"
+    assert world.break_at(sid, "3").location == "layers.3.output"
+
+
+def test_a_condition_is_put_to_the_engine_and_stops_where_it_holds(world: World):
+    sid = world.launch(max_new_tokens=3)
+    world.break_at(sid, "layers.2.output", condition="norm > 30")
+    world.judge = lambda check: (6,) if check.hits == 1 else ()
+    session = world.run(sid)
+
+    assert session.stop is not None
+    assert (session.stop.forward, session.stop.hit_tokens) == (1, (6,))
+    assert counts(world.breakpoint(sid)) == (2, 1, 1)
+    world.run(sid)
+    assert counts(world.breakpoint(sid)) == (3, 1, 1)
+
+
+def test_a_check_names_its_variables_and_the_hits_before(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output", condition="norm > 30 and position == 2")
+    world.go(sid)
+    (check,) = world.stretch.checks
+
+    assert (check.breakpoint_id, check.point, check.hits) == (1, 3, 0)
+    assert check.names == {"norm", "position"}
+    assert check.holds is not None and check.holds({"norm": 31.0, "position": 2})
+
+
+def test_an_ignore_count_passes_so_many_times(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output", ignore=2)
+    world.go(sid)
+
+    assert world.stretch.until == SAMPLED  # nothing to stop for yet
+    world.work()
+    session = world.session(sid)
+    assert session.stop is not None and session.stop.forward == 2
+    assert counts(world.breakpoint(sid)) == (3, 3, 1)
+
+
+def test_an_ignored_condition_runs_on_at_once(world: World):
+    sid, other = world.launch(), world.launch()
+    world.break_at(sid, "layers.2.output", condition="norm > 30", ignore=1)
+    world.judge = lambda check: (check.hits,)
+    world.go(sid)
+    world.done()
+
+    assert (world.stretch.session_id, world.stretch.point) == (sid, 3)
+    world.work()
+    session = world.session(sid)
+    assert session.stop is not None and session.stop.forward == 1
+    assert counts(world.breakpoint(sid)) == (2, 2, 1)
+    assert world.session(other).status == "waiting"
+
+
+def test_ignore_counts_forwards_in_which_the_condition_held(world: World):
+    sid = world.launch(max_new_tokens=6)
+    world.break_at(sid, "layers.2.output", condition="norm > 30", ignore=1)
+    world.judge = lambda check: (1,) if check.hits % 2 else ()
+    session = world.run(sid)
+
+    assert session.stop is not None and session.stop.forward == 3
+    assert counts(world.breakpoint(sid)) == (4, 2, 1)
+
+
+def test_a_once_breakpoint_is_switched_off_after_its_stop_and_stays_listed(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output", once=True)
+    world.run(sid)
+
+    assert not world.breakpoint(sid).enabled
+    assert world.run(sid).status == "finished"
+    assert counts(world.breakpoint(sid)) == (1, 1, 1)
+
+
+def test_all_breakpoints_that_hold_at_a_place_are_named(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output", condition="norm > 1")
+    world.break_at(sid, "layers.2.output", condition="norm > 2")
+    world.break_at(sid, "layers.2.output", condition="norm > 3")
+    world.judge = lambda check: {1: (4, 1), 2: (), 3: (2, 4)}[check.breakpoint_id]
+    session = world.run(sid)
+
+    assert session.stop is not None
+    assert session.stop.hit_breakpoints == (1, 3)
+    assert session.stop.hit_tokens == (1, 2, 4)
+    assert [counts(b) for b in session.breakpoints] == [(1, 1, 1), (1, 0, 0), (1, 1, 1)]
+
+
+def test_a_disabled_breakpoint_neither_stops_nor_counts(world: World):
+    sid = world.launch(max_new_tokens=2)
+    world.break_at(sid, "layers.2.output")
+    world.ask(m.EnableBreakpoint(session_id=sid, breakpoint_id=1, enabled=False))
+
+    assert world.run(sid, m.StepOut).stop is not None
+    assert counts(world.breakpoint(sid)) == (0, 0, 0)
+    world.ask(m.EnableBreakpoint(session_id=sid, breakpoint_id=1, enabled=True))
+    session = world.run(sid)
+    assert session.stop is not None and session.stop.forward == 1
+
+
+def test_a_removed_breakpoint_is_gone(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output")
+    world.ask(m.RemoveBreakpoint(session_id=sid, breakpoint_id=1))
+
+    assert world.session(sid).breakpoints == ()
+    with pytest.raises(UnknownBreakpoint, match="no breakpoint 1: the session has none"):
+        world.ask(m.RemoveBreakpoint(session_id=sid, breakpoint_id=1))
+    assert world.break_at(sid, "layers.3.output").id == 2
+
+
+def test_a_breakpoint_removed_while_the_engine_runs_to_it_does_not_stop(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output")
+    world.go(sid)
+    world.ask(m.RemoveBreakpoint(session_id=sid, breakpoint_id=1))
+    world.work()
+
+    assert world.session(sid).status == "finished"
+
+
+def test_a_breakpoint_set_during_a_long_prefill_counts_from_the_next_boundary(world: World):
+    sid = world.launch()
+    world.go(sid)
+    world.break_at(sid, "layers.3.output")
+
+    assert world.engine.interrupted
+    world.done(2)
+    assert world.stretch.until == 4
+    world.work()
+    assert world.session(sid).status == "stopped"
+
+
+def test_a_breakpoint_set_during_a_decode_counts_from_the_next_forward(world: World):
+    sid = world.launch()
+    world.go(sid)
+    world.done()
+    world.break_at(sid, "layers.3.output")
+
+    assert not world.engine.interrupted
+    world.work()
+    session = world.session(sid)
+    assert session.stop is not None and session.stop.forward == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"location": "layers.99.output"}, UnknownLocation, "numbered 0 to 4"),
+        ({"location": "layer.2"}, UnknownLocation, "unknown location"),
+        ({"location": "layers.2.mlp.output"}, NotSupported, "planned"),
+        ({"condition": "norm >"}, BadCondition, "norm >"),
+        ({"condition": "top_token == 'a'"}, NotSupported, "top_token"),
+        ({"ignore": -1}, BadArgument, "ignore is -1"),
+        ({"when": "sometimes"}, BadArgument, "sometimes"),
+    ],
+)
+def test_a_bad_breakpoint_is_refused_and_changes_nothing(world: World, change, error, words):
+    sid = world.launch()
+    before = snapshot(world.state)
+
+    with pytest.raises(error, match=words):
+        world.break_at(sid, **{"location": "layers.2.output", **change})
+    assert snapshot(world.state) == before
+
+
+def test_a_session_may_have_so_many_breakpoints():
+    world = World(limits=Limits(breakpoints_per_session=1))
+    sid = world.launch()
+    world.break_at(sid, "embedding")
+
+    with pytest.raises(QuotaExceeded, match="has 1 breakpoints, the limit"):
+        world.break_at(sid, "embedding")
+
+
+def test_a_finished_session_takes_no_breakpoint(world: World):
+    sid = world.launch()
+    world.run(sid)
+
+    with pytest.raises(NotStopped, match="no forward will come"):
+        world.break_at(sid, "embedding")
+
+
+def test_a_fork_goes_on_counting_from_its_parents_counts(world: World):
+    sid = world.launch()
+    world.break_at(sid, "layers.2.output", ignore=1)
+    world.run(sid)
+    child = world.ask(m.Fork(session_id=sid)).session
+    world.run(child.id)
+
+    assert counts(child.breakpoints[0]) == (2, 2, 1)
+    assert counts(world.breakpoint(child.id)) == (3, 3, 2)
+    assert counts(world.breakpoint(sid)) == (2, 2, 1)

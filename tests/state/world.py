@@ -1,0 +1,345 @@
+"""A server without tensors: clients that ask, the state machine, and an engine that keeps count.
+
+The engine does what the real one must do with numbers in place of keys and values: it remembers
+what every page holds, by layer and position, and refuses what the real one could not carry out
+(reading a page that holds something else, writing one that is shared, losing its place).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.codec import rebuild_error
+from kernel_server.protocol.location import NOT_STARTED, layers_executed
+from kernel_server.state.breakpoints import Breakpoints
+from kernel_server.state.edits import Edits
+from kernel_server.state.events import (
+    EditResult,
+    EditsApplied,
+    EditsFailed,
+    Requested,
+    StretchDone,
+    StretchFailed,
+)
+from kernel_server.state.instructions import (
+    ApplyEdits,
+    Check,
+    DropTensors,
+    EditPlan,
+    ForkTensors,
+    Interrupt,
+    PoisonPages,
+    Publish,
+    ReadTensors,
+    Reply,
+    RunStretch,
+)
+from kernel_server.state.pages import PagePool
+from kernel_server.state.scheduler import Scheduler
+from kernel_server.state.selectors import TokenSelector
+from kernel_server.state.server_state import Limits, ModelShape, ServerState
+
+#: Small enough to think through: 3 groups (2, 2 and 1 layers), pages of 4 tokens.
+SHAPE = ModelShape(
+    num_layers=5,
+    hidden_size=8,
+    norm_size=8,
+    vocab_size=50,
+    layers_per_group=2,
+    page_tokens=4,
+    num_pages=60,
+    page_bytes=1000,
+    max_context=64,
+    eos_token_ids=(49,),
+    prefill_chunk=4,
+)
+LAYERS = SHAPE.num_layers
+FINAL_NORM, LOGITS, SAMPLED = LAYERS + 1, SHAPE.logits, SHAPE.sampled
+PROMPT = (3, 1, 4, 1, 5, 9)
+
+
+@dataclass
+class Held:
+    """What the engine keeps of one session: the tokens fed, and where it stands."""
+
+    fed: list[int] = field(default_factory=list)
+    forward: int = -1
+    point: int = SAMPLED
+    first: int = 0
+
+
+class Engine:
+    """Carries out stretches and errands on pages that remember what was written."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self.shape = shape
+        self.sessions: dict[str, Held] = {}
+        self.pages: list[dict[tuple[int, int], Any]] = [{} for _ in range(shape.num_pages)]
+        self.stretch: RunStretch | None = None
+        self.interrupted = False
+
+    def begin(self, stretch: RunStretch) -> None:
+        assert self.stretch is None, "two stretches in the engine"
+        held = self.sessions.setdefault(stretch.session_id, Held())
+        if stretch.point == NOT_STARTED:
+            assert held.point in (SAMPLED, NOT_STARTED), "the last forward was not finished"
+            assert stretch.forward in (held.forward, held.forward + 1)
+            held.forward, held.first = stretch.forward, stretch.first_token
+        assert (held.forward, held.first) == (stretch.forward, stretch.first_token)
+        assert stretch.point == NOT_STARTED or stretch.point == held.point, "lost its place"
+        held.point = stretch.point
+        held.fed[stretch.first_token :] = stretch.token_ids
+        self.stretch, self.interrupted = stretch, False
+        for source, target in stretch.copies:
+            self.pages[target] = dict(self.pages[source])
+
+    def answer(self, point: int) -> None:
+        """Run the layers up to `point`."""
+        assert self.stretch is not None
+        held = self.sessions[self.stretch.session_id]
+        num_layers = self.shape.num_layers
+        begun = layers_executed(held.point, num_layers)
+        for layer in range(begun, layers_executed(point, num_layers)):
+            self._run_layer(self.stretch, held, layer)
+        held.point = point
+        self.stretch = None
+
+    def _run_layer(self, stretch: RunStretch, held: Held, layer: int) -> None:
+        size = self.shape.page_tokens
+        table = stretch.tables[layer // self.shape.layers_per_group]
+        for position in range(len(held.fed)):
+            page = self.pages[table[position // size]]
+            value = hash(tuple(held.fed[: position + 1]))
+            if position >= stretch.first_token:
+                page[layer, position] = value
+            else:
+                found = page.get((layer, position))
+                assert found == value, (
+                    f"{stretch.session_id}: layer {layer} reads another's position {position}"
+                )
+
+    def errand(self, errand: Any) -> None:
+        match errand:
+            case ForkTensors():
+                parent = self.sessions.get(errand.parent_id)
+                if parent is not None:
+                    self.sessions[errand.child_id] = Held(
+                        list(parent.fed), parent.forward, parent.point, parent.first
+                    )
+            case DropTensors():
+                self.sessions.pop(errand.session_id, None)
+            case PoisonPages():
+                for page in errand.pages:
+                    self.pages[page] = {}
+
+
+def result_of(plan: EditPlan) -> EditResult:
+    return EditResult(
+        edit_id=plan.edit_id, positions=(), elements_changed=8, norm_before=1.0, norm_after=2.0
+    )
+
+
+class World:
+    """Clients, state and engine, one event at a time."""
+
+    def __init__(self, shape: ModelShape = SHAPE, limits: Limits | None = None) -> None:
+        self.shape = shape
+        self.state = ServerState(shape, limits, check=True, record=True)
+        self.engine = Engine(shape)
+        self.asked: list[int] = []
+        self.replies: dict[int, Any] = {}
+        self.events: dict[str, list[m.Event]] = {}
+        self.reads: list[ReadTensors] = []
+        self.errands: deque[ApplyEdits] = deque()
+        #: False: edits wait until `apply_edits` is called
+        self.prompt_edits = True
+        #: which positions a condition holds at
+        self.judge: Callable[[Check], tuple[int, ...]] = lambda check: ()
+        #: the token a forward draws, by position
+        self.draw: Callable[[int], int] = lambda position: 7
+
+    # -- clients ----------------------------------------------------------------------------
+
+    def send(self, message: Any, owner: str = "ada") -> int:
+        """Send a request; returns its id."""
+        request_id = len(self.asked) + 1
+        self.asked.append(request_id)
+        self.handle(Requested(request_id=request_id, owner=owner, message=message, now=0.0))
+        return request_id
+
+    def ask(self, message: Any, owner: str = "ada") -> Any:
+        """Send a request and return its response, or raise its error."""
+        return self.answer_to(self.send(message, owner))
+
+    def answer_to(self, request_id: int) -> Any:
+        reply = self.replies[request_id]
+        if isinstance(reply, m.ErrorReply):
+            raise rebuild_error(reply.error)
+        return reply
+
+    def launch(self, prompt: Iterable[int] = PROMPT, owner: str = "ada", **options: Any) -> str:
+        options.setdefault("max_new_tokens", 4)
+        message = m.Launch(token_ids=tuple(prompt), **options)
+        return self.ask(message, owner).session.id
+
+    def session(self, session_id: str, owner: str = "ada") -> m.SessionInfo:
+        return self.ask(m.Describe(session_id=session_id), owner).session
+
+    def go(self, session_id: str, request: type = m.Continue, **options: Any) -> m.SessionInfo:
+        """Continue (or step) a session from where it rests, without waiting."""
+        owner = self.state.sessions[session_id].owner
+        seen = self.session(session_id, owner).stop_number
+        return self.ask(request(session_id=session_id, seen=seen, **options), owner).session
+
+    def run(self, session_id: str, request: type = m.Continue, **options: Any) -> m.SessionInfo:
+        """Continue (or step) a session and let the engine work until nothing can run."""
+        owner = self.state.sessions[session_id].owner
+        self.go(session_id, request, **options)
+        self.work()
+        return self.session(session_id, owner)
+
+    def break_at(self, session_id: str, location: str, **options: Any) -> m.BreakpointInfo:
+        message = m.SetBreakpoint(session_id=session_id, location=location, **options)
+        return self.ask(message).breakpoint
+
+    def breakpoint(self, session_id: str, breakpoint_id: int = 1) -> m.BreakpointInfo:
+        return next(b for b in self.session(session_id).breakpoints if b.id == breakpoint_id)
+
+    def edit(self, session_id: str, **spec: Any) -> m.EditReply:
+        spec.setdefault("kind", "zero")
+        seen = self.session(session_id).stop_number
+        return self.ask(m.AddEdit(session_id=session_id, seen=seen, edit=m.EditSpec(**spec)))
+
+    def edit_info(self, session_id: str, edit_id: int = 1) -> m.EditInfo:
+        return next(e for e in self.session(session_id).edits if e.id == edit_id)
+
+    def kinds(self, owner: str = "ada") -> list[str]:
+        """Kinds of the events published so far."""
+        return [event.kind for event in self.events.get(owner, [])]
+
+    # -- engine -----------------------------------------------------------------------------
+
+    @property
+    def stretch(self) -> RunStretch:
+        assert self.engine.stretch is not None, "the engine has nothing to do"
+        return self.engine.stretch
+
+    def work(self) -> None:
+        """Let the engine run whatever it is given, until it is given nothing."""
+        while self.engine.stretch is not None:
+            self.done()
+
+    def done(self, point: int | None = None) -> None:
+        """Let the engine come to its end, a check that holds, or `point` when interrupted."""
+        stretch = self.stretch
+        if point is None:
+            point = stretch.until
+        holding: list[tuple[Check, tuple[int, ...]]] = []
+        for check in stretch.checks:
+            if check.point <= point and (positions := self.judge(check)):
+                point = check.point
+                holding.append((check, positions))
+        token = self.draw(stretch.sampling.position) if point == SAMPLED else None
+        self.engine.answer(point)
+        self.handle(
+            StretchDone(
+                session_id=stretch.session_id,
+                point=point,
+                held={c.breakpoint_id: where for c, where in holding if c.point == point},
+                edits=tuple(result_of(plan) for plan in stretch.edits if plan.point <= point),
+                token=token,
+            )
+        )
+
+    def fail(self, point: int, fatal: bool = False, code: str = "OutOfDeviceMemory") -> None:
+        """Let the engine fail after `point`."""
+        session_id = self.stretch.session_id
+        self.engine.answer(point)
+        error = m.ErrorInfo(code=code, message="it broke")
+        self.handle(StretchFailed(session_id=session_id, point=point, error=error, fatal=fatal))
+
+    def apply_edits(self, fail: bool = False) -> None:
+        """Carry out the oldest edits asked for."""
+        errand = self.errands.popleft()
+        if fail:
+            error = m.ErrorInfo(code="BadEdit", message="too large for the dtype")
+            self.handle(
+                EditsFailed(request_id=errand.request_id, session_id=errand.session_id, error=error)
+            )
+            return
+        results = tuple(result_of(plan) for plan in errand.edits)
+        self.handle(
+            EditsApplied(
+                request_id=errand.request_id, session_id=errand.session_id, results=results
+            )
+        )
+
+    # -- what the loop does -----------------------------------------------------------------
+
+    def handle(self, event: Any) -> list[Any]:
+        instructions = self.state.handle(event)
+        for instruction in instructions:
+            self._carry_out(instruction)
+        while self.prompt_edits and self.errands:
+            self.apply_edits()
+        return instructions
+
+    def _carry_out(self, instruction: Any) -> None:
+        match instruction:
+            case Reply():
+                self._keep_reply(instruction.request_id, instruction.message)
+            case Publish():
+                log = self.events.setdefault(instruction.owner, [])
+                assert instruction.event.seq == len(log) + 1, "a gap in the sequence of events"
+                log.append(instruction.event)
+            case RunStretch():
+                self.engine.begin(instruction)
+            case Interrupt():
+                assert self.stretch.session_id == instruction.session_id
+                self.engine.interrupted = True
+            case ApplyEdits():
+                self.errands.append(instruction)
+            case ReadTensors():
+                self.reads.append(instruction)
+                self._keep_reply(instruction.request_id, instruction)
+            case _:
+                self.engine.errand(instruction)
+
+    def _keep_reply(self, request_id: int, message: Any) -> None:
+        assert request_id not in self.replies, f"request {request_id} was answered twice"
+        self.replies[request_id] = message
+
+    def finish_checks(self) -> None:
+        """What must hold at the end of every test."""
+        self.state.check()
+        while self.errands:
+            self.apply_edits()
+        unanswered = [i for i in self.asked if i not in self.replies]
+        assert not unanswered, f"requests without an answer: {unanswered}"
+
+
+#: Parts of the state that are no part of what was decided: logs, and caches made anew.
+_APART = {
+    "_story", "_out", "_requests", "recorded", "num_events", "checking", "_armed", "_index", "_run",
+}  # fmt: skip
+
+
+def snapshot(value: Any) -> Any:
+    """A deep, comparable copy of a state."""
+    if isinstance(value, (ServerState, *_PARTS)) or is_dataclass(value):
+        names = vars(value) if hasattr(value, "__dict__") else [f.name for f in fields(value)]
+        return type(value).__name__, {
+            name: snapshot(getattr(value, name)) for name in names if name not in _APART
+        }
+    if isinstance(value, dict):
+        return {key: snapshot(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [snapshot(item) for item in value]
+    return value
+
+
+_PARTS = (Breakpoints, Edits, PagePool, Scheduler, TokenSelector)
