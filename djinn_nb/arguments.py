@@ -17,9 +17,9 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 def split_words(line: str) -> list[str]:
-    """Split at spaces that are outside quotes and brackets; quotes stay.
+    """Split at spaces that are outside quotes and brackets; quotes stay, a comment goes.
 
-    >>> split_words('add=vec tokens=" Mary" channels=[1, 2]')
+    >>> split_words('add=vec tokens=" Mary" channels=[1, 2]  # as in Python')
     ['add=vec', 'tokens=" Mary"', 'channels=[1, 2]']
     """
     words: list[str] = []
@@ -39,6 +39,8 @@ def split_words(line: str) -> list[str]:
                 words.append(word)
             word = ""
             continue
+        if character == "#" and not word:
+            break  # IPython hands over the whole line
         if character in "'\"":
             quote = character
         depth += (character in _OPEN) - (character in _CLOSE)
