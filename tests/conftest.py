@@ -17,10 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"  # what jupyter_core will do next; silences its warning
 
 import pytest
+from hypothesis import settings
 
 from scripts.private_runtime import end_servers
 
 _NO_GPU = "no CUDA device here"
+
+# An example may take long beside other work; the test's own time limit is enough.
+settings.register_profile("djinn", deadline=None)
+settings.load_profile("djinn")
 _user_folders: Path | None = None
 
 
