@@ -3,6 +3,7 @@ not run. Fixtures of one part live in that part's own conftest."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -17,15 +18,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub is wrong
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"  # what jupyter_core will do next; silences its warning
 
 import pytest
-from hypothesis import settings
 
 from scripts.private_runtime import end_servers
 
 _NO_GPU = "no CUDA device here"
 
-# An example may take long beside other work; the test's own time limit is enough.
-settings.register_profile("djinn", deadline=None)
-settings.load_profile("djinn")
+# A GPU host may have only what the engine needs.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    # An example may take long beside other work; the test's own time limit is enough.
+    settings.register_profile("djinn", deadline=None)
+    settings.load_profile("djinn")
 _user_folders: Path | None = None
 
 
