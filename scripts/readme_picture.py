@@ -1,6 +1,6 @@
 """Draw the README's picture from a real stop of the bundled model.
 
-`python -m scripts.readme_picture` writes `docs/stop.png` and prints the stop as a terminal shows it.
+`python -m scripts.readme_picture` writes `docs/stop.png` and prints the stop as a terminal does.
 """
 
 from __future__ import annotations
