@@ -103,16 +103,6 @@ def test_equal_logits_in_another_dtype_draw_the_same_token():
         assert sample(row, drawn) == sample(row.float(), drawn) == sample(row.double(), drawn)
 
 
-@pytest.mark.gpu
-def test_equal_logits_draw_the_same_token_on_both_devices():
-    row = logits(32000)
-
-    for position in range(20):
-        for temperature, top_p in ((0.0, 1.0), (0.7, 1.0), (1.3, 0.9)):
-            drawn = settings(temperature, top_p, position=position)
-            assert sample(row.cuda(), drawn) == sample(row, drawn)
-
-
 # --- the distribution ---------------------------------------------------------------------------
 
 
