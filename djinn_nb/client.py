@@ -30,7 +30,7 @@ CALL_S, COMPUTE_S = 30.0, 300.0
 #: Tensors travel in pieces of this size; up to one piece they travel inside the call.
 CHUNK_BYTES = 1 << 20
 #: How long one poll for events waits at the server, seconds.
-POLL_WAIT_S = 20.0
+POLL_WAIT_S = 10.0
 #: Most token ids asked for in one call: their texts must fit into one frame.
 TEXTS_PER_CALL = 20_000
 
