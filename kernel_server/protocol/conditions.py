@@ -21,10 +21,23 @@ from __future__ import annotations
 import difflib
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+from kernel_server.protocol.condition_closures import (
+    COMPARISONS,
+    Operand,
+    Run,
+    Step,
+    Values,
+    all_run,
+    any_run,
+    compare_run,
+    product_run,
+    sum_run,
+    write,
+)
 from kernel_server.protocol.condition_lexemes import Lexeme, caret, lexemes, refuse
 from kernel_server.protocol.errors import BadCondition, NotSupported
 
@@ -45,10 +58,6 @@ PLANNED_NAMES = ("top_token", "entropy", "prob")
 MAX_LENGTH = 2000
 MAX_DEPTH = 50
 
-Values = Mapping[str, Any]
-_Run = Callable[[Values], Any]
-#: (sign, operand, what to do when the operand is a zero divisor)
-_Step = tuple[str, _Run, Callable[[], NoReturn]]
 
 _WORDS = ("and", "or", "not", "in", "true", "false")
 _PYTHON_WORDS = {"True": "true", "False": "false", "AND": "and", "OR": "or", "NOT": "not"}
@@ -66,97 +75,20 @@ class _Node:
     kind: Kind
     binds: int
     text: str
-    run: _Run
+    run: Run
     start: int
     end: int
     #: a literal's value, when it is one
     literal: tuple[Any] | None = None
     name: str | None = None
 
+    @property
+    def operand(self) -> Operand:
+        return self.name, self.literal, self.run
+
     def inside(self, binds: int) -> str:
         """Its text as an operand of something that binds as tightly as `binds`."""
         return self.text if self.binds >= binds else f"({self.text})"
-
-
-def _write(value: Any) -> str:
-    """A literal as the language writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if not isinstance(value, str):
-        return repr(value)
-    names = {"\n": r"\n", "\t": r"\t", "\r": r"\r", "\\": r"\\", '"': r"\""}
-    return '"' + "".join(names.get(c) or (c if c.isprintable() else _code(c)) for c in value) + '"'
-
-
-def _code(char: str) -> str:
-    number = ord(char)
-    return f"\\x{number:02x}" if number < 256 else f"\\U{number:08x}"
-
-
-_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
-
-
-def _compare_run(sign: str, left: _Node, right: _Node) -> _Run:
-    compare = _COMPARISONS[sign]
-    if left.name is not None and right.literal is not None:
-        # the usual condition; looked up without a call
-        name, value = left.name, right.literal[0]
-        if sign == "==":
-            return lambda values: values[name] == value
-        if sign == ">":
-            return lambda values: values[name] > value
-        return lambda values: compare(values[name], value)
-    one, two = left.run, right.run
-    return lambda values: compare(one(values), two(values))
-
-
-def _sum_run(first: _Run, rest: list[_Step]) -> _Run:
-    terms = [(run, sign == "-") for sign, run, _ in rest]
-
-    def run(values: Values) -> float:
-        total = float(first(values))
-        for term, minus in terms:
-            total = total - term(values) if minus else total + term(values)
-        return total
-
-    return run
-
-
-def _product_run(first: _Run, rest: list[_Step]) -> _Run:
-    def run(values: Values) -> float:
-        total = float(first(values))
-        for sign, factor, by_zero in rest:
-            number = factor(values)
-            if sign == "*":
-                total *= number
-            elif number == 0:
-                by_zero()
-            else:
-                total = total / number if sign == "/" else total % number
-        return total
-
-    return run
-
-
-def _all_run(parts: list[_Run]) -> _Run:
-    if len(parts) == 2:
-        one, two = parts
-        return lambda values: one(values) and two(values)
-    return lambda values: all(part(values) for part in parts)
-
-
-def _any_run(parts: list[_Run]) -> _Run:
-    if len(parts) == 2:
-        one, two = parts
-        return lambda values: one(values) or two(values)
-    return lambda values: any(part(values) for part in parts)
 
 
 # --- parser ---------------------------------------------------------------------------------------
@@ -220,13 +152,13 @@ class _Parser:
         return node
 
     def any(self) -> _Node:
-        return self.chain("or", _OR, self.all, _any_run)
+        return self.chain("or", _OR, self.all, any_run)
 
     def all(self) -> _Node:
-        return self.chain("and", _AND, self.negation, _all_run)
+        return self.chain("and", _AND, self.negation, all_run)
 
     def chain(
-        self, word: str, binds: int, part: Callable[[], _Node], join: Callable[[list[_Run]], _Run]
+        self, word: str, binds: int, part: Callable[[], _Node], join: Callable[[list[Run]], Run]
     ) -> _Node:
         parts = [part()]
         while self.sees(word):
@@ -262,17 +194,17 @@ class _Parser:
         left = self.sum()
         if self.sees("in", "not"):
             node = self.membership(left)
-        elif self.sees(*_COMPARISONS):
+        elif self.sees(*COMPARISONS):
             sign = self.take().value
             right = self.sum()
             self.comparable(left, sign, right)
             self.note_text(left, right)
             text = f"{left.inside(_SUM)} {sign} {right.inside(_SUM)}"
-            run = _compare_run(sign, left, right)
+            run = compare_run(sign, left.operand, right.operand)
             node = _Node("truth value", _COMPARE, text, run, left.start, right.end)
         else:
             return left
-        if self.sees(*_COMPARISONS, "in"):
+        if self.sees(*COMPARISONS, "in"):
             self.refuse(self.next, "comparisons are not chained; write a < b and b < c")
         return node
 
@@ -298,7 +230,7 @@ class _Parser:
             self.refuse(left, "'in' looks for a text or a number, and this is a truth value")
         items, end = self.literals(left)
         members, find = frozenset(items), left.run
-        listed = ", ".join(map(_write, items))
+        listed = ", ".join(map(write, items))
         text = f"{left.inside(_SUM)} {'not in' if negated else 'in'} ({listed})"
         if negated:
             return _Node(
@@ -329,24 +261,24 @@ class _Parser:
             return items, self.take().end
 
     def sum(self) -> _Node:
-        return self.arithmetic(("+", "-"), _SUM, self.product, _sum_run)
+        return self.arithmetic(("+", "-"), _SUM, self.product, sum_run)
 
     def product(self) -> _Node:
-        return self.arithmetic(("*", "/", "%"), _PRODUCT, self.unary, _product_run)
+        return self.arithmetic(("*", "/", "%"), _PRODUCT, self.unary, product_run)
 
     def arithmetic(
         self,
         signs: tuple[str, ...],
         binds: int,
         part: Callable[[], _Node],
-        join: Callable[[_Run, list[_Step]], _Run],
+        join: Callable[[Run, list[Step]], Run],
     ) -> _Node:
         first = part()
         if not self.sees(*signs):
             return first
         self.need(first, "number", f"each side of '{self.next.value}' is")
         text, end = first.inside(binds), first.end
-        rest: list[_Step] = []
+        rest: list[Step] = []
         while self.sees(*signs):
             sign = self.take().value
             node = part()
@@ -414,7 +346,7 @@ class _Parser:
 
     def constant(self, kind: Kind, value: Any, start: int, end: int) -> _Node:
         # a negative number is written with a minus, yet nothing binds tighter than it
-        return _Node(kind, _ATOM, _write(value), lambda values: value, start, end, (value,))
+        return _Node(kind, _ATOM, write(value), lambda values: value, start, end, (value,))
 
     def variable(self, lexeme: Lexeme) -> _Node:
         name = lexeme.value
@@ -450,7 +382,7 @@ def _short(text: str) -> str:
 
 def _shown(lexeme: Lexeme) -> str:
     if lexeme.kind == "text":
-        return f"text {_short(_write(lexeme.value))}"
+        return f"text {_short(write(lexeme.value))}"
     return repr(_short(str(lexeme.value)))
 
 
@@ -469,7 +401,7 @@ class Condition:
     names: frozenset[str] = field(compare=False)
     token_texts: tuple[str, ...] = field(compare=False)
     canonical: str = field(compare=False, repr=False)
-    _run: _Run = field(compare=False, repr=False)
+    _run: Run = field(compare=False, repr=False)
 
     def holds(self, values: Values) -> bool:
         """Whether it holds for one token, given at least the variables in `names`.
