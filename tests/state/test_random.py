@@ -1,0 +1,292 @@
+"""Any clients, any engine: random requests and outcomes against every invariant.
+
+The state checks itself after every event; the engine checks that each page holds what it must.
+Here: one answer per request, nothing changed by a refusal, nobody starved, nothing left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.arrays import Array
+from kernel_server.state.events import StretchDone
+from kernel_server.state.server_state import Limits, ServerState
+from tests.state.world import SAMPLED, SHAPE, World, result_of, snapshot
+
+POOL = dataclasses.replace(SHAPE, num_pages=22)
+LIMITS = Limits(
+    sessions_per_owner=4, breakpoints_per_session=4, edits_per_session=4, deferred_per_session=3
+)
+OWNERS = ("ada", "bob", "cyd")
+
+owners = st.sampled_from(OWNERS)
+#: one of the sessions there are, by number; a few numbers mean one that is gone
+picks = st.integers(0, 23)
+locations = st.sampled_from(
+    [
+        *["embedding", "layers.0.output", "layers.1.output", "layers.3.output"],
+        *["layers.4.output", "final_norm", "logits", "layers.2.input", "layers.9.output"],
+    ]
+)
+conditions = st.sampled_from([None, None, "norm > 3", "position == 2 or hits > 1", "norm >"])
+indices = st.lists(st.integers(-4, 9), min_size=1, max_size=3)
+selectors = st.one_of(
+    st.sampled_from(["all", "prompt", "generated"]).map(lambda kind: m.Selector(kind=kind)),
+    indices.map(lambda found: m.Selector(kind="indices", indices=tuple(found))),
+    st.tuples(*[st.none() | st.integers(-6, 9)] * 2).map(
+        lambda ends: m.Selector(kind="slice", start=ends[0], stop=ends[1])
+    ),
+    st.sets(st.integers(0, 5)).map(
+        lambda ids: m.Selector(kind="text", text="a", token_ids=tuple(ids))
+    ),
+)
+edits = st.builds(
+    lambda kind, sticky, **where: m.EditSpec(
+        kind=kind,
+        sticky=sticky,
+        factor=2.0 if kind == "scale" else None,
+        value=Array.from_numpy(np.float32(1)) if kind in ("add", "set") else None,
+        **where,
+    ),
+    kind=st.sampled_from(["scale", "add", "set", "zero"]),
+    location=locations,
+    tokens=selectors,
+    sticky=st.booleans(),
+)
+
+
+class Clients(RuleBasedStateMachine):
+    """Three owners and an engine, all doing what they like within their rights."""
+
+    @initialize()
+    def start(self) -> None:
+        self.world = World(POOL, LIMITS)
+        self.world.prompt_edits = False
+        for owner in OWNERS[:2]:
+            self.world.launch(owner=owner, max_new_tokens=5)
+        #: session -> turns of others it may still have to wait for
+        self.patience: dict[str, int] = {}
+
+    # -- clients ----------------------------------------------------------------------------
+
+    def send(self, message: Any, owner: str) -> None:
+        before = snapshot(self.world.state)
+        request_id = self.world.send(message, owner)
+        reply = self.world.replies.get(request_id)
+        if isinstance(reply, m.ErrorReply):
+            assert snapshot(self.world.state) == before, f"refused, and changed: {message}"
+            assert reply.error.code != "ServerFault", reply.error
+
+    def pick(self, number: int, *wanted: str) -> tuple[str, str, int]:
+        """A session with its owner and its stop number, of a wanted status where there is one."""
+        sessions = list(self.world.state.sessions.values())
+        if number == 23 or not sessions:
+            return "nobody", "ada", 0
+        sessions = [s for s in sessions if s.status in wanted] or sessions
+        session = sessions[number % len(sessions)]
+        return session.id, session.owner, session.stop_number
+
+    def room(self) -> bool:
+        return len(self.world.state.sessions) < 6
+
+    @precondition(room)
+    @rule(
+        owner=owners,
+        prompt=st.lists(st.integers(0, 5), max_size=9),
+        new=st.integers(1, 6),
+        entry=st.booleans(),
+    )
+    def launch(self, owner: str, prompt: list[int], new: int, entry: bool) -> None:
+        message = m.Launch(token_ids=tuple(prompt), max_new_tokens=new, stop_on_entry=entry)
+        self.send(message, owner)
+
+    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepOut]))
+    def run_on(self, number: int, kind: Any) -> None:
+        session_id, owner, seen = self.pick(number, "waiting", "stopped")
+        self.send(kind(session_id=session_id, seen=seen), owner)
+
+    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepOut]))
+    def run_on_too_late(self, number: int, kind: Any) -> None:
+        session_id, owner, seen = self.pick(number, "running", "stopped")
+        self.send(kind(session_id=session_id, seen=seen - number % 2), owner)
+
+    @rule(number=picks, location=locations)
+    def run_to(self, number: int, location: str) -> None:
+        session_id, owner, seen = self.pick(number, "waiting", "stopped")
+        self.send(m.RunTo(session_id=session_id, seen=seen, location=location), owner)
+
+    @rule(number=picks, kind=st.sampled_from([m.Describe, m.ReadStory]))
+    def ask(self, number: int, kind: Any) -> None:
+        session_id, owner, _ = self.pick(number)
+        self.send(kind(session_id=session_id), owner)
+
+    @rule(number=picks)
+    def pause(self, number: int) -> None:
+        session_id, owner, _ = self.pick(number, "running")
+        self.send(m.Pause(session_id=session_id), owner)
+
+    @precondition(room)
+    @rule(number=picks, seed=st.none() | st.integers(0, 3))
+    def fork(self, number: int, seed: int | None) -> None:
+        session_id, owner, _ = self.pick(number, "stopped")
+        self.send(m.Fork(session_id=session_id, seed=seed), owner)
+
+    @precondition(lambda self: len(self.world.state.sessions) > 3)
+    @rule(number=picks, stranger=owners)
+    def terminate(self, number: int, stranger: str) -> None:
+        session_id, owner, _ = self.pick(number, *([] if number % 2 else ["failed", "finished"]))
+        self.send(m.Terminate(session_id=session_id), owner if number < 20 else stranger)
+
+    @rule(
+        number=picks,
+        location=locations,
+        when=st.sampled_from(["any", "prefill", "decode"]),
+        condition=conditions,
+        ignore=st.integers(0, 2),
+        once=st.booleans(),
+    )
+    def set_breakpoint(self, number: int, **what: Any) -> None:
+        session_id, owner, _ = self.pick(number)
+        self.send(m.SetBreakpoint(session_id=session_id, **what), owner)
+
+    @rule(number=picks, breakpoint_id=st.integers(1, 4), enabled=st.none() | st.booleans())
+    def change_breakpoint(self, number: int, breakpoint_id: int, enabled: bool | None) -> None:
+        session_id, owner, _ = self.pick(number)
+        which = {"session_id": session_id, "breakpoint_id": breakpoint_id}
+        if enabled is None:
+            self.send(m.RemoveBreakpoint(**which), owner)
+        else:
+            self.send(m.EnableBreakpoint(**which, enabled=enabled), owner)
+
+    @rule(number=picks, edit=edits, here=st.booleans())
+    def add_edit(self, number: int, edit: m.EditSpec, here: bool) -> None:
+        session_id, owner, seen = self.pick(number, "stopped")
+        session = self.world.state.sessions.get(session_id)
+        if here and session is not None and session.stop is not None:
+            edit = dataclasses.replace(edit, location=session.stop.location)
+        self.send(m.AddEdit(session_id=session_id, seen=seen, edit=edit), owner)
+
+    @rule(number=picks, edit_id=st.integers(1, 4), enabled=st.none() | st.booleans())
+    def change_edit(self, number: int, edit_id: int, enabled: bool | None) -> None:
+        session_id, owner, _ = self.pick(number)
+        which = {"session_id": session_id, "edit_id": edit_id}
+        if enabled is None:
+            self.send(m.RemoveEdit(**which), owner)
+        else:
+            self.send(m.EnableEdit(**which, enabled=enabled), owner)
+
+    @rule(number=picks)
+    def undo(self, number: int) -> None:
+        session_id, owner, seen = self.pick(number)
+        self.send(m.UndoEdit(session_id=session_id, seen=seen), owner)
+
+    @rule(number=picks, tokens=selectors, lens=st.booleans())
+    def read(self, number: int, tokens: m.Selector, lens: bool) -> None:
+        session_id, owner, seen = self.pick(number)
+        kind = m.ReadLens if lens else m.ReadValue
+        self.send(kind(session_id=session_id, seen=seen, tokens=tokens), owner)
+        self.send(m.ReadLogits(session_id=session_id), owner)
+        self.send(m.ReadCapture(session_id=session_id), owner)
+
+    # -- engine -----------------------------------------------------------------------------
+
+    def busy(self) -> bool:
+        return self.world.engine.stretch is not None
+
+    @precondition(busy)
+    @rule(holds=st.booleans(), eos=st.integers(0, 9), times=st.integers(1, 3))
+    def come_to_the_end(self, holds: bool, eos: int, times: int) -> None:
+        self.world.judge = lambda check: (self.world.stretch.first_token,) if holds else ()
+        self.world.draw = lambda position: 49 if eos == 9 else (position + eos) % 6
+        for _ in range(times):
+            if self.busy():
+                self.count_turn()
+                self.world.done()
+
+    @precondition(lambda self: self.busy() and self.world.engine.interrupted)
+    @rule(how_far=st.integers(0, 9), holds=st.booleans())
+    def be_cut_short(self, how_far: int, holds: bool) -> None:
+        stretch = self.world.stretch
+        point = min(stretch.point + how_far, stretch.until)
+        reached = [c for c in stretch.checks if c.point == point] if how_far else []
+        self.count_turn()
+        self.world.engine.answer(point)
+        self.world.handle(
+            StretchDone(
+                session_id=stretch.session_id,
+                point=point,
+                held={c.breakpoint_id: (stretch.first_token,) for c in reached if holds},
+                edits=tuple(result_of(p) for p in stretch.edits if p.point <= point),
+                token=3 if point == SAMPLED else None,
+                layers_run=how_far,
+            )
+        )
+
+    @precondition(busy)
+    @rule(how_far=st.integers(0, 9), fatal=st.integers(0, 4), really=st.integers(0, 3))
+    def break_down(self, how_far: int, fatal: int, really: int) -> None:
+        stretch = self.world.stretch
+        self.count_turn()
+        if really < 3:
+            self.world.done()
+        else:
+            point = min(stretch.point + how_far, stretch.until, SAMPLED - 1)
+            self.world.fail(point, fatal=fatal == 4)
+
+    @precondition(lambda self: self.world.errands)
+    @rule(fail=st.integers(0, 4))
+    def apply_edits(self, fail: int) -> None:
+        self.world.apply_edits(fail=fail == 4)
+
+    def count_turn(self) -> None:
+        """Nobody waits for more turns than there were sessions before it, times the owners."""
+        state = self.world.state
+        queued = state.scheduler.queued()
+        running = self.world.stretch.session_id
+        for session_id in queued:
+            most = len(OWNERS) * (LIMITS.sessions_per_owner + 1) * (SAMPLED + 1)
+            self.patience[session_id] = self.patience.get(session_id, most) - 1
+            assert self.patience[session_id] >= 0, f"{session_id} starves"
+        self.patience.pop(running, None)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.prompt_edits = True
+        world.judge = lambda check: ()
+        world.draw = lambda position: 3
+        while world.errands:
+            world.apply_edits()
+        for _ in range(2000):
+            if not self.busy():
+                break
+            self.count_turn()
+            world.done()
+        assert not self.busy(), "the engine never came to rest"
+        world.finish_checks()
+        assert world.state.recorded is not None
+        again = ServerState.replay(POOL, world.state.recorded, LIMITS)
+        assert snapshot(again) == snapshot(world.state), "the replay went another way"
+        for session in list(world.state.sessions.values()):
+            world.ask(m.Terminate(session_id=session.id), session.owner)
+        assert world.state.pool.num_free == POOL.num_pages, "pages are left behind"
+        assert world.engine.sessions == {}, "tensors are left behind"
+
+
+Clients.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+test_any_clients_and_any_engine = Clients.TestCase
