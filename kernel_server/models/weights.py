@@ -143,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BrokenModel(f"{index} is not an index of weights: {_first_line(error)}") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
