@@ -36,6 +36,8 @@ Kind = Literal["control", "bulk", "events"]
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 0.05, 5.0, 2.0
 #: How long an event poll may take; the server answers an empty one well before.
 POLL_S = 60.0
+#: One dial and one handshake end well before this, whatever the network does, seconds.
+_FIRST_DIAL_S = 30.0
 #: A waiting caller gives its I/O thread this long beyond the deadline to say what happened.
 _GRACE_S = 2.0
 
@@ -78,7 +80,7 @@ class Transport:
         for thread in self._threads:
             thread.start()
         try:
-            self._wait(self._control, _Call(None, time.monotonic() + patience_s + _GRACE_S))
+            self._wait(self._control, _Call(None, time.monotonic() + _FIRST_DIAL_S))
         except BaseException:
             self.close()
             raise
