@@ -113,11 +113,10 @@ def show_stop(stopped: Stopped) -> None:
 def headline(stop: m.StopInfo, model: m.ModelInfo) -> str:
     """Where and why, in one line."""
     fed = stop.end_token - stop.first_token
-    tokens = "1 token" if fed == 1 else f"{fed} tokens"
     phase = "prefill" if stop.forward == 0 else "decode"
     return (
         f"stopped at {stop.location} ({stop.reason}), forward {stop.forward}"
-        f" ({phase}, {tokens}), {stop.layers_executed} of {model.num_layers} layers run"
+        f" ({phase}, {_tokens(fed)}), {stop.layers_executed} of {model.num_layers} layers run"
     )
 
 
@@ -140,7 +139,7 @@ def _stop_lines(
 def stop_text(view: StopView) -> str:
     """A stop in full, as text."""
     lines = [_stop_lines(view.model, view.session, view.stop, view.texts)]
-    if view.stop.hit_tokens and view.stop.hit_breakpoints:
+    if view.stop.hit_breakpoints:
         lines.append(f"  {_hits_line(view)}")
     lines.append(f"  {view.summary}")
     if view.lens:
@@ -151,14 +150,14 @@ def stop_text(view: StopView) -> str:
         )
     elif view.lens_refusal:
         lines.append(f"  no lens: {view.lens_refusal}")
-    lines += [f"  {edit_line(edit)}" for edit in view.session.edits]
+    lines += [f"  {edit_line(edit)}" for edit in _edits_here(view)]
     return "\n".join(lines)
 
 
 def finished_text(model: m.ModelInfo, info: m.SessionInfo, texts: Sequence[str]) -> str:
     """The end of a generation, as text."""
     generated = len(info.tokens) - info.num_prompt_tokens
-    head = f"finished ({info.finish_reason}), {generated} tokens generated" + _origin(model, info)
+    head = f"finished ({info.finish_reason}), {_tokens(generated)} generated" + _origin(model, info)
     if any(texts):
         return f"{head}\n  {''.join(texts)}"
     return f"{head}\n  ids {_ids(info.tokens[info.num_prompt_tokens :])}"
@@ -178,7 +177,7 @@ def session_text(
         f" · {_sampling(info)}{_random(model)}"
     ]
     ids = info.tokens[: info.num_prompt_tokens]
-    lines.append(f"  prompt, {len(ids)} tokens: {_ids(ids)}")
+    lines.append(f"  prompt, {_tokens(len(ids))}: {_ids(ids)}")
     texts = list(prompt)[: len(ids)]
     if any(texts):
         shown = "|".join(visible(t) for t in texts[:MAX_SHOWN_TOKENS])
@@ -209,9 +208,16 @@ def _tokens_line(info: m.SessionInfo, stop: m.StopInfo, texts: Sequence[str]) ->
     span = f"token {last}" if last == stop.first_token else f"tokens {stop.first_token}–{last}"
     if any(texts):
         hidden = max(0, len(texts) - MAX_SHOWN_TOKENS)
-        shown = "|".join(visible(t) for t in texts[hidden:])
+        ids = info.tokens[stop.first_token + hidden : stop.end_token]
+        shown = "|".join(
+            visible(text) or f"id {i}" for i, text in zip(ids, texts[hidden:], strict=True)
+        )
         return f"{span}: {'…|' * bool(hidden)}{shown}"
     return f"{span}: ids {_ids(info.tokens[stop.first_token : stop.end_token])}"
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def _ids(ids: Sequence[int]) -> str:
@@ -224,17 +230,24 @@ def _ids(ids: Sequence[int]) -> str:
 
 def _hits_line(view: StopView) -> str:
     points = {point.id: point for point in view.session.breakpoints}
-    names = [
-        breakpoint_line(points[i]) if i in points else f"breakpoint {i}"
+    line = "; ".join(
+        breakpoint_line(points[i]) if i in points else f"breakpoint {i}, removed since"
         for i in view.stop.hit_breakpoints
-    ]
-    held = len(view.stop.hit_tokens)
-    where = (
-        "all tokens"
-        if held == len(view.texts) and held > 1
-        else "position " + ", ".join(map(str, view.stop.hit_tokens[:20])) + "…" * (held > 20)
     )
-    return f"{'; '.join(names)} · held at {where}"
+    if hits := _hits(view):
+        line += " · held at position " + ", ".join(map(str, hits[:20])) + "…" * (len(hits) > 20)
+    return line
+
+
+def _hits(view: StopView) -> tuple[int, ...]:
+    """Positions at which a condition held; a breakpoint without one holds everywhere."""
+    hit = [p for p in view.session.breakpoints if p.id in view.stop.hit_breakpoints]
+    return view.stop.hit_tokens if any(p.condition for p in hit) else ()
+
+
+def _edits_here(view: StopView) -> list[m.EditInfo]:
+    """The edits that had a part in what this forward shows."""
+    return [edit for edit in view.session.edits if edit.sticky or edit.forward == view.stop.forward]
 
 
 def _quoted(row: LensRow) -> str:
@@ -277,8 +290,8 @@ def stop_html(view: StopView) -> str:
         _heat_map(view),
         _lens_table(view),
     ]
-    if view.session.edits:
-        edits = "".join(f"<li>{escape(edit_line(edit))}</li>" for edit in view.session.edits)
+    if here := _edits_here(view):
+        edits = "".join(f"<li>{escape(edit_line(edit))}</li>" for edit in here)
         parts.append(f"<div>edits<ul style='margin:0'>{edits}</ul></div>")
     label = escape(f"Djinn: {headline(view.stop, view.model)}", quote=True)
     return f"<div role='region' aria-label='{label}' style='{_CARD}'>{''.join(parts)}</div>"
@@ -327,7 +340,7 @@ def _token_strip(view: StopView) -> str:
     first, total = view.stop.first_token, len(view.texts)
     hidden = max(0, total - MAX_SHOWN_TOKENS)
     ids = view.session.tokens[first : view.stop.end_token]
-    hits = set(view.stop.hit_tokens)
+    hits = set(_hits(view))
     spans = []
     for i in range(hidden, total):
         style = _TOKEN

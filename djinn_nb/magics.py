@@ -434,7 +434,9 @@ class DjinnMagics(Current):
         method = getattr(self, f"djinn_{name}", None)
         if method is None:
             raise BadArgument(f"there is no magic %djinn_{name}; %djinn_help lists them")
-        self.say(method.__doc__.strip())
+        parser = getattr(method, "parser", None)
+        help_text = parser.format_help() if parser is not None else method.__doc__
+        self.say(help_text.lstrip(":\n ").rstrip())
 
     def _calls(self) -> list[tuple[str, Any]]:
         """`%djinn_break` → its method, in the order written."""
@@ -457,16 +459,16 @@ class DjinnMagics(Current):
         try:
             return method.parser.parse_args(arguments.plain_words(line))
         except UsageError as error:
-            usage = " ".join(method.parser.format_usage().split()).removeprefix("usage: ")
+            usage = " ".join(method.parser.format_usage().split()).lstrip(": ")
             raise UsageError(f"{error} · usage: {usage}") from None
 
 
 def _first_line(method: Any) -> str:
-    """What a magic says of itself in one line, without the usage that IPython puts around it."""
-    text = getattr(method, "__doc__", "") or ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("::", "%djinn", "%%djinn"))]
-    return lines[0] if lines else ""
+    """What a magic says of itself in one line."""
+    parser = getattr(method, "parser", None)
+    # IPython puts the usage before the docstring of a magic that has a parser
+    text = parser.description if parser is not None else method.__doc__
+    return str(text).strip().splitlines()[0]
 
 
 def _literal(text: str) -> Any:

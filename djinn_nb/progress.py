@@ -65,6 +65,8 @@ class Progress:
         self._bar.refresh()
 
     def _draw(self, total: float) -> Any:
+        from tqdm import tqdm
+
         arguments: dict[str, Any] = {
             "total": total,
             "desc": self.label,
@@ -76,12 +78,8 @@ class Progress:
         if self.unit == "%":
             arguments["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
         if in_notebook():
-            from tqdm.notebook import tqdm as notebook_bar
-
-            return notebook_bar(**arguments)
-        from tqdm import tqdm as terminal_bar
-
-        return terminal_bar(**arguments)
+            arguments |= {"file": _NotebookLine(), "ncols": 100}
+        return tqdm(**arguments)
 
     def close(self) -> None:
         """Take the line away."""
@@ -99,3 +97,40 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _NotebookLine:
+    """A file for tqdm that shows the last line written as one output, and leaves it empty.
+
+    Text on stderr would stay in the saved notebook, and so would a widget's first state.
+    """
+
+    def __init__(self) -> None:
+        from IPython.display import display
+
+        self._handle = display(_Line(""), display_id=True)  # type: ignore[no-untyped-call]
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n")
+        if self._handle is not None:
+            self._handle.update(_Line(line.strip()))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+class _Line:
+    """A line of text that shows as nothing when it is empty."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        style = "margin:0;color:inherit;background:transparent"
+        return f"<pre style='{style}'>{escape(self._text)}</pre>" if self._text else "<span></span>"
