@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernel_server.engine.sampler import sample, uniform
+from kernel_server.engine.sampler import _place, sample, uniform
 from kernel_server.protocol.errors import BadArgument, SessionFailed
 from kernel_server.state.instructions import Sampling
 
@@ -181,6 +181,12 @@ def test_a_token_of_no_probability_never_comes(top_p):
     row = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
 
     assert draws(row, 300, top_p=top_p)[[0, 2, 4]].sum() == 0
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
+def test_not_even_the_first_or_the_last_number_finds_a_token_without_weight(number):
+    assert _place(np.array([0.0, 0.0, 0.3, 0.0]), number) == 2
+    assert _place(np.array([0.0, 1e-300, 0.7, 0.0, 0.1, 0.0]), number) in (1, 2, 4)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def test_a_summary_counts_what_is_not_a_number_and_leaves_it_out_of_the_range():
 
     assert (summary.minimum, summary.maximum) == (-2.0, math.inf)
     assert (summary.num_nan, summary.num_inf) == (2, 1)
+    assert summarize([values[::2]], "embedding").mean == pytest.approx(4 / 5)
     assert math.isnan(summary.norm)
     assert [math.isnan(norm) for norm in summary.per_token.numpy()[:, 0]] == [True, True, False]
 
