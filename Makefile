@@ -3,6 +3,7 @@
 # PYTHON       the interpreter the environment is made from (3.11 or later)
 # TORCH_FLAGS  extra pip flags for the torch install alone, e.g. another wheel index
 # LAB_FLAGS    passed to `jupyter lab`, e.g. LAB_FLAGS="--no-browser --port 8890"
+# BENCH_FLAGS  passed to the benchmarks: --write keeps the record, --only NAME runs one of them
 # PYTEST_FLAGS passed to pytest, e.g. PYTEST_FLAGS="-x -k fork"
 
 PYTHON ?= python3
@@ -47,7 +48,7 @@ test: lint  ## lint, and every test that needs no GPU, no browser and no patienc
 test-all: setup  ## all of it but the GPU tests where there is no GPU, with the time of each part
 	$(BIN)/python -m scripts.test_all
 
-bench: setup  ## the benchmarks, interleaved with their baselines; writes a record
+bench: setup  ## the benchmarks, interleaved with their baselines
 	$(BIN)/python -m tests.benchmarks $(BENCH_FLAGS)
 
 evaluate: setup  ## every evaluation notebook at smoke size, on the CPU

@@ -9,7 +9,8 @@ Reads, for every hardware folder under `notebooks/results/`:
 - `benchmarks.json`, written by `make bench`:
   `{"format": 1, "hardware": {"name": …, "versions": {…}}, "date": …, "benchmarks": [{"name": …,
   "value": …, "low": …, "high": …, "unit": …, "comparison": "<=", "limit": …, "repetitions": …,
-  "passed": …}]}` where value is a median and low…high its spread.
+  "passed": …}]}` where value is a median and low…high its quartiles; comparison and limit are null
+  for a figure that has no aim.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def number(value: Any) -> str:
 
 
 def bound(entry: dict[str, Any]) -> str:
-    """`<= 1.15`, in typography."""
+    """`<= 1.15`, in typography; a dash where nothing was aimed at."""
+    if entry["comparison"] is None:
+        return "–"
     sign = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}.get(entry["comparison"])
     return f"{sign or entry['comparison']} {number(entry['limit'])}"
 
@@ -77,7 +80,7 @@ def evaluation(summary: dict[str, Any]) -> list[str]:
 def benchmarks(record: dict[str, Any]) -> list[str]:
     """Medians with their spread, against what was aimed at."""
     lines = [
-        heading(record["hardware"], "make bench") + f", {record['date'][:10]}",
+        heading(record["hardware"], "make bench BENCH_FLAGS=--write") + f", {record['date'][:10]}",
         "",
         "| benchmark | median | spread | repetitions | aim |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -65,6 +65,14 @@ def test_a_benchmark_is_shown_with_its_spread_and_whether_it_missed(
     assert f"| decode ÷ stock | 1.071 | 1.05 – 1.09 | 30 | {aim}" in text
 
 
+def test_a_figure_without_an_aim_shows_a_dash(tmp_path: Path):
+    record = _benchmarks(passed=True)
+    record["benchmarks"][0] |= {"comparison": None, "limit": None}
+    _write(tmp_path / "cpu", "benchmarks.json", record)
+
+    assert "| 30 | – |" in section(tmp_path)
+
+
 def test_only_the_text_between_the_markers_is_replaced():
     readme = f"before\n{START}\nold\n{END}\nafter\n"
 
