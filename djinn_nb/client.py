@@ -21,7 +21,7 @@ from djinn_nb.transport import Transport
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.errors import BadMessage
+from kernel_server.protocol.errors import BadMessage, ConnectionLost
 
 _Reply = TypeVar("_Reply")
 
@@ -96,6 +96,11 @@ class Client:
             self._texts.update(zip(ids, texts, strict=True))
         return [self._texts[i] for i in token_ids]
 
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids together, without special tokens; empty without a tokenizer."""
+        message = m.TokenTexts(token_ids=tuple(token_ids), joined=True)
+        return self.call(message, m.Texts).texts[0]
+
     # -- tensors --------------------------------------------------------------------------
 
     def read_tensor(self, message: Any, label: str) -> npt.NDArray[Any]:
@@ -120,18 +125,27 @@ class Client:
                     message = m.ReadChunk(
                         transfer_id=transfer_id, offset=offset, length=CHUNK_BYTES
                     )
-                    chunk = self.call(message, m.Chunk, bulk=True)
+                    chunk = self._piece(message, m.Chunk)
                     piece = chunk.data.data
                     if chunk.offset != offset or not 0 < len(piece) <= nbytes - offset:
                         raise BadMessage(f"the server sent a wrong piece of {label}")
                     data[offset : offset + len(piece)] = piece
                     offset += len(piece)
                     progress.at(offset, nbytes)
-        except BaseException:
-            cancel = m.ReadChunk(transfer_id=transfer_id, offset=0, length=1, cancel=True)
-            self._send_quietly(cancel)
-            raise
+        finally:
+            # ended by us, not by its last byte: that one may have to be asked for again
+            self._send_quietly(
+                m.ReadChunk(transfer_id=transfer_id, offset=0, length=1, cancel=True)
+            )
         return data
+
+    def _piece(self, message: Any, reply: type[_Reply]) -> _Reply:
+        """A piece of a transfer; asked for or sent once more when the connection broke, since
+        pieces are named by their offset and the server knows which it has."""
+        try:
+            return self.call(message, reply, bulk=True)
+        except ConnectionLost:
+            return self.call(message, reply, bulk=True)
 
     def upload(self, array: Array, label: str) -> str:
         """Send a large tensor in chunks and return the id by which an edit names it."""
@@ -144,7 +158,7 @@ class Client:
                     piece = view[offset : offset + CHUNK_BYTES]
                     data = Array("uint8", (len(piece),), piece)
                     message = m.WriteChunk(transfer_id=transfer_id, offset=offset, data=data)
-                    self.call(message, m.UploadReply, bulk=True)
+                    self._piece(message, m.UploadReply)
                     progress.at(offset + len(piece), len(view))
         except BaseException:
             nothing = Array("uint8", (0,), b"")
@@ -155,7 +169,7 @@ class Client:
         return transfer_id
 
     def _send_quietly(self, message: Any) -> None:
-        """Tell the server, on a thread of its own: the caller is on its way out with an error."""
+        """Tell the server on a thread of its own: the caller is done, or on its way out."""
         payload = codec.encode(message)
 
         def send() -> None:

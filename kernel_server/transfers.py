@@ -70,16 +70,13 @@ class Transfers:
         return self._add(owner, _Download(owner, source, source.nbytes))
 
     def read(self, owner: str, transfer_id: str, offset: int, length: int) -> bytes | memoryview:
-        """A piece of a download; reading its end closes it."""
+        """A piece of a download, as often as it is asked for until it is cancelled."""
         download = self._get(owner, transfer_id, _Download)
         size = download.source.nbytes
         if not 0 <= offset <= size or not length > 0:
             raise BadArgument(f"offset {offset} lies outside the {size} bytes of this transfer")
         length = min(length, MAX_CHUNK, size - offset)
-        data = download.source.read(offset, length)
-        if offset + length >= size:
-            self.cancel(owner, transfer_id)
-        return data
+        return download.source.read(offset, length)
 
     def begin(self, owner: str, dtype: str, shape: tuple[int, ...]) -> str:
         """Open an upload and return its id; memory is taken as the pieces come."""

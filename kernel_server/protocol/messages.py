@@ -415,9 +415,14 @@ class ReadStory:
 
 @message
 class TokenTexts:
-    """The text of token ids, each with its leading space."""
+    """The text of token ids, each with its leading space.
+
+    `joined`: one text instead, of all together as a reader reads it, without special tokens. Only
+    so are characters whole that several tokens spell.
+    """
 
     token_ids: tuple[int, ...]
+    joined: bool = False
 
 
 @message
@@ -448,7 +453,7 @@ class PollEvents:
 
 @message
 class ReadChunk:
-    """Part of a tensor being sent; the last chunk, or `cancel`, ends the transfer."""
+    """Part of a tensor being sent. A piece may be asked for again; `cancel` ends the transfer."""
 
     transfer_id: str
     offset: int

@@ -105,6 +105,7 @@ def _arms(stack: contextlib.ExitStack) -> dict[str, Arm]:
         for at in offsets:
             piece = message(m.ReadChunk(transfer_id=transfer, offset=at, length=CHUNK_BYTES))
             into[at : at + CHUNK_BYTES] = piece.data.data
+        message(m.ReadChunk(transfer_id=transfer, offset=0, length=1, cancel=True))
 
     def chunks_send() -> None:
         begin = m.BeginUpload(dtype="uint8", shape=(TENSOR_BYTES,))
@@ -217,6 +218,9 @@ def _serve_ours() -> None:
                 return m.UploadReply(transfer_id=transfers.offer(owner, source), received=0)
             key = transfers.begin(owner, request.dtype, request.shape)
             return m.UploadReply(transfer_id=key, received=0)
+        if isinstance(request, m.ReadChunk) and request.cancel:
+            transfers.cancel(owner, request.transfer_id)
+            return m.Chunk(offset=0, data=Array("uint8", (0,), b""))
         if isinstance(request, m.ReadChunk):
             data = transfers.read(owner, request.transfer_id, request.offset, request.length)
             array = Array("uint8", (len(data),), data)
