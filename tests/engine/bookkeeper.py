@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -133,3 +134,44 @@ def same_logits(left: Session, right: Session) -> bool:
     return left.tokens == right.tokens and torch.equal(
         torch.stack(left.logits), torch.stack(right.logits)
     )
+
+
+def walk(
+    model: ResumableModel,
+    stops: Iterable[int],
+    chunk: int,
+    prompt_tokens: int,
+    forwards: int,
+    pages: int = 160,
+    page_tokens: int = 4,
+) -> tuple[Books, list[int]]:
+    """Stop at each of `stops` in the prefill and in every second decode, and meanwhile fork, run
+    another session, move all pages and forget recordings; then let parent and children go on.
+
+    Returns the books and the stops after which a token or a bit of the logits was another one.
+    """
+    prompt, other = model.sample_ids(prompt_tokens), model.sample_ids(prompt_tokens - 4, seed=1)
+    alone = Books(model, chunk=chunk, pages=pages, page_tokens=page_tokens)
+    reference = alone.generate(alone.launch(prompt), forwards)
+    books = Books(model, chunk=chunk, pages=pages, page_tokens=page_tokens)
+    different = []
+    for stop in stops:
+        session, company = books.launch(prompt), books.launch(other)
+        children = []
+        for number in range(forwards):
+            # At the last point there is nothing left to go on with.
+            finished = books.run(session, stop=stop if number % 2 == 0 else None)
+            if not finished:
+                children.append(books.fork(session))
+                session.forward.drop_cache()
+                books.run(company, stop=(stop + 3) % books.last)
+                if stop % 2:  # else both write the page they share
+                    books.move(session)
+                finished = books.run(session)
+            assert finished
+        for child in children:
+            books.generate(child, forwards)
+        different += [stop for s in [session, *children] if not same_logits(s, reference)]
+        for done in [session, company, *children]:
+            books.drop(done)
+    return books, different

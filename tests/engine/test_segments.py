@@ -13,7 +13,7 @@ from kernel_server.engine.segments import ForwardState
 from kernel_server.models.recording import same_call
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import ServerFault
-from tests.engine.bookkeeper import Books, same_logits
+from tests.engine.bookkeeper import Books, same_logits, walk
 from tests.models import tiny
 
 torch.set_num_threads(1)
@@ -34,31 +34,7 @@ def llama() -> ResumableModel:
 @pytest.mark.parametrize("name", [*tiny.REQUIRED, "qwen3-sliding", "gpt_oss", "deepseek_v3"])
 def test_stops_forks_moves_and_company_change_no_bit(name: str, dtype: torch.dtype) -> None:
     model = resumable(name, dtype)
-    prompt, other = model.sample_ids(PROMPT), model.sample_ids(PROMPT - 4, seed=1)
-    alone = Books(model, chunk=CHUNK)
-    reference = alone.generate(alone.launch(prompt), FORWARDS)
-    books = Books(model, chunk=CHUNK)
-    different = []
-    for stop in range(books.last + 1):
-        session, company = books.launch(prompt), books.launch(other)
-        children = []
-        for number in range(FORWARDS):
-            # Stopped in the prefill and in every second decode; at the last point there is
-            # nothing left to go on with.
-            finished = books.run(session, stop=stop if number % 2 == 0 else None)
-            if not finished:
-                children.append(books.fork(session))
-                session.forward.drop_cache()
-                books.run(company, stop=(stop + 3) % books.last)
-                if stop % 2:  # else both write the page they share
-                    books.move(session)
-                finished = books.run(session)
-            assert finished
-        for child in children:
-            books.generate(child, FORWARDS)
-        different += [stop for s in [session, *children] if not same_logits(s, reference)]
-        for done in [session, company, *children]:
-            books.drop(done)
+    books, different = walk(model, range(model.num_layers + 3), CHUNK, PROMPT, FORWARDS)
 
     assert different == []
     assert books.copied > 0
