@@ -9,7 +9,7 @@ from notebooks.harness.records import read_table
 
 
 def resume_is_exact(path: Path, tolerance: dict[str, float]) -> Any:
-    """Bits that differ from the reference run with and without faults; distance to stock logits.
+    """Values that differ from the reference run, with and without faults; distance to stock.
 
     tolerance: largest allowed distance by dtype, in standard deviations of stock's row.
     """
@@ -19,8 +19,8 @@ def resume_is_exact(path: Path, tolerance: dict[str, float]) -> Any:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    healthy = records[records["name"] == "bits that differ from the reference run"]
-    planted = records[records["name"] == "bits that differ with a fault"]
+    healthy = records[records["name"] == "values that differ from the reference run"]
+    planted = records[records["name"] == "values that differ with a fault"]
     bars = [("no fault, all models, layers, forwards", healthy["value"].sum(), "tab:blue")]
     bars += [
         (f"{row['fault']}\n({row['model']}, {row['dtype']})", row["value"], "tab:orange")

@@ -104,11 +104,13 @@ def local_kernel(
     dtype: str,
     device: str,
     prefill_chunk: int,
-    kv_memory_bytes: int = 256 << 20,
+    kv_memory_bytes: int = 64 << 20,
+    check: bool = True,
 ) -> Iterator[Local]:
     """Load a model and serve it inside this process, on one thread.
 
     model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
+    check: judge every invariant of the state at every event; benchmarks do without.
 
         with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
             session = local.server.launch("When Mary and John", max_new_tokens=4)
@@ -123,7 +125,7 @@ def local_kernel(
         ),
         prefill_chunk=prefill_chunk,
         kv_memory_bytes=kv_memory_bytes,
-        check=True,
+        check=check,
     )
     kernel = Kernel(load(config, _quiet), config).start()
     transport = cast(Transport, InProcessTransport(kernel.gateway))

@@ -18,7 +18,11 @@ from transformers import DynamicCache, PreTrainedModel
 from notebooks.harness.inprocess import Local
 
 #: Largest |difference| of one logit ÷ standard deviation of the row, by dtype.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+#: Largest L2 norm of the difference of one token's residual ÷ norm of stock's, by dtype; rounding
+#: adds up over layers, so this many times what stock's own two attentions differ by is allowed too.
+RESIDUAL_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+OWN_SPREADS = 2.0
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -72,6 +76,21 @@ def layer_outputs(local: Local, model: PreTrainedModel, ids: Sequence[int]) -> l
         for hook in hooks:
             hook.remove()
     return found
+
+
+def eager_twin(local: Local) -> PreTrainedModel:
+    """Stock transformers with these weights and its eager attention."""
+
+    def change(config: Any) -> None:
+        config._attn_implementation_internal = "eager"
+
+    return local.model.stock(change)
+
+
+def length_apart(rows: Floats, stock: Floats) -> float:
+    """The largest distance of one token's vector from stock's, relative to its length."""
+    far = np.linalg.norm(rows - stock, axis=-1) / np.linalg.norm(stock, axis=-1)
+    return float(far.max())
 
 
 def distance(rows: Any, stock: Any) -> Floats:
