@@ -154,8 +154,8 @@ def stop_text(view: StopView) -> str:
     return "\n".join(lines)
 
 
-def finished_text(model: m.ModelInfo, info: m.SessionInfo, texts: Sequence[str]) -> str:
-    """The end of a generation, as text."""
+def finished_text(model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str]) -> str:
+    """The end of a generation, as text; `texts` are the prompt and the continuation."""
     generated = len(info.tokens) - info.num_prompt_tokens
     head = f"finished ({info.finish_reason}), {_tokens(generated)} generated" + _origin(model, info)
     if any(texts):
@@ -297,13 +297,12 @@ def stop_html(view: StopView) -> str:
     return f"<div role='region' aria-label='{label}' style='{_CARD}'>{''.join(parts)}</div>"
 
 
-def finished_html(model: m.ModelInfo, info: m.SessionInfo, texts: Sequence[str]) -> str:
+def finished_html(model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str]) -> str:
     """The end of a generation: prompt plain, continuation in bold."""
     head, _, body = finished_text(model, info, texts).partition("\n")
     if any(texts):
-        prompt = escape("".join(texts[: info.num_prompt_tokens]))
-        made = escape("".join(texts[info.num_prompt_tokens :]))
-        shown = f"<span style='{_MUTED}'>{prompt}</span><b>{made}</b>"
+        prompt, made = texts
+        shown = f"<span style='{_MUTED}'>{escape(prompt)}</span><b>{escape(made)}</b>"
     else:
         shown = escape(body.strip())
     return (

@@ -123,8 +123,8 @@ class Tokenizer:
         return list(self._client.call(message, m.TokenIds).token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids."""
-        return "".join(self.tokens(token_ids))
+        """The text of token ids together, without special tokens."""
+        return self._client.text_of(token_id_list(token_ids))
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token id, with its leading space."""

@@ -114,13 +114,16 @@ class Session(Planned):
 
     @property
     def text(self) -> str:
-        """Prompt and continuation so far. Raises NoTokenizer when the model has none."""
+        """Prompt and continuation so far, without special tokens.
+
+        Raises NoTokenizer when the model has none.
+        """
         if not self.client.model.has_tokenizer:
             raise NoTokenizer(
                 f"{self.client.model.name} has no tokenizer, so tokens have no text:"
                 " session.tokens has their ids"
             )
-        return "".join(self.client.token_texts(self.refresh().tokens))
+        return self.client.text_of(self.refresh().tokens)
 
     @property
     def logits(self) -> npt.NDArray[np.float32] | None:

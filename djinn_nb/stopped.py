@@ -376,7 +376,13 @@ class Finished:
     def __init__(self, session: Session, info: m.SessionInfo) -> None:
         self.session = session
         self._info = info
-        self._texts = session.client.token_texts(info.tokens)
+        ids, prompt_length = info.tokens, info.num_prompt_tokens
+        self._text = session.client.text_of(ids)
+        prompt = session.client.text_of(ids[:prompt_length])
+        if self._text.startswith(prompt):
+            self._parts = (prompt, self._text[len(prompt) :])
+        else:  # the prompt's last token and the first one generated spell one character
+            self._parts = (prompt, session.client.text_of(ids[prompt_length:]))
 
     @property
     def tokens(self) -> list[int]:
@@ -390,13 +396,13 @@ class Finished:
 
     @property
     def text(self) -> str:
-        """Prompt and continuation; empty without a tokenizer."""
-        return "".join(self._texts)
+        """Prompt and continuation, without special tokens; empty without a tokenizer."""
+        return self._text
 
     @property
     def generated_text(self) -> str:
         """The continuation alone; empty without a tokenizer."""
-        return "".join(self._texts[self._info.num_prompt_tokens :])
+        return self._parts[1]
 
     @property
     def finish_reason(self) -> str:
@@ -406,12 +412,12 @@ class Finished:
     def __repr__(self) -> str:
         from djinn_nb.display import finished_text
 
-        return finished_text(self.session.client.model, self._info, self._texts)
+        return finished_text(self.session.client.model, self._info, self._parts)
 
     def _repr_html_(self) -> str:
         from djinn_nb.display import finished_html
 
-        return finished_html(self.session.client.model, self._info, self._texts)
+        return finished_html(self.session.client.model, self._info, self._parts)
 
 
 def _layer_numbers(layers: Iterable[Any]) -> tuple[int, ...]:

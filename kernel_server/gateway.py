@@ -11,7 +11,7 @@ import difflib
 import logging
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,8 @@ class Words(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def text(self, token_id: int) -> str: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
 
     def ids(self, text: str) -> tuple[int, ...]: ...
 
@@ -132,7 +134,7 @@ class Gateway:
                 ids = self._encode(served, request.text, request.add_special_tokens)
                 return m.TokenIds(token_ids=tuple(ids))
             case m.TokenTexts():
-                return m.Texts(texts=self._texts(served, request.token_ids))
+                return m.Texts(texts=self._texts(served, request.token_ids, request.joined))
             case m.Launch():
                 request = self._launch(served, request)
             case m.SetBreakpoint():
@@ -219,13 +221,15 @@ class Gateway:
         with self._words_lock:
             return words.encode(text, add_special_tokens=add_special_tokens)
 
-    def _texts(self, served: Served, token_ids: tuple[int, ...]) -> tuple[str, ...]:
+    def _texts(self, served: Served, token_ids: tuple[int, ...], joined: bool) -> tuple[str, ...]:
         size = served.model.vocab_size
         if bad := [i for i in token_ids if not 0 <= i < size]:
             raise BadArgument(f"token id {bad[0]} lies outside the vocabulary (0 to {size - 1})")
         if served.words is None:
-            return ("",) * len(token_ids)
+            return ("",) * (1 if joined else len(token_ids))
         with self._words_lock:
+            if joined:
+                return (served.words.decode(token_ids),)
             return tuple(served.words.text(i) for i in token_ids)
 
     def _launch(self, served: Served, request: m.Launch) -> m.Launch:

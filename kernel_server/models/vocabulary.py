@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -34,6 +35,13 @@ class Vocabulary:
         """Token ids of a text, as the model's tokenizer makes them."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids together, as a reader reads it: without special tokens."""
+        text: str = self.tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def ids(self, text: str) -> tuple[int, ...]:
         """Every id that reads as `text`; decodes the whole vocabulary once."""

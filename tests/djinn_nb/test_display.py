@@ -194,9 +194,9 @@ def test_a_long_forward_is_cut_and_says_so():
 def test_the_end_of_a_generation_shows_its_text():
     ended = replace(SESSION, status="finished", finish_reason="eos", num_prompt_tokens=2)
 
-    assert "finished (eos), 2 tokens generated" in finished_text(MODEL, ended, TEXTS)
-    assert "<b> Mary" in _read(finished_html(MODEL, ended, TEXTS)).text
-    assert "ids [6, 7]" in finished_text(MODEL, ended, ("",) * 4)
+    assert "finished (eos), 2 tokens generated" in finished_text(MODEL, ended, ("<b>", " Mary"))
+    assert "<b> Mary" in _read(finished_html(MODEL, ended, ("<b>", " Mary"))).text
+    assert "ids [6, 7]" in finished_text(MODEL, ended, ("", ""))
 
 
 def test_a_session_shows_its_exact_ids():

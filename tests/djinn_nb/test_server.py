@@ -33,6 +33,8 @@ def test_the_tokenizer_works_without_transformers_here(server):
 
     assert tokenizer.decode(ids) == "Mary went to the store"
     assert tokenizer.tokens(ids)[1].startswith(" ")
+    spelt_by_several_tokens = "Zoë 日本 😀"
+    assert tokenizer.decode(tokenizer.encode(spelt_by_several_tokens)) == spelt_by_several_tokens
     with pytest.raises(errors.BadArgument):
         tokenizer.encode(7)
     with pytest.raises(errors.BadArgument):
