@@ -35,7 +35,8 @@ def reduce_points(values: Tensor, first_token: int) -> Captured:
     return Captured(
         first_token,
         torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32),
-        torch.linalg.vector_norm(values, ord=torch.inf, dim=-1, dtype=torch.float32),
+        # not the infinity norm: that takes five times as long on a CPU
+        values.abs().amax(-1).float(),
         values.isnan().sum((1, 2)),
     )
 
