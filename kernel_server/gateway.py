@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from kernel_server.event_log import EventLog
 from kernel_server.loop import Loop
@@ -167,7 +167,11 @@ class Gateway:
                 f" {m.PROTOCOL_VERSION} (djinn-nb {self.version}): install the same version on both"
             )
         text, fraction = self._progress
-        phase = "failed" if self._failure else "ready" if self._served else "loading"
+        phase: Literal["loading", "ready", "failed"] = "loading"
+        if self._failure is not None:
+            phase = "failed"
+        elif self._served is not None:
+            phase = "ready"
         return m.Initialized(
             server_id=self.server_id,
             version=self.version,
