@@ -299,11 +299,13 @@ class Calibration:
 
     layers: the keys and values of one token by layer, once each layer was called.
     windows: sliding window by layer, None without.
+    needs_eager: whether a layer caps its scores or has sinks, which SDPA would leave out.
     """
 
     def __init__(self, model_name: str, eager: bool) -> None:
         self.model_name = model_name
         self.eager = eager
+        self.needs_eager = False
         self.layers: dict[int, LayerKV] = {}
         self.windows: dict[int, int | None] = {}
         self._layer = 0
@@ -360,7 +362,8 @@ class Calibration:
         self.windows[layer] = None if window is None else int(window)
         tokens = query.shape[2]
         causal = tokens > 1
-        return attend(module, query, key, value, causal, None, self.eager, options)
+        eager = self.eager or self.needs_eager
+        return attend(module, query, key, value, causal, None, eager, options)
 
     def _refuse(self, reason: str, feature: str) -> None:
         raise UnsupportedModel(

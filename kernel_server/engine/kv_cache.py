@@ -108,7 +108,7 @@ class KVCache:
         self.shape = shape
         self.num_pages = num_pages
         self.device = torch.device(device)
-        # Not zeroed: no slot is read before it was written, and a CPU then commits only what is used.
+        # Not zeroed: no slot is read before it is written, and a CPU commits only what is used.
         self.pool = torch.empty(
             (num_pages, shape.group_layers, 2, shape.page_tokens, shape.row),
             dtype=shape.dtype,

@@ -40,7 +40,12 @@ Step = Callable[[int, Tensor, Call], Tensor | None]
 
 
 class LayerObserver(Protocol):
-    """What the attention route saw of one layer while the model was learnt."""
+    """What the attention route sees of the layers while the model is learnt.
+
+    needs_eager: a layer asks for something that only the family's eager arithmetic has.
+    """
+
+    needs_eager: bool
 
     def enter(self, layer: int) -> None:
         """The calls that follow belong to this layer."""
@@ -179,6 +184,7 @@ class ResumableModel:
         #: what stock transformers would run: "sdpa", or "eager" where it has no other way
         self.stock_attention = str(model.config._attn_implementation)
         self.eager = self.stock_attention == "eager"
+        self._chosen_attention = {id(c): c._attn_implementation for c in configs_of(model)}
         self._stock_configs = _copies(configs_of(model))
         self._pass = _Pass()
         self._output_arity: list[int | None] = [None] * self.num_layers
@@ -197,6 +203,8 @@ class ResumableModel:
             with torch.no_grad(), route.calibration(self.family, self.eager) as observer:
                 self.observer = observer
                 self._learn_calls()
+                if observer.needs_eager and not self.eager:
+                    self._compare_with_eager()
                 learn(self, observer)
         except torch.OutOfMemoryError:
             raise
@@ -348,11 +356,16 @@ class ResumableModel:
                 "attention interface",
             )
 
+    def _compare_with_eager(self) -> None:
+        """Stock's SDPA leaves soft caps out in some versions: its eager attention is the model."""
+        self.eager = True
+        self.stock_attention = "eager"
+        for config in self._stock_configs.values():
+            config._attn_implementation_internal = "eager"
+
     def _restore_attention(self) -> None:
         for config in configs_of(self.model):
-            config._attn_implementation_internal = self._stock_configs[
-                id(config)
-            ]._attn_implementation
+            config._attn_implementation_internal = self._chosen_attention[id(config)]
 
     def _learn_calls(self) -> None:
         """Find how the causal LM calls its base model, and which modules the preamble uses."""

@@ -119,7 +119,7 @@ def test_calls_the_load_check_did_not_see_are_faults() -> None:
         ({"is_causal": False}, "not causal"),
         ({"dropout": 0.1}, "at random"),
         ({"softcap": 30.0}, "caps its scores"),
-        ({"s_aux": torch.ones(1)}, "sinks"),
+        ({"s_aux": torch.ones(1)}, "no eager attention"),
     ],
 )
 def test_what_is_not_known_of_attention_is_refused(options: dict, words: str) -> None:
