@@ -343,10 +343,14 @@ class Calibration:
             )
         if options.get("dropout"):
             self._refuse(f"layer {layer} drops attention weights at random", "dropout")
-        if self.eager and eager_function(module) is None:
-            self._refuse(f"layer {layer} has no eager attention function", "eager attention")
-        if not self.eager and not (options.get("softcap") is None and options.get("s_aux") is None):
-            self._refuse(f"layer {layer} caps its scores or has sinks under SDPA", "soft cap")
+        if options.get("softcap") is not None or options.get("s_aux") is not None:
+            self.needs_eager = True
+        if (self.eager or self.needs_eager) and eager_function(module) is None:
+            self._refuse(
+                f"layer {layer} caps its scores, has sinks or cannot use SDPA, and its family has"
+                " no eager attention function",
+                "eager attention",
+            )
         if not (
             query.shape[0] == key.shape[0] == value.shape[0] == 1
             and query.shape[2] == key.shape[2] == value.shape[2]
