@@ -21,7 +21,7 @@ from kernel_server.protocol.errors import (
 )
 from kernel_server.protocol.location import NOT_STARTED, layers_executed
 from kernel_server.state.control import Control
-from kernel_server.state.edits import Edit, at_stop, here, make_edit
+from kernel_server.state.edits import Edit, at_stop, make_edit, positions_here
 from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import ApplyEdits, ReadTensors
 from kernel_server.state.selectors import TokenSelector, resolve_channels
@@ -99,10 +99,10 @@ class Editing(Control):
             self._edits_changed(event.request_id, session, None)
 
     def _place(self, session: Session, edit: Edit) -> Place:
-        if session.status == "stopped" and here(edit, session.standing()):
-            last_only = edit.point == self.shape.logits
-            if edit.positions_in(session.standing(), last_only):
-                return "here"
+        if session.status == "stopped" and positions_here(
+            edit, session.standing(), self.shape.logits
+        ):
+            return "here"
         if edit.sticky:
             return "later"
         waits = session.status in ("waiting", "stopped") and edit.point > session.point
@@ -193,6 +193,7 @@ class Editing(Control):
         return session, pending
 
     def _edits_changed(self, request_id: int, session: Session, edit: Edit | None) -> None:
+        self.plan_anew(session)
         self.publish(session, "changed")
         self._answer(request_id, session, edit)
 

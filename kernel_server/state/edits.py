@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kernel_server.protocol.errors import BadEdit, BadMessage, BadSelector, UnknownEdit
-from kernel_server.protocol.location import NOT_STARTED, location_at, parse_location
+from kernel_server.protocol.location import location_at, parse_location
 from kernel_server.protocol.messages import EDIT_KINDS, EditInfo, EditSpec
 from kernel_server.state.events import EditResult
 from kernel_server.state.instructions import EditPlan
@@ -436,22 +436,20 @@ def _can_match(edit: Edit, stand: Standing, last_only: bool) -> bool:
     return False
 
 
-def here(edit: Edit, stand: Standing) -> bool:
-    """Whether an edit's place is the stop the session stands at."""
-    return stand.point != NOT_STARTED and edit.point == stand.point and edit.lives_in(stand.forward)
+def positions_here(edit: Edit, stand: Standing, logits: int) -> tuple[int, ...]:
+    """The positions an edit changes at the place the session stands at; none: it is no part of
+    that stop."""
+    if edit.point != stand.point or not edit.lives_in(stand.forward):
+        return ()
+    return edit.positions_in(stand, stand.point == logits)
 
 
 def at_stop(
     edits: Iterable[Edit], stand: Standing, logits: int
 ) -> list[tuple[Edit, tuple[int, ...]]]:
     """Enabled edits that belong to the stop, with the positions each changes, in order."""
-    found = []
-    for edit in edits:
-        if edit.enabled and here(edit, stand):
-            positions = edit.positions_in(stand, stand.point == logits)
-            if positions:
-                found.append((edit, positions))
-    return found
+    placed = ((edit, positions_here(edit, stand, logits)) for edit in edits if edit.enabled)
+    return [(edit, positions) for edit, positions in placed if positions]
 
 
 def _listed(positions: Sequence[int]) -> str:

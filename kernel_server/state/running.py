@@ -184,6 +184,9 @@ class Running(Core):
         if event.fatal:
             self.fail(session, event.error)
         else:
+            # an edit that could not be applied is what failed
+            edits_until = event.point - (event.error.code == "BadEdit")
+            slot.edits = [entry for entry in slot.edits if entry[0].point <= edits_until]
             stopping = self._arrive(slot, event.point, {}, (), 0)
             if event.point == NOT_STARTED:
                 self.wait(session, event.error)

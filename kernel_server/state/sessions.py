@@ -11,7 +11,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kernel_server.protocol.location import NOT_STARTED, layers_executed, location_at
+from kernel_server.protocol.location import (
+    NOT_STARTED,
+    layers_executed,
+    location_at,
+    logits_point,
+)
 from kernel_server.protocol.messages import (
     EditInfo,
     ErrorInfo,
@@ -21,7 +26,7 @@ from kernel_server.protocol.messages import (
     StopInfo,
 )
 from kernel_server.state.breakpoints import Breakpoints
-from kernel_server.state.edits import Edit, Edits, Standing, here
+from kernel_server.state.edits import Edit, Edits, Standing, positions_here
 from kernel_server.state.events import Requested
 from kernel_server.state.instructions import Sampling
 from kernel_server.state.pages import PageTable
@@ -148,9 +153,12 @@ class Session:
         """All edits; `at_this_stop` is true of those whose place is the stop it stands at."""
         if not len(self.edits):
             return ()
-        stand = self.standing()
+        stand, logits = self.standing(), logits_point(num_layers)
         stopped = self.status == "stopped"
-        return tuple(e.info(num_layers, stopped and here(e, stand)) for e in self.edits)
+        return tuple(
+            edit.info(num_layers, stopped and bool(positions_here(edit, stand, logits)))
+            for edit in self.edits
+        )
 
     def info(self, shape: ModelShape, event_seq: int) -> SessionInfo:
         """All a client needs to show it."""

@@ -360,6 +360,40 @@ def test_a_sticky_edit_can_be_switched_off_while_the_session_runs(world: World, 
     assert world.edit_info(stopped).forwards_matched == 2
 
 
+def test_a_sticky_edit_that_does_not_match_here_is_no_part_of_the_stop(world: World, stopped: str):
+    world.edit(stopped, location="layers.4.output", tokens=text(9), sticky=True)
+    world.run(stopped, m.RunTo, location="layers.4.output")
+    assert world.edit_info(stopped).at_this_stop  # token 5 of the prompt
+    world.run(stopped, m.RunTo, location="layers.4.output")
+
+    assert not world.edit_info(stopped).at_this_stop
+    world.prompt_edits = False
+    world.ask(m.EnableEdit(session_id=stopped, edit_id=1, enabled=False))
+    assert not world.errands
+
+
+def test_a_sticky_edit_switched_off_in_a_long_prefill_reaches_the_engine_soon(world: World):
+    sid = world.launch()
+    world.edit(sid, location="layers.4.output", sticky=True)
+    world.go(sid)
+    world.ask(m.EnableEdit(session_id=sid, edit_id=1, enabled=False))
+
+    assert world.engine.interrupted
+    world.done(2)
+    assert world.stretch.edits == ()
+    world.work()
+
+
+def test_an_edit_that_failed_on_the_way_is_not_counted(world: World, stopped: str):
+    world.edit(stopped, location="layers.3.output", sticky=True)
+    world.go(stopped)
+    world.fail(4, code="BadEdit")
+    session = world.session(stopped)
+
+    assert session.stop is not None and session.stop.reason == "exception"
+    assert session.edits[0].forwards_matched == 0
+
+
 def test_a_sticky_edit_removed_at_a_stop_where_it_applied_is_taken_back(world: World, stopped: str):
     world.edit(stopped, location=HERE, sticky=True)
     world.run(stopped, m.StepOut)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -290,3 +291,5 @@ Clients.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 test_any_clients_and_any_engine = Clients.TestCase
+#: a fault found is made short first, which takes longer than a test may
+test_any_clients_and_any_engine.pytestmark = [pytest.mark.timeout(400)]
