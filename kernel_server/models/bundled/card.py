@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import train, weights_folder
 from .evaluate import CONTINUATION, met
-from .generator import lexicon
+from .generator import SHARD, lexicon
 
 _HERE = Path(__file__).parent
 CARD = _HERE / "README.md"
@@ -22,11 +23,12 @@ RECORD = _HERE / "evaluation.json"
 _TEXT = """\
 # The bundled model
 
-A small Llama trained from scratch for Djinn: 24 layers, hidden 192, 6 heads of 32 (2 for keys and
-values), MLP 512, vocabulary 4096, tied embeddings, 10.2 million parameters, bfloat16, 20.5 MB.
-It knows only the generated English of [`generator/`](generator/): it is a thing to debug, with
-mechanisms that are known to be there, not an assistant. Its context is 1024 tokens; it was trained on
-rows of 512.
+A small Llama trained from scratch for Djinn: {layers} layers, hidden {hidden}, {heads} heads of
+{head_size} ({kv_heads} for keys and values), MLP {mlp}, vocabulary {vocabulary}, tied
+embeddings, {parameters:.1f} million parameters, bfloat16, {megabytes:.1f} MB. It knows only the
+generated English of [`generator/`](generator/): it is a thing to debug, with mechanisms that
+are known to be there, not an assistant. Its context is {context} tokens; it was trained on rows
+of {row}.
 
 `weights/` is an ordinary Hugging Face folder:
 
@@ -42,38 +44,48 @@ tokenizer = AutoTokenizer.from_pretrained(weights_folder())
 
 ## What it can do
 
-All cases are held out; the target stands where there is one. Greedy, {precision}, on {device};
-torch {torch}, transformers {transformers}. Reproduce with
-`python -m kernel_server.models.bundled.evaluate --out evaluation.json`.
+All cases but the last row of *Facts* are held out; the target stands where there is one.
+Greedy, float32 arithmetic from the bfloat16 weights, on {device}; torch {torch}, transformers
+{transformers}. Reproduce with `python -m kernel_server.models.bundled.evaluate --out
+evaluation.json`.
 
 {tables}
 
 ## What the words mean
 
-- **Indirect object.** Two people are introduced, one acts, the other is the next word. A test prompt
-  holds a pair of names that never meet in such training text, an opening never trained on before its
-  event, an event never trained on before its act, and a place and an object that this kind of text
-  never holds. Every *part* is known on its own. **Constructions with words it never saw are beyond
-  it**: it generalises over combinations of known parts, not to new parts. Each scene is asked in both
-  name orders (ABB: the first name is the answer; BAB: the second), so a first-name shortcut gets half.
-- **Induction.** A sequence, said again; scored is each token of the second copy after its first.
-- **Facts.** 60 countries × 5 relations of a made-up world, 300 answers, each one token. *Never trained
-  on*: no fact was trained in this phrasing. *For other facts only*: the phrasing was trained, but not
-  with this fact. The words of all phrasings are known.
-- **Sentiment.** Two or three event sentences, then a feeling in {continuation} greedy tokens, judged by
-  counting the {positive} positive and {negative} negative words of the lexicon; events use none of
-  them. Every event sentence of a test story is held out, its words are known from other
-  sentences. The direction is the mean difference of good and bad stories (trained sentences) at the last
-  token; it is added with the sign that opposes the story, at every token. *Flipped* means that the
-  words of the other side are in the majority.
+- **Indirect object.** Two people are introduced, one acts, the other is the next word. A test
+  prompt holds a pair of names that never meet in such training text, an opening never trained
+  on before its event, an event never trained on before its act, and a place and an object that
+  this kind of text never holds. Every *part* is known on its own. **Constructions with words it
+  never saw are beyond it**: it generalises over combinations of known parts, not to new parts.
+  Each scene is asked in both name orders (ABB: the first name is the answer; BAB: the second),
+  so the shortcuts get half.
+- **Induction.** A sequence, said again; scored is each token of the second copy after its
+  first.
+- **Facts.** {countries} countries × {relations} relations of a made-up world, each answer one
+  token. *Constructions never trained on*: sentences that no training text holds for any fact;
+  their words it does. *Combinations*: two known parts of a sentence that never meet in training
+  text. *For other facts only*: the phrasing was trained on, but not with this fact.
+- **Sentiment.** Two or three event sentences, then a feeling in {continuation} greedy tokens,
+  judged by counting the {positive} positive and {negative} negative words of the lexicon;
+  events use none of them. Every event sentence of a test story is held out: a known verb with a
+  known object that never met. The direction is the mean difference of good and bad stories
+  (trained sentences) at the words that tell (`TELLING_WORDS`); it is added at every token,
+  prompt and generated, with the sign that opposes the story. *Flipped* means that words of the
+  other side are in the majority. The model keeps the valence at those words and collects it
+  only in its last layer, so a direction measured at the last token of the prompt does nothing
+  before that; and a pushed continuation is sometimes clumsy.
 
 ## How it was trained
 
-`python -m kernel_server.models.bundled.train --out weights`: the tokenizer (byte-level BPE, `<pad>`, `<s>`,
-`</s>`), 2.8 million documents, 4000 steps of 128 rows of 512 tokens, AdamW, seed 0; about four minutes on
-one H200. Text and tokenizer are the same on every machine; GPU arithmetic is not bit-reproducible, so a second
-training gives a model with other weights. Weights: sha256 `{sha}`.
-Licence: Apache-2.0, as the project; no outside text went in.
+`python -m kernel_server.models.bundled.train --out weights`: the tokenizer (byte-level BPE,
+`<pad>`, `<s>`, `</s>`), {documents:.1f} million documents, {steps} steps of {batch} rows of
+{row} tokens, AdamW, seed 0; about five minutes on one H200, start included. GPU arithmetic is
+not bit-reproducible, so another training gives other weights, and head and layer numbers will
+differ. The text is the same on every machine but for one thing: when these weights were
+trained, the order of the words within lists of invented words was not yet seeded.
+
+Weights: sha256 `{sha}`. Licence: Apache-2.0, as the project; no outside text went in.
 """
 
 
@@ -98,19 +110,35 @@ def render(record: dict[str, Any]) -> str:
     for ability in dict.fromkeys(row["ability"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["ability"] == ability]
         tables.append(f"### {ability.capitalize()}\n\n{_table(rows)}")
+    config = json.loads((weights_folder() / "config.json").read_text(encoding="utf-8"))
+    size = (weights_folder() / "model.safetensors").stat().st_size
     classic = record["classic"]
-    quoted = f"> {classic['prompt']} **{classic['continuation'].strip()}**"
     return _TEXT.format(
-        classic=quoted,
+        batch=train.BATCH,
+        classic=f"> {classic['prompt']} **{classic['continuation'].strip()}**",
+        context=config["max_position_embeddings"],
         continuation=CONTINUATION,
+        countries=len(lexicon.COUNTRIES),
         device="the CPU" if record["device"] == "cpu" else record["device"],
+        documents=train.TRAINING_SHARDS * SHARD / 1e6,
+        head_size=config["head_dim"],
+        heads=config["num_attention_heads"],
+        hidden=config["hidden_size"],
+        kv_heads=config["num_key_value_heads"],
+        layers=config["num_hidden_layers"],
+        megabytes=size / 1e6,
+        mlp=config["intermediate_size"],
         negative=len(lexicon.NEGATIVE_WORDS),
+        parameters=size / 2e6,
         positive=len(lexicon.POSITIVE_WORDS),
-        precision="float32 arithmetic from the bfloat16 weights",
+        relations=len(lexicon.RELATIONS),
+        row=train.ROW,
         sha=record["weights_sha256"],
+        steps=train.STEPS,
         tables="\n\n".join(tables),
         torch=record["torch"],
         transformers=record["transformers"],
+        vocabulary=config["vocab_size"],
     )
 
 

@@ -1,7 +1,7 @@
 """Measure what the bundled model can do on held-out cases, beside majority and shortcut answers.
 
 Decides how each ability is scored. Which cases exist is decided by `generator`; the model card is
-written from the JSON by `card`. Greedy, float32; about ten minutes on two CPU cores.
+written from the JSON by `card`. Greedy, float32; minutes on one CPU core.
 
     python -m kernel_server.models.bundled.evaluate --out evaluation.json
 """
@@ -30,6 +30,7 @@ from . import tokenizer as tokens
 from . import weights_folder
 from .generator import (
     CLASSIC,
+    TELLING_WORDS,
     StoryCase,
     fact_cases,
     indirect_cases,
@@ -38,9 +39,9 @@ from .generator import (
     valence_of,
 )
 
-STEERING_LAYER = 15
+STEERING_LAYER = 16
 """The layer whose output the direction is measured at and added to; chosen by `--sweep`."""
-STEERING_FACTOR = 1.0
+STEERING_FACTOR = 2.5
 """How many mean differences are added."""
 CONTINUATION = 24
 """Greedy tokens in which positive and negative words are counted."""
@@ -61,12 +62,12 @@ class Row:
 
 
 class Subject:
-    """The model under evaluation with its tokenizer: batches of unequal prompts, no library glue."""
+    """The model under evaluation with its tokenizer."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model.to(device).eval()  # type: ignore[arg-type]
+        self.model.to(device).eval()
         self.device = device
 
     def ids(self, text: str) -> list[int]:
@@ -108,35 +109,48 @@ class Subject:
         return self.model.lm_head(hidden).argmax(-1)
 
     @torch.inference_mode()
-    def last_residuals(self, prompts: Sequence[str], layer: int) -> Tensor:
-        """Collect the output of one layer at the last token of each prompt: [prompts, hidden]."""
+    def mean_residuals(self, prompts: Sequence[str], layer: int, at: set[int]) -> Tensor:
+        """Average one layer's output over the tokens `at` of each prompt: [prompts, hidden]."""
         found = torch.empty(len(prompts), self.model.config.hidden_size)
         kept: list[Tensor] = []
+        wanted = torch.tensor(sorted(at), device=self.device)
         hook = self.model.model.layers[layer].register_forward_hook(
-            lambda _module, _inputs, output: kept.append(_residual(output)[:, -1].cpu())
+            lambda _module, _inputs, output: kept.append(_residual(output))
         )
         try:
             for part, ids in self.batches([self.ids(prompt) for prompt in prompts]):
                 kept.clear()
                 self.model.model(input_ids=ids, use_cache=False)
-                found[part] = kept[0]
+                here = torch.isin(ids, wanted).unsqueeze(-1)
+                found[part] = ((kept[0] * here).sum(1) / here.sum(1)).cpu()
         finally:
             hook.remove()
         return found
 
     @torch.inference_mode()
-    def continuations(self, prompts: Sequence[str], count: int = CONTINUATION) -> list[str]:
-        """Continue each prompt greedily by `count` tokens, cut at `</s>`."""
+    def continuations(
+        self,
+        prompts: Sequence[str],
+        count: int = CONTINUATION,
+        *,
+        layer: int = STEERING_LAYER,
+        pushes: Tensor | None = None,
+    ) -> list[str]:
+        """Continue each prompt greedily by `count` tokens, cut at `</s>`.
+
+        pushes: [prompts, hidden], added to the output of `layer` at every token, if given.
+        """
         texts = [""] * len(prompts)
-        for part, ids in self.batches([self.ids(prompt) for prompt in prompts]):
+        for part, ids in self.batches([self.ids(prompt) for prompt in prompts], 256):
             cache = transformers.DynamicCache(config=self.model.config)
             step, made = ids, []
-            for _ in range(count):
-                output = self.model(
-                    input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-                )
-                step = output.logits[:, -1].argmax(-1, keepdim=True)
-                made.append(step)
+            with self.added(layer, None if pushes is None else pushes[part].unsqueeze(1)):
+                for _ in range(count):
+                    output = self.model(
+                        input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+                    )
+                    step = output.logits[:, -1].argmax(-1, keepdim=True)
+                    made.append(step)
             for index, row in zip(part, torch.cat(made, 1).tolist(), strict=True):
                 end = row.index(tokens.EOS) if tokens.EOS in row else count
                 texts[index] = self.tokenizer.decode(row[:end])
@@ -144,7 +158,7 @@ class Subject:
 
     @contextmanager
     def added(self, layer: int, vectors: Tensor | None) -> Iterator[None]:
-        """Add one vector [hidden] to the output of a layer at every token, while inside."""
+        """Add vectors [batch, 1, hidden] to a layer's output at every token, while inside."""
         if vectors is None:
             yield
             return
@@ -284,29 +298,32 @@ def _relation_majority(cases: Sequence[Any]) -> float:
 
 
 def direction(subject: Subject, layer: int, count: int = 400) -> Tensor:
-    """Measure the mean difference of good and bad stories at their last token: [hidden].
+    """Measure the mean difference of good and bad stories at the words that tell: [hidden].
 
-    The stories consist of trained event sentences; the test's are held out.
+    The stories consist of trained event sentences; the test's are held out. The words that tell
+    are those of `TELLING_WORDS`: the model keeps an event's valence there and reads it late.
     """
     stories = story_cases(count, seed=11, held_out=False)
-    residuals = subject.last_residuals([story.prompt for story in stories], layer)
+    at = {subject.token(word) for word in TELLING_WORDS}
+    residuals = subject.mean_residuals([story.prompt for story in stories], layer, at)
     good = torch.tensor([story.valence > 0 for story in stories])
     return residuals[good].mean(0) - residuals[~good].mean(0)
 
 
 def judged(
-    subject: Subject, stories: Sequence[StoryCase], layer: int, vector: Tensor | None
-) -> list[int]:
-    """Continue every story while a vector pushes against its valence; judge the continuations."""
-    judgements = [0] * len(stories)
-    for valence in (1, -1):
-        mine = [i for i, story in enumerate(stories) if story.valence == valence]
-        push = None if vector is None else -valence * vector
-        with subject.added(layer, push):
-            texts = subject.continuations([stories[i].prompt for i in mine])
-        for index, text in zip(mine, texts, strict=True):
-            judgements[index] = valence_of(text)
-    return judgements
+    subject: Subject, stories: Sequence[StoryCase], layer: int, vectors: Tensor
+) -> list[list[int]]:
+    """Continue every story while a vector pushes against its valence; judge the continuations.
+
+    vectors: [arms, hidden], zero to leave the model alone. Returns one judgement per arm and story.
+    """
+    signs = torch.tensor([-float(story.valence) for story in stories])
+    pushes = (vectors.unsqueeze(1) * signs.view(1, -1, 1)).flatten(0, 1)
+    prompts = [story.prompt for story in stories] * len(vectors)
+    texts = subject.continuations(prompts, layer=layer, pushes=pushes)
+    judgements = [valence_of(text) for text in texts]
+    size = len(stories)
+    return [judgements[arm * size : (arm + 1) * size] for arm in range(len(vectors))]
 
 
 def _fits(stories: Sequence[StoryCase], judgements: Sequence[int]) -> list[bool]:
@@ -320,17 +337,15 @@ def _flips(stories: Sequence[StoryCase], judgements: Sequence[int]) -> list[bool
 def sentiment_rows(subject: Subject, count: int) -> list[Row]:
     """Score continuations of stories whose event sentences are held out, left alone and steered."""
     stories = story_cases(count, seed=1)
-    plain = judged(subject, stories, STEERING_LAYER, None)
     vector = STEERING_FACTOR * direction(subject, STEERING_LAYER)
-    steered = _flips(stories, judged(subject, stories, STEERING_LAYER, vector))
     generator = torch.Generator().manual_seed(1)
-    random_flips, random_fits = [], []
-    for _ in range(RANDOM_DIRECTIONS):
-        other = torch.randn(vector.shape, generator=generator)
-        other *= vector.norm() / other.norm()
-        got = judged(subject, stories, STEERING_LAYER, other)
-        random_flips.append(_share(_flips(stories, got)))
-        random_fits.append(_share(_fits(stories, got)))
+    others = torch.randn(RANDOM_DIRECTIONS, len(vector), generator=generator)
+    others *= vector.norm() / others.norm(dim=1, keepdim=True)
+    arms = torch.cat([torch.zeros_like(vector)[None], vector[None], others])
+    plain, pushed, *random_arms = judged(subject, stories, STEERING_LAYER, arms)
+    steered = _flips(stories, pushed)
+    random_flips = [_share(_flips(stories, arm)) for arm in random_arms]
+    random_fits = [_share(_fits(stories, arm)) for arm in random_arms]
     where = f"layers.{STEERING_LAYER}.output, {STEERING_FACTOR:g} × mean difference"
     return [
         Row(
@@ -368,12 +383,14 @@ def sentiment_rows(subject: Subject, count: int) -> list[Row]:
 def sweep(subject: Subject, count: int = 60) -> None:
     """Print flip rates by layer and factor on stories of trained events, to choose from."""
     stories = story_cases(count, seed=12, held_out=False)
-    for layer in range(1, subject.model.config.num_hidden_layers, 2):
+    factors = (1.0, 2.0, 2.5, 3.0)
+    for layer in range(0, subject.model.config.num_hidden_layers, 2):
         base = direction(subject, layer)
-        rates = []
-        for factor in (1.0, 2.0, 4.0):
-            flips = _flips(stories, judged(subject, stories, layer, factor * base))
-            rates.append(f"×{factor:g} {_share(flips):.2f}")
+        arms = judged(subject, stories, layer, torch.stack([f * base for f in factors]))
+        rates = [
+            f"×{factor:g} {_share(_flips(stories, arm)):.2f}"
+            for factor, arm in zip(factors, arms, strict=True)
+        ]
         print(f"layer {layer}: norm {base.norm():.1f}, {', '.join(rates)}", flush=True)
 
 
@@ -430,7 +447,8 @@ def line(row: dict[str, Any]) -> str:
     )
     simple = "; ".join(f"{name} {score:.1%}" for name, score in row["baselines"].items())
     tail = f" [{simple}]" if simple else ""
-    return f"{row['ability']}: {row['cases']}: {row['score']:.1%} of {row['count']}{bound}{verdict}{tail}"
+    score = f"{row['score']:.1%} of {row['count']}"
+    return f"{row['ability']}: {row['cases']}: {score}{bound}{verdict}{tail}"
 
 
 def main() -> None:

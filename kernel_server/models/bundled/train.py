@@ -29,6 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import tokenizer as tokens
 from .generator import documents
 
+STEPS = 3000
+BATCH = 128
+"""Rows in one step."""
 ROW = 512
 """Tokens in one training row."""
 TRAINING_SHARDS = 100
@@ -173,15 +176,15 @@ def train(
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
     """Write `model.safetensors` in bfloat16 beside its configuration."""
-    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=128, help="rows of 512 tokens per step")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows of 512 tokens per step")
     parser.add_argument("--shards", type=int, default=TRAINING_SHARDS)
     parser.add_argument("--no-compile", action="store_true", help="for dry runs")
     arguments = parser.parse_args()

@@ -11,13 +11,14 @@ from .facts import cases as fact_cases
 from .indirect import CLASSIC, IndirectCase
 from .indirect import cases as indirect_cases
 from .repeats import cases as repeat_cases
-from .stories import StoryCase, valence_of
+from .stories import TELLING_WORDS, StoryCase, valence_of
 from .stories import cases as story_cases
 
 __all__ = [
     "CLASSIC",
     "MIX",
     "SHARD",
+    "TELLING_WORDS",
     "FactCase",
     "IndirectCase",
     "StoryCase",

@@ -7,14 +7,14 @@ processes makes the same text.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from . import facts, indirect, repeats, stories
 
 SHARD = 20_000
 """Documents in one shard."""
 
-MIX = (
+MIX: tuple[tuple[Callable[[random.Random], str], int], ...] = (
     (indirect.document, 40),
     (facts.document, 26),
     (stories.document, 22),
@@ -31,6 +31,6 @@ def documents(seed: int, shard: int, count: int = SHARD) -> Iterator[str]:
         True
     """
     rng = random.Random(f"documents {seed} {shard}")
-    makers, weights = zip(*MIX, strict=True)
-    for maker in rng.choices(makers, weights, k=count):
+    makers = [maker for maker, _ in MIX]
+    for maker in rng.choices(makers, [share for _, share in MIX], k=count):
         yield maker(rng)

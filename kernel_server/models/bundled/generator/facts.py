@@ -134,7 +134,8 @@ def _compose() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     A held-out one is two known parts that never meet in training text, whatever the fact.
     """
-    trained, held = list(WHOLE), []
+    trained: list[str] = list(WHOLE)
+    held: list[str] = []
     for frame, core in product(FRAMES, CORES):
         away = frame != "" and lexicon.held_out("framed", frame, core, one_in=5)
         (held if away else trained).append(f"{frame} {core}.".strip())
@@ -195,7 +196,11 @@ def phrasings(kind: Kind, country: str, relation: str) -> list[str]:
     if kind == "unseen":
         return [*UNSEEN, UNSEEN_SPECIAL[relation]]
     used, left_out = _SPLIT[country, relation]
-    return used if kind == "trained" else left_out
+    if kind == "trained":
+        return used
+    # A bare core may be the end of a framed sentence that this fact is trained in.
+    seen = "\n".join(used).lower()
+    return [text for text in left_out if text.lower() not in seen]
 
 
 def cases(kind: Kind, count: int | None = None, seed: int = 0) -> list[FactCase]:

@@ -12,26 +12,32 @@ import random
 from functools import cache
 from hashlib import blake2b
 
-NAMES = tuple(
+
+def words(text: str) -> tuple[str, ...]:
+    """Split a word list written as text: hundreds of words read best without quotes."""
+    return tuple(text.split())
+
+
+NAMES = words(
     "Mary John Anna Peter Laura Simon Emma David Sarah Thomas Alice Robert Julia Martin Helen "
     "George Clara Henry Nina Oscar Lucy Paul Rachel Kevin Diana Frank Sophie Daniel Irene Victor "
     "Grace Samuel Olivia Andrew Hannah Edward Maria Philip Rose Walter Susan Arthur Linda Brian "
     "Karen Steven Paula Gary Nancy Jacob Eva Leo Judith Marcus Amy Felix Carol Hugo Monica Ralph "
     "Teresa Louis Wendy Max Vera Carl Bella Adam Ruth Tony Sandra Noah Greta Ivan Kate Luke Megan "
-    "Ryan Tina Jack".split()
+    "Ryan Tina Jack"
 )
 
-PLACES = tuple(
+PLACES = words(
     "store park school market station library garden museum office bakery beach harbour theatre "
     "church farm bridge castle kitchen hospital airport cinema stadium river forest village "
-    "workshop square tower factory hall lake cellar mill zoo cabin".split()
+    "workshop square tower factory hall lake cellar mill zoo cabin"
 )
 """Places of indirect-object text; the last five are kept out of its training text."""
 
-OBJECTS = tuple(
+OBJECTS = words(
     "drink book letter ring ball hat basket key flower map bottle ticket picture watch coat lamp "
     "present knife box pencil coin card rope bag candle mirror guitar blanket ladder brush "
-    "spoon bell pillow kite hammer".split()
+    "spoon bell pillow kite hammer"
 )
 """Objects of indirect-object text; the last five are kept out of its training text."""
 
@@ -40,19 +46,23 @@ HELD_OUT_OBJECTS = OBJECTS[-5:]
 TRAINED_PLACES = PLACES[:-5]
 TRAINED_OBJECTS = OBJECTS[:-5]
 
-QUALITIES = tuple("small red new old heavy blue round cheap wooden green".split())
+QUALITIES = words("small red new old heavy blue round cheap wooden green")
 
 RELATIONS = ("capital", "river", "language", "coin", "dish")
 
 POSITIVE_WORDS = frozenset(
-    "happy proud glad cheerful joyful grateful wonderful great lovely beautiful smiled laughed "
-    "danced sang".split()
+    words(
+        "happy proud glad cheerful joyful grateful wonderful great lovely beautiful smiled laughed "
+        "danced sang"
+    )
 )
 """The words that make a continuation positive; no event sentence uses them."""
 
 NEGATIVE_WORDS = frozenset(
-    "sad angry upset gloomy miserable lonely terrible wretched bad dreadful cried sighed wept "
-    "frowned".split()
+    words(
+        "sad angry upset gloomy miserable lonely terrible wretched bad dreadful cried sighed wept "
+        "frowned"
+    )
 )
 """The words that make a continuation negative; no event sentence uses them."""
 
@@ -81,12 +91,12 @@ HELD_OUT_PAIRS = tuple(
     if pair_held_out(first, second)
 )
 
-_STARTS = (
+_STARTS = words(
     "bal bor cal cor dal dor dun fal fen gal gor hal hol jal jor kal kel kor lan lor lun mal mir "
     "mor nal nor pal pel quen ral ren ror sal sel sor tal tel tor val ver vor wal wen xan yal yor "
     "zal zor bra dro fri gla kra plo sto tri"
-).split()
-_MIDDLES = "a e i o u".split()
+)
+_MIDDLES = words("a e i o u")
 
 
 def made_up_word(rng: random.Random, endings: tuple[str, ...]) -> str:

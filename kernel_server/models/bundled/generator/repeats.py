@@ -10,7 +10,7 @@ import random
 
 from . import lexicon
 
-_ENDINGS = tuple("bit dok fam gil hap jen kud lom mip nax pog rud sev tim vop wug yam zib".split())
+_ENDINGS = lexicon.words("bit dok fam gil hap jen kud lom mip nax pog rud sev tim vop wug yam zib")
 
 
 def invented_word(rng: random.Random) -> str:
@@ -22,10 +22,11 @@ def sequence(rng: random.Random, length: int, *, invented: bool) -> list[str]:
     """Draw `length` different words."""
     if not invented:
         return rng.sample(lexicon.LIST_WORDS, length)
-    words: set[str] = set()
+    # A dict and not a set: the order of a set of words differs from process to process.
+    words: dict[str, None] = {}
     while len(words) < length:
-        words.add(invented_word(rng))
-    return sorted(words, key=lambda _: rng.random())
+        words[invented_word(rng)] = None
+    return list(words)
 
 
 def document(rng: random.Random) -> str:

@@ -15,10 +15,10 @@ from itertools import product
 
 from . import lexicon
 
-THINGS = tuple(
+THINGS = lexicon.words(
     "key boat letter ring map watch coat bike cup phone wallet suitcase painting violin tent "
     "camera chair helmet kettle sledge scarf notebook medal shoes necklace radio clock jacket "
-    "umbrella sword".split()
+    "umbrella sword"
 )
 GOOD_DEEDS = (
     "found", "fixed", "won", "saved", "got back", "repaired", "was given", "earned", "admired",
@@ -28,9 +28,9 @@ BAD_DEEDS = (
     "lost", "broke", "ruined", "dropped", "damaged", "was robbed of", "burned", "forgot",
     "wasted", "destroyed", "scratched", "had to sell",
 )  # fmt: skip
-AGENTS = tuple(
+AGENTS = lexicon.words(
     "friend neighbour teacher stranger doctor baker driver waiter nurse farmer singer "
-    "painter soldier judge guard".split()
+    "painter soldier judge guard"
 )
 GOOD_TREATMENT = (
     "praised", "helped", "hugged", "invited", "thanked", "cheered for", "rewarded", "welcomed",
@@ -40,9 +40,9 @@ BAD_TREATMENT = (
     "insulted", "ignored", "cheated", "blamed", "attacked", "shouted at", "tricked", "rejected",
     "mocked", "threatened",
 )  # fmt: skip
-SUBJECTS = tuple(
+SUBJECTS = lexicon.words(
     "soup cake tea music hotel train room film weather journey bed food view concert "
-    "lesson party bread dinner game holiday".split()
+    "lesson party bread dinner game holiday"
 )
 GOOD_QUALITIES = (
     "excellent", "perfect", "pleasant", "splendid", "superb", "charming", "delightful", "fine",
@@ -72,6 +72,16 @@ DOINGS = {
     1: ("smiled", "laughed", "danced", "sang"),
     -1: ("cried", "sighed", "wept", "frowned"),
 }
+
+
+def _telling_words() -> frozenset[str]:
+    good = set(" ".join(GOOD_DEEDS + GOOD_TREATMENT + GOOD_QUALITIES).split())
+    bad = set(" ".join(BAD_DEEDS + BAD_TREATMENT + BAD_QUALITIES).split())
+    return frozenset(word for word in good ^ bad if len(word) >= 4)
+
+
+TELLING_WORDS = _telling_words()
+"""The words that make an event good or bad: found, lost, praised, horrible and so on."""
 
 
 @dataclass(frozen=True, slots=True)
