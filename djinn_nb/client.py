@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -45,6 +46,7 @@ class Client:
         self._texts: dict[int, str] = {}
         self.initialized = self.initialize()
         self._model: m.ModelInfo | None = None
+        weakref.finalize(self, transport.close)
         self._listen(self.initialized.event_seq)
 
     # -- calls ----------------------------------------------------------------------------
@@ -182,7 +184,18 @@ class Client:
     # -- events ---------------------------------------------------------------------------
 
     def _listen(self, after: int) -> None:
-        self.transport.listen(_poll, self._take, after=after, on_trouble=self._trouble)
+        # the events thread holds us weakly: a connection that nobody uses any more is closed
+        weak = weakref.ref(self)
+
+        def take(answer: bytes) -> int:
+            client = weak()
+            return client._take(answer) if client is not None else after
+
+        def trouble(error: Exception | None) -> None:
+            if (client := weak()) is not None:
+                client._trouble(error)
+
+        self.transport.listen(_poll, take, after=after, on_trouble=trouble)
 
     def _take(self, answer: bytes) -> int:
         reply = codec.decode(answer)

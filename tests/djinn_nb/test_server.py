@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 
@@ -89,6 +90,21 @@ def test_no_threads_are_left_behind(process: Process):
     before = threading.active_count()
 
     djinn.connect(process.address).close()
+
+    assert threading.active_count() == before
+
+
+def test_a_connection_that_nobody_holds_any_more_is_closed(process: Process):
+    before = threading.active_count()
+    server = djinn.connect(process.address)
+    session = server.launch([1], max_new_tokens=1)
+    del server
+    gc.collect()
+    session.terminate()  # a session alone keeps its connection
+    assert threading.active_count() > before
+
+    del session
+    gc.collect()
 
     assert threading.active_count() == before
 
