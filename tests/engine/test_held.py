@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from kernel_server.engine.segments import ForwardState
 
 def _forward(tokens: int, point: int, chunk: int = 8) -> ForwardState:
     cuts = [*range(0, tokens, chunk), tokens]
-    bounds = tuple(zip(cuts[:-1], cuts[1:], strict=True))
+    bounds = tuple(itertools.pairwise(cuts))
     state = ForwardState(tuple(range(tokens)), 0, bounds)
     _reach(state, point)
     return state
