@@ -19,7 +19,7 @@ from kernel_server.engine.attention import PagedWork, working
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
-from kernel_server.protocol.errors import ServerFault
+from kernel_server.protocol.errors import BadArgument, ServerFault
 
 #: The point of a forward of which nothing has been computed.
 NOT_STARTED = -1
@@ -75,7 +75,7 @@ class Segments:
 
     def __init__(self, model: ResumableModel, cache: KVCache, *, prefill_chunk: int = 512) -> None:
         if prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk is {prefill_chunk}: choose at least 1 token")
+            raise BadArgument(f"prefill_chunk is {prefill_chunk}: choose at least 1 token")
         self.model = model
         self.cache = cache
         self.prefill_chunk = prefill_chunk
@@ -208,10 +208,12 @@ class Segments:
 
     def _embed(self, state: ForwardState, on_point: OnPoint) -> bool:
         """Run the preamble of a long prompt, whole."""
-        embedding = self._recorded(state).embedding
+        recording = self._recorded(state)
+        embedding = recording.embedding
         assert embedding is not None
         # Copies: a chunk restored from elsewhere stands alone, so these do too.
         state.residual = [embedding[:, a:b].clone() for a, b in state.bounds]
+        recording.forget_embedding()
         state.point = 0
         return not on_point(0, state)
 
@@ -263,4 +265,6 @@ class Segments:
         """The layer calls of this forward, recorded again if they were dropped."""
         if state.recording is None:
             state.recording = self.model.record(*self.model.inputs(state.token_ids, state.start))
+            if state.point >= 0 and len(state.bounds) > 1:
+                state.recording.forget_embedding()
         return state.recording

@@ -42,6 +42,14 @@ class Recording:
     #: slices made so far, by (tensor, first token, axis): layers that share a tensor share them
     cuts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
 
+    def forget_embedding(self) -> None:
+        """Let go of what only the first layer and the norm of a single chunk need.
+
+        For a long prompt it weighs as much as the residual stream.
+        """
+        self.embedding = None
+        self.preamble = {}
+
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of nested tuples, lists and dicts, with its path."""

@@ -218,6 +218,31 @@ def test_a_long_rope_prompt_is_recorded_whole() -> None:
     torch.testing.assert_close(session.logits[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_prompts_at_the_edges_of_chunks_and_pages_agree_with_stock(name: str) -> None:
+    stock = tiny.family(name)
+    model = ResumableModel(copy.deepcopy(stock), PagedAttentionRoute())
+    books = Books(model, chunk=CHUNK)
+    for tokens in (1, 2, 4, 5, 6, 7, 12, 13, 24):
+        session = books.generate(books.launch(model.sample_ids(tokens)), 2)
+        books.drop(session)
+        for count, logits in enumerate(session.logits):
+            with torch.no_grad():
+                expected = stock(torch.tensor([session.tokens[: tokens + count]])).logits[0, -1]
+
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_prompt_keeps_its_residual_once(llama: ResumableModel) -> None:
+    books = Books(llama, chunk=CHUNK)
+    session = books.launch(llama.sample_ids(PROMPT))
+    books.run(session, until=0)
+
+    assert session.forward.nbytes == PROMPT * tiny.HIDDEN * 4
+    assert session.forward.recording.embedding is None
+    assert session.forward.recording.preamble == {}
+
+
 def test_two_engines_in_one_process_do_not_meet() -> None:
     random.seed(0)
     models = [resumable("llama"), resumable("gpt2"), resumable("llama", torch.bfloat16)]

@@ -1,0 +1,41 @@
+"""A stock model becomes one that is served, or the reason why not is said and nothing is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from kernel_server.engine.loading import serve
+from kernel_server.protocol.errors import BadArgument
+from tests.models import tiny
+
+torch.set_num_threads(1)
+
+
+def test_a_served_model_has_its_pool_and_its_report() -> None:
+    served = serve(tiny.family("llama"), kv_memory_bytes=1 << 20, prefill_chunk=64)
+    shape = served.cache.shape
+
+    assert served.cache.num_pages == (1 << 20) // shape.page_bytes
+    assert served.segments.prefill_chunk == 64
+    assert served.report.as_dict()["passed"] is True
+    assert json.loads(json.dumps(served.report.as_dict()))["checks"][0]["tolerance"] > 0
+
+
+def test_page_length_and_depth_can_be_chosen() -> None:
+    served = serve(tiny.family("gpt2"), kv_memory_bytes=1 << 20, page_tokens=8, group_layers=5)
+    shape = served.cache.shape
+
+    assert (shape.page_tokens, shape.group_layers, shape.num_groups) == (8, 5, 2)
+
+
+def test_a_pool_too_small_for_one_session_is_refused_with_the_numbers() -> None:
+    with pytest.raises(BadArgument, match=r"holds 1 pages of 16,384.* at least 2: give 32,768"):
+        serve(tiny.family("llama"), kv_memory_bytes=20_000)
+
+
+def test_a_prefill_chunk_of_no_tokens_is_refused() -> None:
+    with pytest.raises(BadArgument, match="at least 1"):
+        serve(tiny.family("llama"), kv_memory_bytes=1 << 20, prefill_chunk=0)
