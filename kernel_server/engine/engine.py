@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from kernel_server.state.events import (
     EditsApplied,
     EditsFailed,
     StateEvent,
+    StretchAdvanced,
     StretchDone,
     StretchFailed,
 )
@@ -57,6 +59,9 @@ from kernel_server.state.instructions import (
 )
 
 log = logging.getLogger(__name__)
+
+#: A forward that takes longer than this tells how far it is, seconds.
+PROGRESS_S = 0.5
 
 
 class Engine:
@@ -243,6 +248,7 @@ class _Stretch:
         self.checks = _by_point(stretch.checks)
         self.edits = _by_point(stretch.edits)
         self.results: list[EditResult] = []
+        self.told_at = time.monotonic()
         self.hits: dict[int, tuple[int, ...]] = {}
         self.halted = False
 
@@ -283,6 +289,8 @@ class _Stretch:
         engine, held = self.engine, self.held
         if engine._errands:
             engine._do_errands()
+        if time.monotonic() - self.told_at > PROGRESS_S:
+            self._tell(point)
         held.arrive()
         if plans := self.edits.get(point):
             self._edit(forward, plans)
@@ -292,6 +300,10 @@ class _Stretch:
         # an interrupt sent for an earlier stretch of this session was cleared when this one came
         self.halted = bool(self.hits) or engine._interrupted == self.stretch.session_id
         return self.halted or engine._closing
+
+    def _tell(self, point: int) -> None:
+        self.told_at = time.monotonic()
+        self.engine._post(StretchAdvanced(session_id=self.stretch.session_id, point=point))
 
     def _edit(self, forward: ForwardState, plans: Sequence[EditPlan]) -> None:
         segments = self.engine.segments

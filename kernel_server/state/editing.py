@@ -218,6 +218,8 @@ class Editing(Control):
         rows = None
         if request.layers is None and not request.every_layer:
             rows = self._rows(session, request.tokens)
+        if len(set(request.layers or ())) < len(request.layers or ()):
+            raise BadArgument("a layer is listed twice: list each layer once")
         for layer in request.layers or ():
             self._check_layer_ran(session, layer)
         self._read(event, session, rows, None)
@@ -237,6 +239,8 @@ class Editing(Control):
 
     def read_capture(self, event: Requested, request: m.ReadCapture, session: Session) -> None:
         self._refuse_failed(session)
+        if request.seen is not None:
+            self.require_stop(session, request.seen)
         if session.forward == 0 and session.point == NOT_STARTED:
             raise NotFinished(f"session {session.id} has run no layer yet: continue it first")
         self._read(event, session, None, None)

@@ -54,6 +54,14 @@ class StretchDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StretchAdvanced:
+    """A stretch that takes long has come to `point`; told now and then, for whoever waits."""
+
+    session_id: str
+    point: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StretchFailed:
     """The engine could not go on; what was reached before (`point`) still stands."""
 
@@ -82,4 +90,6 @@ class EditsFailed:
     error: ErrorInfo
 
 
-StateEvent = Requested | StretchDone | StretchFailed | EditsApplied | EditsFailed
+StateEvent = (
+    Requested | StretchDone | StretchAdvanced | StretchFailed | EditsApplied | EditsFailed
+)

@@ -15,7 +15,7 @@ from kernel_server.protocol.messages import ErrorReply, error_info
 from kernel_server.state.breakpoints import Breakpoint
 from kernel_server.state.core import Core, Slot
 from kernel_server.state.edits import plans_beyond
-from kernel_server.state.events import EditResult, StretchDone, StretchFailed
+from kernel_server.state.events import EditResult, StretchAdvanced, StretchDone, StretchFailed
 from kernel_server.state.instructions import Check, RunStretch
 from kernel_server.state.pages import WritePlan, plan_writes
 from kernel_server.state.sessions import MOVES, Session
@@ -241,6 +241,21 @@ class Running(Core):
         if not slot.armed:
             return []
         return session.breakpoints.reached(slot.armed, (slot.start, point), held)
+
+    def stretch_advanced(self, event: StretchAdvanced) -> None:
+        """Tell whoever waits how far a long forward is; nothing is decided by it."""
+        session = self.sessions.get(event.session_id)
+        if session is None or session.status != "running":
+            return
+        num_layers = self.shape.num_layers
+        done = layers_executed(event.point, num_layers)
+        self.publish(
+            session,
+            "progress",
+            done=session.finished_forwards,
+            total=session.max_new_tokens,
+            text=f"forward {session.forward}: {done} of {num_layers} layers",
+        )
 
     def _stop_at_breakpoints(
         self, session: Session, stopping: list[Breakpoint], event: StretchDone

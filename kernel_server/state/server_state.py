@@ -20,6 +20,7 @@ from kernel_server.state.events import (
     EditsFailed,
     Requested,
     StateEvent,
+    StretchAdvanced,
     StretchDone,
     StretchFailed,
 )
@@ -83,6 +84,8 @@ class ServerState(Editing):
                 self.stretch_done(event)
             case Requested():
                 self._requested(event)
+            case StretchAdvanced():
+                self.stretch_advanced(event)
             case StretchFailed():
                 self.stretch_failed(event)
                 self._resume_requests(event.session_id)
