@@ -91,6 +91,11 @@ class Engine:
             held.forward, held.first = stretch.forward, stretch.first_token
         assert (held.forward, held.first) == (stretch.forward, stretch.first_token)
         assert stretch.point == NOT_STARTED or stretch.point == held.point, "lost its place"
+        assert stretch.point < stretch.until
+        for item in (*stretch.checks, *stretch.edits):
+            assert stretch.point < item.point <= stretch.until, "lies outside the stretch"
+        for plan in stretch.edits:
+            assert all(0 <= row < len(stretch.token_ids) for row in plan.rows or ())
         held.point = stretch.point
         held.fed[stretch.first_token :] = stretch.token_ids
         self.stretch, self.interrupted = stretch, False
@@ -302,6 +307,10 @@ class World:
                 assert self.stretch.session_id == instruction.session_id
                 self.engine.interrupted = True
             case ApplyEdits():
+                running = self.engine.stretch and self.engine.stretch.session_id
+                assert running != instruction.session_id, "edited while it runs"
+                point = self.engine.sessions[instruction.session_id].point
+                assert all(plan.point == point for plan in instruction.edits), "edited elsewhere"
                 self.errands.append(instruction)
             case ReadTensors():
                 self.reads.append(instruction)
