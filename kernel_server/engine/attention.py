@@ -91,6 +91,9 @@ class PagedAttentionRoute:
     def __init__(self) -> None:
         # No mask function is registered under this name, so transformers builds no mask.
         AttentionInterface.register(self.name, _attention)
+        # Measured on an H200 (torch 2.11, cuDNN 9.19): decoding through cuDNN's SDPA gives other
+        # bits from call to call. Flash and the memory-efficient kernels repeat theirs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @contextlib.contextmanager
     def calibration(self, model_name: str, eager: bool) -> Iterator[Calibration]:
