@@ -61,7 +61,7 @@ class Progress:
             self._bar.total = total
         self._bar.n = min(done, total) if total else done
         if text:
-            self._bar.set_postfix_str(text[-60:], refresh=False)
+            self._bar.set_description_str(f"{self.label}, {text[-60:]}", refresh=False)
         self._bar.refresh()
 
     def _draw(self, total: float) -> Any:
@@ -76,7 +76,7 @@ class Progress:
         if self.unit == "B":
             arguments |= {"unit_scale": True, "unit_divisor": 1024}
         if self.unit == "%":
-            arguments["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}| {postfix}"
+            arguments["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}|"
         if in_notebook():
             arguments |= {"file": _NotebookLine(), "ncols": 100}
         return tqdm(**arguments)

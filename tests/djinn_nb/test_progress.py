@@ -1,0 +1,56 @@
+"""A progress line appears only where somebody watches, only when work takes long, and goes away."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from djinn_nb.progress import Progress, someone_watches
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> _Terminal:
+    made = _Terminal()
+    monkeypatch.setattr(sys, "stderr", made)
+    monkeypatch.delenv("DJINN_PROGRESS")
+    return made
+
+
+def test_a_line_is_drawn_with_what_is_going_on_and_taken_away(terminal):
+    with Progress("loading the model", unit="%", delay_s=0) as progress:
+        progress.at(40, 100, "reading weights")
+
+    shown = terminal.getvalue()
+    assert "loading the model, reading weights" in shown
+    assert "40%" in shown
+    assert shown.rstrip("\r").rsplit("\r", 1)[-1].strip() == ""
+
+
+def test_quick_work_shows_nothing(terminal):
+    with Progress("fetching", unit="B", delay_s=60) as progress:
+        progress.at(1, 2)
+
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.parametrize("value", ["0", "off", "No", "false"])
+def test_it_can_be_switched_off(terminal, monkeypatch, value):
+    assert someone_watches()
+
+    monkeypatch.setenv("DJINN_PROGRESS", value)
+
+    assert not someone_watches()
+
+
+def test_a_pipe_is_not_watched(monkeypatch):
+    monkeypatch.delenv("DJINN_PROGRESS")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+    assert not someone_watches()
