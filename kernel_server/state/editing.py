@@ -3,7 +3,7 @@
 At the stop an edit belongs to, the value is computed anew from its unedited tensor with all edits
 that are left, so undoing is exact; the session's list changes when the engine has done it, and
 requests about the session wait until then. Ahead of the stop, edits are only recorded. What an
-edit must look like is decided in `edits`.
+edit must look like is decided in `edit_rules`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from kernel_server.protocol.errors import (
 )
 from kernel_server.protocol.location import NOT_STARTED, layers_executed
 from kernel_server.state.control import Control
-from kernel_server.state.edits import Edit, at_stop, make_edit, positions_here
+from kernel_server.state.edit_rules import make_edit
+from kernel_server.state.edits import Edit, at_stop, positions_here
 from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import ApplyEdits, ReadTensors
 from kernel_server.state.selectors import TokenSelector, resolve_channels

@@ -1,0 +1,227 @@
+"""Which edits are accepted: numbers, shapes and selections are judged before anything changes.
+
+A refusal says what was found, with numbers, and the way to do it. What an accepted edit does is
+decided in `edits`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from kernel_server.protocol.errors import BadEdit, BadMessage, BadSelector
+from kernel_server.protocol.location import location_at, parse_location
+from kernel_server.protocol.messages import EDIT_KINDS, EditSpec
+from kernel_server.state.edits import Edit, Standing
+from kernel_server.state.selectors import TokenSelector, resolve_channels
+from kernel_server.state.shape import ModelShape
+
+
+def make_edit(
+    spec: EditSpec, shape: ModelShape, stand: Standing, *, edit_id: int, stop_number: int
+) -> Edit:
+    """The edit asked for, or `BadEdit` / `BadSelector` / `UnknownLocation` saying why not."""
+    location = parse_location(spec.location, shape.num_layers)
+    point = location.point(shape.num_layers)
+    _check_numbers(spec)
+    selector = TokenSelector(spec.tokens, stand.num_prompt_tokens)
+    edit = Edit(
+        id=edit_id,
+        spec=spec,
+        point=point,
+        selector=selector,
+        channels=resolve_channels(spec.channels, shape.width(point)),
+        made_at_stop=stop_number,
+        forward=stand.forward,
+    )
+    last_only = point == shape.logits
+    if edit.sticky:
+        _check_sticky(edit, stand, last_only)
+    else:
+        _check_once(edit, stand, last_only, shape.num_layers)
+    count = shape.width(point) if edit.channels is None else len(edit.channels)
+    _check_value_shape(edit, stand, last_only, count)
+    return edit
+
+
+def _check_numbers(spec: EditSpec) -> None:
+    kind = spec.kind
+    if kind not in EDIT_KINDS:
+        raise BadEdit(f"edit kind {kind!r} is not one of {', '.join(EDIT_KINDS)}")
+    if spec.upload_id is not None:
+        raise BadEdit(f"upload {spec.upload_id!r} of the edit's value has not arrived")
+    if (spec.factor is not None) != (kind == "scale"):
+        raise BadEdit(
+            "scale needs a factor" if kind == "scale" else f"{kind} takes no factor, scale does"
+        )
+    if (spec.value is not None) != (kind in ("add", "set")):
+        raise BadEdit(f"{kind} {'needs a' if kind in ('add', 'set') else 'takes no'} value")
+    if kind != "add" and spec.alpha != 1.0:
+        raise BadEdit(f"{kind} takes no alpha, add does")
+    for name, number in (("factor", spec.factor), ("alpha", spec.alpha)):
+        if number is not None and not math.isfinite(number):
+            raise BadEdit(f"{name} is {number}: give a finite number")
+    if spec.value is None:
+        return
+    try:
+        values = spec.value.numpy()
+    except (BadMessage, ValueError, TypeError) as error:
+        raise BadEdit(f"the edit's value cannot be read: {error}") from None
+    if values.ndim > 2 or values.size == 0:
+        raise BadEdit(
+            f"the value has shape {list(values.shape)}: give a scalar, a vector [channels] or"
+            " [tokens, channels]"
+        )
+    if bad := int(values.size - np.count_nonzero(np.isfinite(values))):
+        raise BadEdit(f"{bad} of {values.size} elements of the value are NaN or infinite")
+
+
+def _check_value_shape(edit: Edit, stand: Standing, last_only: bool, channels: int) -> None:
+    value = edit.spec.value
+    if value is None or not value.shape:
+        return
+    if value.shape[-1] != channels:
+        raise BadEdit(
+            f"the value has shape {list(value.shape)}, and {channels} channels are selected: its"
+            f" last dimension must be {channels}"
+        )
+    if len(value.shape) == 1:
+        return
+    if edit.sticky:
+        raise BadEdit(
+            f"a sticky edit takes a scalar or one vector [channels], not {list(value.shape)}:"
+            " later forwards feed other tokens"
+        )
+    tokens = len(edit.positions_in(stand, last_only))
+    if value.shape[0] != tokens:
+        raise BadEdit(
+            f"the value has shape {list(value.shape)}, and {tokens} tokens are selected: it must"
+            f" be [{tokens}, {channels}] or [{channels}]"
+        )
+
+
+def _check_once(edit: Edit, stand: Standing, last_only: bool, num_layers: int) -> None:
+    """A once edit must find its tokens in the forward the session stands in, at or ahead."""
+    name = str(location_at(edit.point, num_layers))
+    if edit.point < stand.point:
+        here = location_at(stand.point, num_layers)
+        raise BadEdit(
+            f"{name} has passed in forward {stand.forward}, which stands at {here}: step back is"
+            " planned; launch again and stop there, or make the edit sticky to apply from forward"
+            f" {stand.forward + 1}"
+        )
+    edit.selector.check_once(stand.end, stand.limit)
+    positions = edit.positions_in(stand, last_only)
+    selected = edit.selector.positions(stand.tokens, stand.first, stand.end)
+    if edit.selector.kind == "indices":
+        missing = [
+            position
+            for index in edit.selector.selector.indices
+            if not stand.first
+            <= (position := index + stand.end if index < 0 else index)
+            < stand.end
+        ]
+        if missing:
+            raise BadEdit(_elsewhere(missing[0], stand))
+    if not selected:
+        raise BadEdit(_nothing_here(edit.selector, stand))
+    if not positions:
+        raise BadEdit(
+            f"logits are edited for the last token only: select token {stand.end - 1} (-1)"
+        )
+    edit.note = _note(edit, stand, positions, selected)
+
+
+def _note(
+    edit: Edit, stand: Standing, positions: tuple[int, ...], selected: tuple[int, ...]
+) -> str | None:
+    """What the user may not have expected of the selection."""
+    notes = []
+    if edit.selector.kind == "text" and len(selected) > 1:
+        notes.append(f"{edit.selector} occurs {len(selected)} times: {_listed(selected)}")
+    if len(positions) < len(selected) and edit.selector.kind != "all":
+        notes.append(f"of {len(selected)} tokens only the last has logits: {positions[0]}")
+    if edit.selector.kind in ("slice", "text") and stand.first > 0:
+        earlier = edit.selector.positions(stand.tokens, 0, stand.first)
+        if earlier:
+            notes.append(
+                f"{len(earlier)} more tokens selected were fed in earlier forwards and are not"
+                " changed"
+            )
+    return "; ".join(notes) or None
+
+
+def _elsewhere(position: int, stand: Standing) -> str:
+    holder = stand.forward_of(position)
+    here = f"forward {stand.forward} feeds tokens {stand.first} to {stand.end - 1}"
+    if stand.first == stand.end - 1:
+        here = f"forward {stand.forward} feeds token {stand.first}"
+    if holder < stand.forward:
+        return (
+            f"token {position} was fed in forward {holder}; {here}: step back is planned; launch"
+            f" again and stop in forward {holder}, then edit"
+        )
+    return (
+        f"token {position} is fed in forward {holder}; {here}: stop there, or make the edit sticky"
+    )
+
+
+def _nothing_here(selector: TokenSelector, stand: Standing) -> str:
+    earlier = selector.positions(stand.tokens, 0, stand.first) if stand.first else ()
+    if earlier:
+        return _elsewhere(earlier[0], stand)
+    return (
+        f"no token of forward {stand.forward} (tokens {stand.first} to {stand.end - 1}) is"
+        f" selected by {selector}: select others, or make the edit sticky"
+    )
+
+
+def _check_sticky(edit: Edit, stand: Standing, last_only: bool) -> None:
+    """A sticky edit starts where its location is reached next, and must be able to match."""
+    behind = edit.point < stand.point
+    if edit.point == stand.point and not edit.positions_in(stand, last_only):
+        behind = True  # nothing to do at this stop: it starts at the next forward
+    if behind:
+        edit.forward = stand.forward + 1
+    if edit.selector.kind == "indices":
+        for index in edit.selector.selector.indices:
+            if index >= stand.limit:
+                raise BadSelector(
+                    f"token {index} lies outside the session: it feeds tokens 0 to"
+                    f" {stand.limit - 1}"
+                )
+    if not _can_match(edit, stand, last_only):
+        raise BadEdit(
+            f"{edit.selector} selects no token of forward {edit.forward} or later, which"
+            f" {_feeds(edit.forward, stand)}: the edit could never match"
+        )
+    if not behind and edit.selector.kind == "text":
+        selected = edit.selector.positions(stand.tokens, stand.first, stand.end)
+        edit.note = _note(edit, stand, selected, selected) if selected else None
+
+
+def _feeds(forward: int, stand: Standing) -> str:
+    start = 0 if forward == 0 else stand.num_prompt_tokens + forward - 1
+    if start >= stand.limit:
+        return "will not come"
+    return f"feed tokens {start} to {stand.limit - 1}"
+
+
+def _can_match(edit: Edit, stand: Standing, last_only: bool) -> bool:
+    selector = edit.selector
+    if edit.forward == stand.forward and edit.positions_in(stand, last_only):
+        return True
+    for forward in range(max(edit.forward, stand.forward + 1), stand.max_new_tokens):
+        end = stand.num_prompt_tokens + forward
+        position = end - 1
+        known = stand.tokens[position] if position < len(stand.tokens) else None
+        if selector.matches(position, end, known):
+            return True
+    return False
+
+
+def _listed(positions: Sequence[int]) -> str:
+    shown = ", ".join(map(str, positions[:8]))
+    return f"positions {shown}" + (", …" if len(positions) > 8 else "")
