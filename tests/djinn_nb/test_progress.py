@@ -15,15 +15,16 @@ class _Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch) -> _Terminal:
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> _Terminal:
+    """Put a terminal where stderr is; in the test itself, since pytest swaps stderr before it."""
     made = _Terminal()
     monkeypatch.setattr(sys, "stderr", made)
     monkeypatch.delenv("DJINN_PROGRESS")
     return made
 
 
-def test_a_line_is_drawn_with_what_is_going_on_and_taken_away(terminal):
+def test_a_line_is_drawn_with_what_is_going_on_and_taken_away(monkeypatch):
+    terminal = _terminal(monkeypatch)
     with Progress("loading the model", unit="%", delay_s=0) as progress:
         progress.at(40, 100, "reading weights")
 
@@ -33,7 +34,8 @@ def test_a_line_is_drawn_with_what_is_going_on_and_taken_away(terminal):
     assert shown.rstrip("\r").rsplit("\r", 1)[-1].strip() == ""
 
 
-def test_quick_work_shows_nothing(terminal):
+def test_quick_work_shows_nothing(monkeypatch):
+    terminal = _terminal(monkeypatch)
     with Progress("fetching", unit="B", delay_s=60) as progress:
         progress.at(1, 2)
 
@@ -41,7 +43,8 @@ def test_quick_work_shows_nothing(terminal):
 
 
 @pytest.mark.parametrize("value", ["0", "off", "No", "false"])
-def test_it_can_be_switched_off(terminal, monkeypatch, value):
+def test_it_can_be_switched_off(monkeypatch, value):
+    _terminal(monkeypatch)
     assert someone_watches()
 
     monkeypatch.setenv("DJINN_PROGRESS", value)
