@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from djinn_nb.checks import flag, shown, whole
 from djinn_nb.selectors import plain_array
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NoTokenizer
@@ -119,7 +122,8 @@ class Tokenizer:
         """Token ids of a text, as `launch` would make them."""
         if not isinstance(text, str):
             raise BadArgument(f"encode takes a text, not {type(text).__name__}")
-        message = m.Tokenize(text=text, add_special_tokens=bool(add_special_tokens))
+        special = flag(add_special_tokens, "add_special_tokens")
+        message = m.Tokenize(text=text, add_special_tokens=special)
         return list(self._client.call(message, m.TokenIds).token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -163,16 +167,12 @@ class Modules(Mapping[str, str]):
 def token_id_list(token_ids: object) -> list[int]:
     """Token ids as plain integers, from any sequence, array or tensor, or BadArgument."""
     found = plain_array(token_ids)
-    try:
-        numbers = [int(i) for i in found if not isinstance(i, (bool, str))]
-        whole = len(numbers) == len(found) and all(
-            n == i for n, i in zip(numbers, found, strict=True)
-        )
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise BadArgument(f"token ids are a list of integers, not {str(token_ids)[:60]!r}")
-    return numbers
+    if isinstance(found, np.ndarray) and found.ndim == 1:
+        found = found.tolist()
+    # bytes are texts to most people, and a set has no order
+    if isinstance(found, (str, bytes, bytearray)) or not isinstance(found, Sequence):
+        raise BadArgument(f"token ids are a list of integers, not {shown(token_ids)}")
+    return [whole(i, f"token id {index}") for index, i in enumerate(found)]
 
 
 def model_line(info: m.ModelInfo) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.checks import shown
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.errors import BadEdit, BadSelector
+from kernel_server.protocol.errors import BadArgument, BadEdit, BadSelector
 from kernel_server.protocol.messages import ALL, Selector
 
 PHASES = ("all", "prompt", "generated")
@@ -40,8 +41,8 @@ def selector(what: object, *, name: str = "tokens") -> Selector:
     what = plain_array(what)
     if isinstance(what, np.ndarray) and what.ndim > 1:
         raise BadSelector(f"{name}: expected a list of positions, not an array {list(what.shape)}")
-    if (number := _whole_number(what)) is not None:
-        return Selector(kind="indices", indices=(number,))
+    if _whole_number(what) is not None:
+        return Selector(kind="indices", indices=_indices((what,), name))
     if not isinstance(what, Iterable):
         raise _not_a_selector(what, name)
     return Selector(kind="indices", indices=_indices(what, name))
@@ -71,6 +72,8 @@ def _slice_selector(what: slice, name: str) -> Selector:
     start, stop, step = bounds
     if step == 0:
         raise BadSelector(f"{name}: the step of a slice cannot be 0")
+    # as in Python, bounds beyond any length mean its ends
+    start, stop = (None if b is None else min(max(b, -(2**62)), 2**62) for b in (start, stop))
     return Selector(kind="slice", start=start, stop=stop, step=step)
 
 
@@ -81,6 +84,8 @@ def _indices(items: Iterable[Any], name: str) -> tuple[int, ...]:
         if number is None:
             raise _not_a_selector(item, name)
         numbers.append(number)
+        if not -(2**62) <= number <= 2**62:
+            raise BadSelector(f"{name}: {shown(number)} lies outside every tensor")
     if not numbers:
         raise BadSelector(f"{name}: an empty list selects nothing")
     return tuple(numbers)
@@ -108,10 +113,14 @@ def plain_array(value: object) -> Any:
     if isinstance(value, (np.ndarray, np.generic, Array)):
         return value
     if hasattr(value, "detach") and hasattr(value, "cpu"):
-        tensor = value.detach().cpu()
-        if str(getattr(tensor, "dtype", "")) == "torch.bfloat16":
-            tensor = tensor.float()  # numpy has no bfloat16; float32 holds each of its values
-        return tensor.numpy()
+        try:
+            tensor = value.detach().cpu()
+            if tensor.is_floating_point() and tensor.element_size() < 4:
+                tensor = tensor.float()  # numpy has not all of these; float32 holds their values
+            return tensor.numpy()
+        except (TypeError, NotImplementedError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BadArgument(f"this tensor cannot be read as numbers: {reason}") from None
     if hasattr(value, "numpy") and hasattr(value, "shape"):
         return value.numpy()
     return value

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from djinn_nb.checks import flag, real, shown, text_or_none, whole
 from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
@@ -71,13 +70,13 @@ class Server(Planned):
         message = m.Launch(
             prompt=text,
             token_ids=ids,
-            max_new_tokens=_whole(max_new_tokens, "max_new_tokens"),
-            temperature=_real(temperature, "temperature"),
-            top_p=_real(top_p, "top_p"),
-            seed=None if seed is None else _whole(seed, "seed"),
-            stop_on_entry=bool(stop_on_entry),
-            add_special_tokens=bool(add_special_tokens),
-            name=_text_or_none(name, "name"),
+            max_new_tokens=whole(max_new_tokens, "max_new_tokens"),
+            temperature=real(temperature, "temperature"),
+            top_p=real(top_p, "top_p"),
+            seed=None if seed is None else whole(seed, "seed"),
+            stop_on_entry=flag(stop_on_entry, "stop_on_entry"),
+            add_special_tokens=flag(add_special_tokens, "add_special_tokens"),
+            name=text_or_none(name, "name"),
         )
         session = Session(self._client, self._client.control(message))
         if stop_on_entry:
@@ -91,7 +90,7 @@ class Server(Planned):
         """
         wanted = id.id if isinstance(id, Session) else id
         if not isinstance(wanted, str):
-            raise BadArgument(f"a session is named by its id, a text, not {wanted!r}")
+            raise BadArgument(f"a session is named by its id, a text, not {shown(wanted)}")
         try:
             return Session(self._client, self._client.describe(wanted))
         except UnknownSession:
@@ -180,30 +179,10 @@ def _prompt(prompt: object) -> tuple[str | None, tuple[int, ...] | None]:
         return prompt, None
     try:
         ids = tuple(token_id_list(prompt))
-    except BadArgument:
+    except BadArgument as error:
         raise BadPrompt(
-            f"a prompt is a text or a list of token ids, not {str(prompt)[:60]!r}"
+            f"a prompt is a text or a list of token ids, not {shown(prompt)} ({error})"
         ) from None
     if not ids:
         raise BadPrompt("the prompt is empty: give at least one token")
     return None, ids
-
-
-def _whole(value: object, name: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise BadArgument(f"{name} is a whole number, not {value!r}")
-    return int(value)
-
-
-def _real(value: object, name: str) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(
-        value, (int, float, np.integer, np.floating)
-    ):
-        raise BadArgument(f"{name} is a number, not {value!r}")
-    return float(value)
-
-
-def _text_or_none(value: object, name: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise BadArgument(f"{name} is a text, not {value!r}")
-    return value

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.checks import flag, shown, text_or_none, whole
 from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.planned import Planned
@@ -168,8 +169,8 @@ class Session(Planned):
             location=location_name(location),
             when=_when(when),
             condition=_condition(condition),
-            ignore=_count(ignore, "ignore"),
-            once=bool(once),
+            ignore=whole(ignore, "ignore", least=0),
+            once=flag(once, "once"),
         )
         made = self.client.call(message, m.BreakpointReply).breakpoint
         self.refresh()
@@ -255,8 +256,8 @@ class Session(Planned):
         """
         message = m.Fork(
             session_id=self.id,
-            seed=None if seed is None else _count(seed, "seed"),
-            name=_name(name),
+            seed=None if seed is None else whole(seed, "seed", least=0),
+            name=text_or_none(name, "name"),
         )
         return Session(self.client, self.client.control(message))
 
@@ -306,14 +307,15 @@ def location_name(location: object) -> str:
     """A location as text for the server to parse, which knows the model."""
     if isinstance(location, (bool, np.bool_)) or not isinstance(location, (int, str, np.integer)):
         raise UnknownLocation(
-            f"a location is a layer number or a name such as 'layers.20.output', not {location!r}"
+            "a location is a layer number or a name such as 'layers.20.output', not"
+            f" {shown(location)}"
         )
     return str(location)
 
 
 def _when(when: object) -> m.When:
     if when not in ("any", "prefill", "decode"):
-        raise BadArgument(f"when is 'any', 'prefill' or 'decode', not {when!r}")
+        raise BadArgument(f"when is 'any', 'prefill' or 'decode', not {shown(when)}")
     return when
 
 
@@ -323,17 +325,3 @@ def _condition(condition: object) -> str | None:
             f"a condition is a text such as 'norm > 30', not a {type(condition).__name__}"
         )
     return condition
-
-
-def _count(value: object, name: str) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise BadArgument(f"{name} is a whole number, not {value!r}")
-    if value < 0:
-        raise BadArgument(f"{name} is a whole number from 0, not {value}")
-    return int(value)
-
-
-def _name(name: object) -> str | None:
-    if name is not None and not isinstance(name, str):
-        raise BadArgument(f"a name is a text, not {name!r}")
-    return name

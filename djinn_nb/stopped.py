@@ -6,13 +6,13 @@ the number of that stop, so once the session has moved on it gets StaleStop inst
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from djinn_nb.checks import flag, shown, whole
 from djinn_nb.client import CHUNK_BYTES, COMPUTE_S
 from djinn_nb.handles import Edit
 from djinn_nb.planned import Planned
@@ -182,7 +182,7 @@ class Stopped(Planned):
         )
 
     def _capture(self) -> m.CaptureReply:
-        message = m.ReadCapture(session_id=self.session.id)
+        message = m.ReadCapture(session_id=self.session.id, seen=self.number)
         return self.session.client.call(message, m.CaptureReply, timeout_s=COMPUTE_S)
 
     def lens(
@@ -223,12 +223,13 @@ class Stopped(Planned):
         return pd.DataFrame(rows)
 
     def _lens(self, top_k: int, tokens: object, layers: str | Iterable[int] | None) -> m.LensReply:
-        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise BadArgument(f"top_k is a whole number from 1, not {top_k!r}")
+        top_k = whole(top_k, "top_k", least=1)
         every = layers == "all" if isinstance(layers, str) else False
         if isinstance(layers, str) and not every:
-            raise BadArgument(f"layers is None, 'all' or a list of layer numbers, not {layers!r}")
-        if layers is not None and not (isinstance(tokens, int) and tokens == -1):
+            raise BadArgument(
+                f"layers is None, 'all' or a list of layer numbers, not {shown(layers)}"
+            )
+        if layers is not None and selector(tokens) != selector(-1):
             raise BadArgument("the lens over layers reads the last token fed: leave tokens at -1")
         numbers = None
         if layers is not None and not isinstance(layers, str):
@@ -236,7 +237,7 @@ class Stopped(Planned):
         message = m.ReadLens(
             session_id=self.session.id,
             seen=self.number,
-            top_k=int(top_k),
+            top_k=top_k,
             tokens=selector(tokens),
             layers=numbers,
             every_layer=every,
@@ -272,7 +273,7 @@ class Stopped(Planned):
             stop.edit(add=vector, alpha=4, tokens=" Mary", sticky=True)
         """
         spec = self._edit_spec(
-            {"scale": scale, "add": add, "set": set, "zero": zero or None},
+            {"scale": scale, "add": add, "set": set, "zero": None if zero is False else zero},
             alpha, tokens, channels, sticky, location,
         )  # fmt: skip
         message = m.AddEdit(session_id=self.session.id, seen=self.number, edit=spec)
@@ -296,7 +297,7 @@ class Stopped(Planned):
                 + (f"got {' and '.join(given)}" if given else "none was given")
             )
         kind = given[0]
-        if kind != "add" and alpha != 1.0:
+        if kind != "add" and number(alpha, name="alpha") != 1.0:
             raise BadEdit(f"alpha goes with add=; {kind} takes none")
         upload_id = value = factor = None
         if kind == "scale":
@@ -304,7 +305,7 @@ class Stopped(Planned):
         elif kind in ("add", "set"):
             value, upload_id = self._value(value_array(kinds[kind], name=kind), kind)
         elif kinds[kind] is not True:
-            raise BadEdit(f"zero is True or left out, not {kinds[kind]!r}")
+            raise BadEdit(f"zero is True or left out, not {shown(kinds[kind])}")
         return m.EditSpec(
             kind=kind,  # type: ignore[arg-type]
             location=self.location if location is None else self._place(location),
@@ -314,7 +315,7 @@ class Stopped(Planned):
             alpha=number(alpha, name="alpha"),
             value=value,
             upload_id=upload_id,
-            sticky=bool(sticky),
+            sticky=flag(sticky, "sticky"),
         )
 
     def _value(self, array: Array, kind: str) -> tuple[Array | None, str | None]:
@@ -422,8 +423,8 @@ class Finished:
 
 def _layer_numbers(layers: Iterable[Any]) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(n) for n in layers)
-    except TypeError:
+        return tuple(whole(n, "a layer") for n in layers)
+    except (TypeError, BadArgument):
         raise UnknownLocation(
-            f"layers is None, 'all' or a list of layer numbers, not {layers!r}"
+            f"layers is None, 'all' or a list of layer numbers, not {shown(layers)}"
         ) from None

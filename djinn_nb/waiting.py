@@ -6,14 +6,14 @@ waiting only, and says what still runs and how to wait on or pause.
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
+from djinn_nb.checks import seconds
 from djinn_nb.client import Client, Waiter
 from djinn_nb.progress import Progress
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import BadArgument, StillRunning, UnknownSession
+from kernel_server.protocol.errors import StillRunning, UnknownSession
 
 #: Without news for this long the server is asked, seconds; its events should have come sooner.
 GUARD_S = 5.0
@@ -33,7 +33,7 @@ def run_until_rest(
     Raises StillRunning after `timeout_s`, Interrupted on an interrupt, UnknownSession when the
     session was terminated meanwhile; the session is not touched by any of these.
     """
-    deadline = _deadline(timeout_s)
+    deadline = time.monotonic() + seconds(timeout_s, "timeout")
     try:
         with client.mirror.waiter(message.session_id) as waiter:
             info = client.control(message)
@@ -46,7 +46,7 @@ def wait_until_rest(
     client: Client, session_id: str, *, timeout_s: float | None, name: str
 ) -> m.SessionInfo:
     """Wait until a session that runs rests; one that rests already is described."""
-    deadline = _deadline(timeout_s)
+    deadline = time.monotonic() + seconds(timeout_s, "timeout")
     try:
         with client.mirror.waiter(session_id) as waiter:
             info = client.describe(session_id)
@@ -102,11 +102,3 @@ def _interrupted(client: Client, session_id: str, name: str) -> Interrupted:
     return Interrupted(
         f"{name} still runs on the server: session.wait() waits on, session.pause() stops it"
     )
-
-
-def _deadline(timeout_s: float | None) -> float:
-    if timeout_s is None:
-        return math.inf
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or timeout_s < 0:
-        raise BadArgument(f"timeout is seconds from 0, or None for no limit, not {timeout_s!r}")
-    return time.monotonic() + timeout_s

@@ -395,6 +395,8 @@ class ReadCapture:
     """Default capture: norm and largest magnitude by layer and token, NaN count by layer."""
 
     session_id: str
+    #: number of the stop the caller saw; None reads whatever forward is the current one
+    seen: int | None = None
     #: "forward": the current one; "session": every token so far
     span: Literal["forward", "session"] = "forward"
 

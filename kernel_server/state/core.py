@@ -125,7 +125,7 @@ class Core:
         session = self.sessions.get(session_id)
         if session is None or session.owner != owner:
             raise UnknownSession(
-                f"no session {session_id!r}: it was terminated or never was; sessions() lists"
+                f"no session {session_id[:80]!r}: it was terminated or never was; sessions() lists"
                 " those there are"
             )
         return session
