@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -32,7 +33,10 @@ from kernel_server.models.anatomy import (
 )
 from kernel_server.models.learning import learn
 from kernel_server.models.recording import Call, Recording
-from kernel_server.protocol.errors import DjinnError, UnsupportedModel
+from kernel_server.protocol.errors import BadArgument, DjinnError, UnsupportedModel
+
+_WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+_FIXED_WORKSPACES = (":4096:8", ":16:8")
 
 #: Runs one layer in place: (layer index, residual, its other arguments) -> residual after it,
 #: or None to run no further layer in this pass.
@@ -174,12 +178,13 @@ class ResumableModel:
     def __init__(self, model: PreTrainedModel, route: AttentionRoute) -> None:
         self.model = model.eval()
         self.family = family(model)
+        self.device = next(model.parameters()).device
+        _require_fixed_workspaces(self.device)
         self.route = route
         self.config = text_config(model)
         self.anatomy: Anatomy = find_layers(model)
         self.layers = self.anatomy.layers
         self.num_layers = len(self.layers)
-        self.device = next(model.parameters()).device
         self.dtype = model.dtype
         #: what stock transformers would run: "sdpa", or "eager" where it has no other way
         self.stock_attention = str(model.config._attn_implementation)
@@ -467,6 +472,16 @@ class ResumableModel:
         vocabulary = int(self.config.vocab_size)
         low = min(3, vocabulary - 1)
         return [low + (7919 * (i + 1) + 104729 * seed) % (vocabulary - low) for i in range(count)]
+
+
+def _require_fixed_workspaces(device: torch.device) -> None:
+    """Matrix products on a GPU are the same bits twice only with workspaces of a fixed size."""
+    chosen = os.environ.get(_WORKSPACE_VARIABLE)
+    if device.type == "cuda" and chosen not in _FIXED_WORKSPACES:
+        raise BadArgument(
+            f"{_WORKSPACE_VARIABLE} is {chosen!r}: with other values than"
+            f" {' or '.join(_FIXED_WORKSPACES)} a GPU does not give the same bits twice; unset it"
+        )
 
 
 def _copies(configs: Sequence[PretrainedConfig]) -> dict[int, PretrainedConfig]:

@@ -13,7 +13,7 @@ from kernel_server.engine.loading import Served, load_check, page_shape, serve
 from kernel_server.models.registry import open_model
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import UnsupportedModel
-from tests.engine.bookkeeper import walk
+from tests.engine.bookkeeper import Books, walk
 from tests.models import tiny
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +72,17 @@ def test_no_stop_in_a_13b_geometry_changes_a_bit(large: Served) -> None:
     _, different = walk(large.model, stops, 256, 900, 3, pages=1600, page_tokens=32)
 
     assert different == []
+
+
+def test_a_decode_of_a_13b_geometry_gives_the_same_bits_every_time(large: Served) -> None:
+    """One run of three differed with cuBLAS workspaces of torch's default size."""
+    books = Books(large.model, chunk=512, pages=600, page_tokens=32)
+    session = books.launch(large.model.sample_ids(900))
+    books.run(session)
+    runs = []
+    for _ in range(30):
+        again = books.fork(session)
+        runs.append(books.generate(again, 6).logits)
+        books.drop(again)
+
+    assert all(torch.equal(torch.stack(run), torch.stack(runs[0])) for run in runs)

@@ -8,9 +8,9 @@ import torch
 from kernel_server.engine.attention import PagedAttentionRoute
 from kernel_server.engine.loading import load_check, page_shape
 from kernel_server.models.anatomy import configs_of, find_layers
-from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.resumable import ResumableModel, _require_fixed_workspaces
 from kernel_server.models.selftest import LoadReport
-from kernel_server.protocol.errors import UnsupportedModel
+from kernel_server.protocol.errors import BadArgument, UnsupportedModel
 from tests.models import tiny
 
 torch.set_num_threads(1)
@@ -118,3 +118,11 @@ def test_the_stock_module_tree_is_left_as_it_was() -> None:
 )
 def test_the_layer_list_is_found_where_the_family_keeps_it(name: str, path: str) -> None:
     assert find_layers(tiny.family(name)).layers_path == path
+
+
+def test_a_gpu_with_workspaces_of_any_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _require_fixed_workspaces(torch.device("cuda"))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    _require_fixed_workspaces(torch.device("cpu"))
+    with pytest.raises(BadArgument, match="same bits twice"):
+        _require_fixed_workspaces(torch.device("cuda"))
