@@ -36,7 +36,7 @@ from kernel_server.protocol.location import (
     logits_point,
     sampled_point,
 )
-from kernel_server.protocol.messages import ErrorReply, error_info
+from kernel_server.protocol.messages import ErrorInfo, ErrorReply, error_info
 from kernel_server.state.events import (
     EditResult,
     EditsApplied,
@@ -133,7 +133,11 @@ class Engine:
                         return
                 self._do_errands()
                 if self._work:
-                    self._run_stretch(self._work.popleft())
+                    stretch = self._work.popleft()
+                    # those given before this stretch may have come since: a fork, say, of which
+                    # the stretch is the child's
+                    self._do_errands()
+                    self._run_stretch(stretch)
 
     def _do_errands(self) -> None:
         while self._errands:
@@ -202,10 +206,7 @@ class Engine:
             held = self._sessions.get(errand.session_id, SessionTensors())
             answer = self._reader.read(errand, held)
         except Exception as error:
-            if not isinstance(error, DjinnError):
-                log.exception("read failed")
-            trace = traceback.format_exc() if self._debug else None
-            answer = ErrorReply(error=error_info(error, trace))
+            answer = ErrorReply(error=self._told(error, "a read"))
         self._reply(errand.request_id, answer)
 
     def _apply_edits(self, errand: ApplyEdits) -> None:
@@ -218,14 +219,11 @@ class Engine:
             self.segments.set_value(forward, value)
             held.note_value(forward, self.num_layers)
         except Exception as error:
-            if not isinstance(error, DjinnError):
-                log.exception("edit failed")
-            trace = traceback.format_exc() if self._debug else None
             self._post(
                 EditsFailed(
                     request_id=errand.request_id,
                     session_id=errand.session_id,
-                    error=error_info(error, trace),
+                    error=self._told(error, "an edit"),
                 )
             )
             return
@@ -236,6 +234,18 @@ class Engine:
                 results=tuple(results),
             )
         )
+
+    def _told(self, error: Exception, doing: str) -> ErrorInfo:
+        """What a client is told of an errand that failed."""
+        trace = traceback.format_exc() if self._debug else None
+        if isinstance(error, torch.OutOfMemoryError):
+            error = OutOfDeviceMemory(
+                f"the device has no room for {doing} of this size: choose fewer tokens, terminate a"
+                " session, or start the server with less --kv-memory"
+            )
+        elif not isinstance(error, DjinnError):
+            log.exception("%s failed", doing)
+        return error_info(error, trace)
 
 
 class _Stretch:
