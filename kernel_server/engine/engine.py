@@ -308,8 +308,9 @@ class _Stretch:
         if checks := self.checks.get(point):
             self.hits = self._judge(point, forward, checks)
         # an interrupt sent for an earlier stretch of this session was cleared when this one came
-        self.halted = bool(self.hits) or engine._interrupted == self.stretch.session_id
-        return self.halted or engine._closing
+        interrupted = engine._interrupted == self.stretch.session_id or engine._closing
+        self.halted = bool(self.hits) or interrupted
+        return self.halted
 
     def _tell(self, point: int) -> None:
         self.told_at = time.monotonic()
