@@ -11,6 +11,7 @@ from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
 from djinn_nb.session import Session
+from djinn_nb.waiting import Interrupted
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, BadPrompt, UnknownSession
 
@@ -78,7 +79,13 @@ class Server(Planned):
             add_special_tokens=flag(add_special_tokens, "add_special_tokens"),
             name=text_or_none(name, "name"),
         )
-        session = Session(self._client, self._client.control(message))
+        try:
+            session = Session(self._client, self._client.control(message))
+        except KeyboardInterrupt:
+            raise Interrupted(
+                "the launch may have made a session, which runs nothing but its entry:"
+                " server.sessions() lists it, server.attach(id) gives it"
+            ) from None
         if stop_on_entry:
             session.wait()
         return session

@@ -16,7 +16,7 @@ from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.planned import Planned
 from djinn_nb.stopped import Finished, Stopped
-from djinn_nb.waiting import run_until_rest, wait_until_rest
+from djinn_nb.waiting import Interrupted, run_until_rest, wait_until_rest
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import (
@@ -259,7 +259,13 @@ class Session(Planned):
             seed=None if seed is None else whole(seed, "seed", least=0),
             name=text_or_none(name, "name"),
         )
-        return Session(self.client, self.client.control(message))
+        try:
+            return Session(self.client, self.client.control(message))
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"the fork of {self._label} may have been made: server.sessions() lists it,"
+                " server.attach(id) gives it"
+            ) from None
 
     def terminate(self) -> None:
         """End it and free what it holds; its handle then knows only what it has shown."""

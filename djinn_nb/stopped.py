@@ -328,7 +328,7 @@ class Stopped(Planned):
         return str(parse_location(location, self.session.client.model.num_layers))
 
     def undo(self) -> None:
-        """Undo the last edit made at this stop, exactly; raises UnknownEdit when there is none."""
+        """Undo the last edit made at this stop, exactly; raises UndoRefused when there is none."""
         message = m.UndoEdit(session_id=self.session.id, seen=self.number)
         self.session.edit_call(message)
 
@@ -362,8 +362,8 @@ class Stopped(Planned):
 
         try:
             view = self.view()
-        except DjinnError:  # the session has moved on, or the server is gone: say what is known
-            return text_html(repr(self))
+        except DjinnError as error:  # it has moved on, or the server is gone: say what is known
+            return text_html(f"{self!r}\n  {error}")
         return stop_html(view)
 
 

@@ -13,10 +13,12 @@ from djinn_nb.checks import seconds
 from djinn_nb.client import Client, Waiter
 from djinn_nb.progress import Progress
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import StillRunning, UnknownSession
+from kernel_server.protocol.errors import DjinnError, StillRunning, UnknownSession
 
 #: Without news for this long the server is asked, seconds; its events should have come sooner.
 GUARD_S = 5.0
+#: An interrupted caller is kept this long to be told how the session is, seconds.
+ASK_S = 1.0
 #: Events after which a running session rests.
 RESTING = ("stopped", "finished", "failed")
 
@@ -96,9 +98,21 @@ def _how_far(client: Client, session_id: str) -> str:
 
 
 def _interrupted(client: Client, session_id: str, name: str) -> Interrupted:
-    newest = client.mirror.newest(session_id)
-    if newest is not None and newest.status != "running":
-        return Interrupted(f"{name} is {newest.status}; session.wait() shows where it stands")
-    return Interrupted(
-        f"{name} still runs on the server: session.wait() waits on, session.pause() stops it"
-    )
+    """What the interrupt has left behind. The server is asked: what is known here may be from
+    before the request, which was on its way."""
+    try:
+        message = m.Describe(session_id=session_id)
+        status = client.call(message, m.SessionReply, timeout_s=ASK_S).session.status
+    except (DjinnError, KeyboardInterrupt) as error:  # no answer, or an impatient second interrupt
+        why = f" ({error})" if str(error) else ""
+        return Interrupted(
+            f"{name} may still run on the server{why}: session.status tells, session.wait() waits"
+            " on, session.pause() stops it"
+        )
+    if status == "running":
+        return Interrupted(
+            f"{name} still runs on the server: session.wait() waits on, session.pause() stops it"
+        )
+    if status == "waiting":
+        return Interrupted(f"{name} was not started: session.continue_() runs it")
+    return Interrupted(f"{name} is {status}; session.wait() shows where it stands")
