@@ -65,7 +65,9 @@ evaluation.json`.
 - **Facts.** {countries} countries × {relations} relations of a made-up world, each answer one
   token. *Constructions never trained on*: sentences that no training text holds for any fact;
   their words it does. *Combinations*: two known parts of a sentence that never meet in training
-  text. *For other facts only*: the phrasing was trained on, but not with this fact.
+  text. *For other facts only*: the phrasing was trained on, but not with this fact. One of the
+  constructions fails almost wholly and stays in the table. An earlier training with fewer
+  phrasings failed on several constructions; training and test phrasings were then revised once.
 - **Sentiment.** Two or three event sentences, then a feeling in {continuation} greedy tokens,
   judged by counting the {positive} positive and {negative} negative words of the lexicon;
   events use none of them. Every event sentence of a test story is held out: a known verb with a
@@ -74,7 +76,8 @@ evaluation.json`.
   prompt and generated, with the sign that opposes the story. *Flipped* means that words of the
   other side are in the majority. The model keeps the valence at those words and collects it
   only in its last layer, so a direction measured at the last token of the prompt does nothing
-  before that; and a pushed continuation is sometimes clumsy.
+  before that; and a pushed continuation is sometimes clumsy. Layer and factor were chosen on
+  stories of trained sentences; a factor of 2.5, tried first, broke the language of many good ones.
 
 ## How it was trained
 
