@@ -71,7 +71,10 @@ def versions() -> dict[str, str]:
             continue
     import torch
 
-    return found | {"torch": torch.__version__}
+    import djinn_nb
+
+    # A checkout on the path has no entry of its own; torch's own version names its build.
+    return found | {"torch": torch.__version__, "djinn-nb": djinn_nb.__version__}
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,151 @@
+"""Every notebook runs, and every evaluation notebook can fail: its form, its verdict, its run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from notebooks.evaluate import evaluation_notebooks
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+JUDGED = evaluation_notebooks()
+by_name = pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+judged_by_name = pytest.mark.parametrize("path", JUDGED, ids=lambda p: p.stem)
+
+#: Put before the verdict: spoils each input by itself, then one for good.
+SPOIL = """
+import dataclasses
+from notebooks.harness.verdict import failures
+
+def spoiled(criterion):
+    if isinstance(criterion.limit, str):
+        return dataclasses.replace(criterion, value=criterion.limit + "?")
+    wrong = {"==": criterion.limit + 1, "!=": criterion.limit, "<=": 2 * abs(criterion.limit) + 1,
+             "<": criterion.limit, ">=": -2 * abs(criterion.limit) - 1, ">": criterion.limit}
+    return dataclasses.replace(criterion, value=wrong[criterion.comparison])
+
+assert failures(run.criteria, run.controls) == []
+for i, criterion in enumerate(run.criteria):
+    others = [*run.criteria[:i], spoiled(criterion), *run.criteria[i + 1:]]
+    assert len(failures(others, run.controls)) == 1, criterion
+for i, control in enumerate(run.controls):
+    missed = dataclasses.replace(control, changed=max(control.changed, 1), caught=False)
+    others = [*run.controls[:i], missed, *run.controls[i + 1:]]
+    assert len(failures(run.criteria, others)) == 1, control
+print("SPOILT", len(run.criteria), len(run.controls))
+run.criteria[0] = spoiled(run.criteria[0])
+"""
+
+
+@pytest.fixture
+def kernel_environment(tmp_path, monkeypatch):
+    """An environment for a kernel, with run-time files of its own; ends servers it left behind."""
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    root = str(NOTEBOOKS.parent)
+    wanted = {
+        "XDG_RUNTIME_DIR": str(runtime),
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+    }
+    for name, value in wanted.items():
+        monkeypatch.setenv(name, value)
+    yield dict(os.environ)
+    for file in runtime.rglob("*.json"):
+        with contextlib.suppress(ProcessLookupError, KeyError, ValueError):
+            os.kill(json.loads(file.read_text())["pid"], signal.SIGTERM)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def test_there_is_a_tour_and_at_least_one_evaluation_notebook():
+    assert ALL[0].name == "00_tour.ipynb"
+    assert JUDGED[0].name == "01_resume_is_exact.ipynb"
+
+
+@by_name
+def test_a_notebook_is_kept_without_outputs(path):
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(path))
+
+
+@judged_by_name
+def test_an_evaluation_notebook_opens_with_one_claim(path):
+    cells = nbformat.read(path, as_version=4).cells
+
+    claims = [cell for cell in cells if "**Claim.**" in cell.source]
+    assert claims == [cells[0]] and cells[0].source.count("**Claim.**") == 1
+
+
+@judged_by_name
+def test_its_first_code_cell_holds_the_parameters(path):
+    first = code_cells(path)[0]
+    namespace: dict[str, object] = {}
+    exec(first.source, namespace)
+
+    assert "parameters" in tags(first)
+    assert namespace["size"] == "smoke" and namespace["results"] is None
+
+
+@judged_by_name
+def test_it_plants_a_fault_and_ends_with_its_verdict(path):
+    cells = code_cells(path)
+
+    assert any("run.control(" in cell.source for cell in cells)
+    assert cells[-1].source.strip() == "run.verdict()" and tags(cells[-1]) == ["verdict"]
+    assert sum("run.verdict()" in cell.source for cell in cells) == 1
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(400)
+@by_name
+def test_a_notebook_runs_at_smoke_size(path, kernel_environment):
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-c", os.devnull]
+    command += ["--rootdir", str(NOTEBOOKS), "-p", "no:cacheprovider", str(path)]
+    command += ["--nbval-cell-timeout", "300"]
+
+    done = subprocess.run(
+        command, env=kernel_environment, capture_output=True, text=True, timeout=390
+    )
+
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.notebook
+@pytest.mark.timeout(400)
+@judged_by_name
+def test_changing_one_input_of_its_verdict_makes_it_fail(path, kernel_environment):
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(len(notebook.cells) - 1, nbformat.v4.new_code_cell(SPOIL))
+    client = NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+
+    with pytest.raises(CellExecutionError, match="VerdictFailed"):
+        client.execute(env=kernel_environment)
+
+    spoilt = "".join(output.get("text", "") for output in notebook.cells[-2].outputs)
+    verdict = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
+    assert spoilt.startswith("SPOILT")
+    assert "FAIL on" in verdict
