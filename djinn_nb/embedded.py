@@ -89,8 +89,10 @@ class Wanted:
 
     @property
     def key(self) -> str:
-        """Names the server's files: the same wishes, the same server."""
-        wishes = [self.model, self.device, self.dtype, self.options]
+        """Names the server's files: the same wishes, the same server, if it is of this build."""
+        from kernel_server.protocol.messages import contract_digest
+
+        wishes = [self.model, self.device, self.dtype, self.options, contract_digest()]
         return hashlib.sha256(json.dumps(wishes).encode()).hexdigest()[:16]
 
     def flags(self) -> list[str]:

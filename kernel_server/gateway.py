@@ -166,6 +166,11 @@ class Gateway:
                 f"the client speaks protocol {request.protocol}, this server"
                 f" {m.PROTOCOL_VERSION} (djinn-nb {self.version}): install the same version on both"
             )
+        if request.contract != m.contract_digest():
+            raise NotSupported(
+                f"client and server (djinn-nb {self.version}) are of different builds: install the"
+                " same one on both sides, and start the server again"
+            )
         text, fraction = self._progress
         phase: Literal["loading", "ready", "failed"] = "loading"
         if self._failure is not None:

@@ -7,7 +7,9 @@ caller saw (`SessionInfo.stop_number`); the server refuses a stale one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 from kernel_server.protocol.arrays import Array
@@ -27,6 +29,16 @@ def message(cls: _T) -> _T:
     made: Any = dataclass(frozen=True, slots=True, kw_only=True)(cls)
     MESSAGES[cls.__name__] = made
     return made  # type: ignore[no-any-return]
+
+
+@cache
+def contract_digest() -> str:
+    """Short hash of every message's fields and types: equal where both sides mean the same."""
+    shapes = [
+        f"{name}({', '.join(f'{f.name}: {f.type}' for f in fields(cls))})"
+        for name, cls in sorted(MESSAGES.items())
+    ]
+    return hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:12]
 
 
 Status = Literal["waiting", "running", "stopped", "finished", "failed"]
@@ -219,6 +231,8 @@ class Initialize:
 
     client: str
     protocol: int = PROTOCOL_VERSION
+    #: the caller's own, so that builds that differ are told apart
+    contract: str = field(default_factory=contract_digest)
 
 
 @message

@@ -62,3 +62,16 @@ def test_what_acts_on_a_stop_carries_the_stop_it_saw():
 
     for name in acting:
         assert "seen" in {field.name for field in dataclasses.fields(MESSAGES[name])}, name
+
+
+def test_builds_that_differ_in_a_message_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = m.contract_digest.__wrapped__()
+
+    @dataclasses.dataclass(frozen=True)
+    class Pause:
+        session_id: int
+
+    monkeypatch.setitem(m.MESSAGES, "Pause", Pause)
+
+    assert m.contract_digest.__wrapped__() != here
+    assert m.Initialize(client="x").contract == m.contract_digest()
