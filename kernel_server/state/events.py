@@ -90,6 +90,4 @@ class EditsFailed:
     error: ErrorInfo
 
 
-StateEvent = (
-    Requested | StretchDone | StretchAdvanced | StretchFailed | EditsApplied | EditsFailed
-)
+StateEvent = Requested | StretchDone | StretchAdvanced | StretchFailed | EditsApplied | EditsFailed
