@@ -75,7 +75,6 @@ def test_no_stop_in_a_13b_geometry_changes_a_bit(large: Served) -> None:
 
 
 def test_a_decode_of_a_13b_geometry_gives_the_same_bits_every_time(large: Served) -> None:
-    """One run of three differed with cuBLAS workspaces of torch's default size."""
     books = Books(large.model, chunk=512, pages=600, page_tokens=32)
     session = books.launch(large.model.sample_ids(900))
     books.run(session)

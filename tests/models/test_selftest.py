@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from kernel_server.engine import attention
-from kernel_server.engine.attention import PagedAttentionRoute, PagedWork
+from kernel_server.engine.attention import Calibration, PagedAttentionRoute, PagedWork
 from kernel_server.engine.kv_cache import KVCache
-from kernel_server.engine.loading import load_check, page_shape
+from kernel_server.engine.loading import CheckRunner, load_check, page_shape
 from kernel_server.engine.segments import Segments
+from kernel_server.models import selftest
 from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.selftest import Trace, check_model
 from kernel_server.protocol.errors import UnsupportedModel
 from tests.models import tiny
 
@@ -164,3 +166,25 @@ def test_a_layer_with_a_mood_is_refused(monkeypatch: Patch) -> None:
     model = ResumableModel(tiny.family("llama"), PagedAttentionRoute())
     with pytest.raises(UnsupportedModel, match="load check"):
         load_check(model, page_shape(model))
+
+
+def test_a_gpu_that_does_not_repeat_itself_is_told_apart_from_a_wrong_model(
+    monkeypatch: Patch,
+) -> None:
+    model = ResumableModel(tiny.family("llama"), PagedAttentionRoute())
+    seen: Calibration = model.observer
+    runner, runs = CheckRunner(model, page_shape(model)), []
+    run = runner.run
+
+    def drifting(*args: Any, **kwargs: Any) -> list[Trace]:
+        traces = run(*args, **kwargs)
+        runs.append(traces)
+        if len(runs) == 7:  # one of the repetitions
+            traces[2].logits = traces[2].logits.nextafter(torch.tensor(torch.inf))
+        return traces
+
+    monkeypatch.setattr(runner, "run", drifting)
+    # Only the question which device it is: the tensors stay where they are.
+    monkeypatch.setattr(selftest, "_may_drift", lambda device: True)
+    with pytest.raises(UnsupportedModel, match=r"logits of forward .* same bits twice"):
+        check_model(model, runner, list(seen.windows.values()))
