@@ -52,12 +52,22 @@ class Client:
     # -- calls ----------------------------------------------------------------------------
 
     def call(
-        self, message: Any, reply: type[_Reply], *, timeout_s: float = CALL_S, bulk: bool = False
+        self,
+        message: Any,
+        reply: type[_Reply],
+        *,
+        timeout_s: float = CALL_S,
+        bulk: bool = False,
+        opens: Opened | None = None,
     ) -> _Reply:
-        """Send a request and return its answer; raises the server's error by its class."""
+        """Send a request and return its answer; raises the server's error by its class.
+
+        opens: takes note of the transfer that the answer opens, even if nobody waits for it.
+        """
         payload = codec.encode(message)
+        told = None if opens is None else opens.answered
         answer = codec.decode(
-            self.transport.request(payload, "bulk" if bulk else "control", timeout_s)
+            self.transport.request(payload, "bulk" if bulk else "control", timeout_s, told)
         )
         if isinstance(answer, m.ErrorReply):
             codec.raise_error(answer.error)
@@ -110,35 +120,28 @@ class Client:
 
         An interrupt ends the transfer on both sides.
         """
-        reply = self.call(message, m.TensorReply, timeout_s=COMPUTE_S)
-        if reply.data is not None:
-            return np.array(reply.data.numpy())  # the answer's own bytes are read-only
-        if reply.transfer_id is None:
-            raise BadMessage("the server sent neither a tensor nor a transfer")
-        data = self._download(reply.transfer_id, reply.nbytes, label)
-        return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
+        with Opened(self) as opened:
+            reply = self.call(message, m.TensorReply, timeout_s=COMPUTE_S, opens=opened)
+            if reply.data is not None:
+                return np.array(reply.data.numpy())  # the answer's own bytes are read-only
+            if reply.transfer_id is None:
+                raise BadMessage("the server sent neither a tensor nor a transfer")
+            data = self._download(reply.transfer_id, reply.nbytes, label)
+            return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
 
     def _download(self, transfer_id: str, nbytes: int, label: str) -> bytearray:
         data = bytearray(nbytes)
         offset = 0
-        try:
-            with Progress(f"fetching {label}", unit="B") as progress:
-                while offset < nbytes:
-                    message = m.ReadChunk(
-                        transfer_id=transfer_id, offset=offset, length=CHUNK_BYTES
-                    )
-                    chunk = self._piece(message, m.Chunk)
-                    piece = chunk.data.data
-                    if chunk.offset != offset or not 0 < len(piece) <= nbytes - offset:
-                        raise BadMessage(f"the server sent a wrong piece of {label}")
-                    data[offset : offset + len(piece)] = piece
-                    offset += len(piece)
-                    progress.at(offset, nbytes)
-        finally:
-            # ended by us, not by its last byte: that one may have to be asked for again
-            self._send_quietly(
-                m.ReadChunk(transfer_id=transfer_id, offset=0, length=1, cancel=True)
-            )
+        with Progress(f"fetching {label}", unit="B") as progress:
+            while offset < nbytes:
+                message = m.ReadChunk(transfer_id=transfer_id, offset=offset, length=CHUNK_BYTES)
+                chunk = self._piece(message, m.Chunk)
+                piece = chunk.data.data
+                if chunk.offset != offset or not 0 < len(piece) <= nbytes - offset:
+                    raise BadMessage(f"the server sent a wrong piece of {label}")
+                data[offset : offset + len(piece)] = piece
+                offset += len(piece)
+                progress.at(offset, nbytes)
         return data
 
     def _piece(self, message: Any, reply: type[_Reply]) -> _Reply:
@@ -149,30 +152,25 @@ class Client:
         except ConnectionLost:
             return self.call(message, reply, bulk=True)
 
-    def upload(self, array: Array, label: str) -> str:
+    def upload(self, array: Array, label: str, opened: Opened) -> str:
         """Send a large tensor in chunks and return the id by which an edit names it."""
         begin = m.BeginUpload(dtype=array.dtype, shape=array.shape)
-        transfer_id = self.call(begin, m.UploadReply).transfer_id
+        transfer_id = self.call(begin, m.UploadReply, opens=opened).transfer_id
         view = memoryview(array.data)
-        try:
-            with Progress(f"sending {label}", unit="B") as progress:
-                for offset in range(0, len(view), CHUNK_BYTES):
-                    piece = view[offset : offset + CHUNK_BYTES]
-                    data = Array("uint8", (len(piece),), piece)
-                    message = m.WriteChunk(transfer_id=transfer_id, offset=offset, data=data)
-                    self._piece(message, m.UploadReply)
-                    progress.at(offset + len(piece), len(view))
-        except BaseException:
-            nothing = Array("uint8", (0,), b"")
-            self._send_quietly(
-                m.WriteChunk(transfer_id=transfer_id, offset=0, data=nothing, cancel=True)
-            )
-            raise
+        with Progress(f"sending {label}", unit="B") as progress:
+            for offset in range(0, len(view), CHUNK_BYTES):
+                piece = view[offset : offset + CHUNK_BYTES]
+                data = Array("uint8", (len(piece),), piece)
+                message = m.WriteChunk(transfer_id=transfer_id, offset=offset, data=data)
+                self._piece(message, m.UploadReply)
+                progress.at(offset + len(piece), len(view))
         return transfer_id
 
-    def _send_quietly(self, message: Any) -> None:
-        """Tell the server on a thread of its own: the caller is done, or on its way out."""
-        payload = codec.encode(message)
+    def end_transfer(self, transfer_id: str) -> None:
+        """Close a transfer on a thread of its own: the caller is done, or on its way out."""
+        payload = codec.encode(
+            m.ReadChunk(transfer_id=transfer_id, offset=0, length=1, cancel=True)
+        )
 
         def send() -> None:
             # an idle transfer is dropped by the server anyway
@@ -235,6 +233,42 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Opened:
+    """The transfer that a request opens; closed on the server when its `with` is left.
+
+    An interrupt may come before the answer that names the transfer: then it is closed when the
+    answer comes. It is always closed by us, not by its last byte, which may be asked for again.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._transfer_id: str | None = None
+        self._left = False
+
+    def answered(self, answer: bytes) -> None:
+        """Take note of the answer; runs on the I/O thread."""
+        with contextlib.suppress(BadMessage):  # the caller, if there still is one, is told
+            self._transfer_id = getattr(codec.decode(answer), "transfer_id", None)
+        if self._left:
+            self._close()
+
+    def _close(self) -> None:
+        if self._transfer_id is not None:
+            self._client.end_transfer(self._transfer_id)
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._left = True
+        self._close()
 
 
 def _poll(after: int) -> bytes:

@@ -7,19 +7,18 @@ the number of that stop, so once the session has moved on it gets StaleStop inst
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from djinn_nb.checks import flag, shown, whole
-from djinn_nb.client import CHUNK_BYTES, COMPUTE_S
+from djinn_nb.client import CHUNK_BYTES, COMPUTE_S, Opened
 from djinn_nb.handles import Edit
 from djinn_nb.planned import Planned
 from djinn_nb.selectors import number, selector, value_array
 from djinn_nb.variables import Source, Variable
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import (
     BadArgument,
@@ -272,12 +271,11 @@ class Stopped(Planned):
             stop.edit(scale=0.9, tokens=-1)
             stop.edit(add=vector, alpha=4, tokens=" Mary", sticky=True)
         """
-        spec = self._edit_spec(
-            {"scale": scale, "add": add, "set": set, "zero": None if zero is False else zero},
-            alpha, tokens, channels, sticky, location,
-        )  # fmt: skip
-        message = m.AddEdit(session_id=self.session.id, seen=self.number, edit=spec)
-        reply = self.session.edit_call(message)
+        kinds = {"scale": scale, "add": add, "set": set, "zero": None if zero is False else zero}
+        with Opened(self.session.client) as opened:
+            spec = self._edit_spec(kinds, alpha, tokens, channels, sticky, location, opened)
+            message = m.AddEdit(session_id=self.session.id, seen=self.number, edit=spec)
+            reply = self.session.edit_call(message)
         assert reply.edit is not None
         return Edit(self.session, reply.edit)
 
@@ -289,6 +287,7 @@ class Stopped(Planned):
         channels: object,
         sticky: bool,
         location: int | str | None,
+        opened: Opened,
     ) -> m.EditSpec:
         given = [kind for kind, value in kinds.items() if value is not None]
         if len(given) != 1:
@@ -299,30 +298,28 @@ class Stopped(Planned):
         kind = given[0]
         if kind != "add" and number(alpha, name="alpha") != 1.0:
             raise BadEdit(f"alpha goes with add=; {kind} takes none")
-        upload_id = value = factor = None
+        array = factor = None
         if kind == "scale":
             factor = number(kinds[kind], name="scale")
         elif kind in ("add", "set"):
-            value, upload_id = self._value(value_array(kinds[kind], name=kind), kind)
+            array = value_array(kinds[kind], name=kind)
         elif kinds[kind] is not True:
             raise BadEdit(f"zero is True or left out, not {shown(kinds[kind])}")
-        return m.EditSpec(
+        spec = m.EditSpec(
             kind=kind,  # type: ignore[arg-type]
             location=self.location if location is None else self._place(location),
             tokens=selector(tokens),
             channels=selector(channels, name="channels"),
             factor=factor,
             alpha=number(alpha, name="alpha"),
-            value=value,
-            upload_id=upload_id,
             sticky=flag(sticky, "sticky"),
         )
-
-    def _value(self, array: Array, kind: str) -> tuple[Array | None, str | None]:
-        """The value inline when it is small, else sent ahead in chunks."""
-        if array.nbytes <= CHUNK_BYTES:
-            return array, None
-        return None, self.session.client.upload(array, f"{kind} {list(array.shape)}")
+        if array is None or array.nbytes <= CHUNK_BYTES:
+            return replace(spec, value=array)
+        # sent ahead in chunks, and only now that the rest is known to be in order
+        label = f"{kind} {list(array.shape)}"
+        upload_id = self.session.client.upload(array, label, opened)
+        return replace(spec, upload_id=upload_id)
 
     def _place(self, location: int | str) -> str:
         return str(parse_location(location, self.session.client.model.num_layers))

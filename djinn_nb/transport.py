@@ -86,9 +86,15 @@ class Transport:
             raise
 
     def request(
-        self, payload: bytes, kind: Literal["control", "bulk"] = "control", timeout: float = 30.0
+        self,
+        payload: bytes,
+        kind: Literal["control", "bulk"] = "control",
+        timeout: float = 30.0,
+        on_answer: Callable[[bytes], None] | None = None,
     ) -> bytes:
         """Send `payload`, wait at most `timeout` seconds, and return the answer.
+
+        on_answer: told the answer on the I/O thread, also when nobody waits for it any more.
 
         Raises what the server raised; ConnectionLost when the connection broke or the answer did
         not come in time (the call may have been carried out); NoServer when nothing was sent.
@@ -101,7 +107,8 @@ class Transport:
             raise BadArgument(
                 f"the call has {len(payload)} bytes, a frame holds {PAYLOAD_CAP}; send chunks"
             )
-        return self._wait(self._lines[kind], _Call(payload, time.monotonic() + timeout))
+        call = _Call(payload, time.monotonic() + timeout, on_answer)
+        return self._wait(self._lines[kind], call)
 
     def listen(
         self,
@@ -237,6 +244,8 @@ class _Line:
                     self._connected(call.deadline, patience_s=0.0)
                 else:
                     call.answer = self.exchange(call.payload, call.deadline)
+                    if call.on_answer is not None:
+                        call.on_answer(call.answer)
             except Exception as error:
                 call.error = error
             call.done.open()
@@ -347,11 +356,17 @@ class _Gate:
 class _Call:
     """One payload on its way; None only asks for a connection."""
 
-    __slots__ = ("abandoned", "answer", "deadline", "done", "error", "payload")
+    __slots__ = ("abandoned", "answer", "deadline", "done", "error", "on_answer", "payload")
 
-    def __init__(self, payload: bytes | None, deadline: float) -> None:
+    def __init__(
+        self,
+        payload: bytes | None,
+        deadline: float,
+        on_answer: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.payload = payload
         self.deadline = deadline
+        self.on_answer = on_answer
         self.done = _Gate()
         self.answer = b""
         self.error: Exception | None = None
