@@ -39,10 +39,17 @@ class InProcessTransport:
         self._ended = threading.Event()
 
     def request(
-        self, payload: bytes, kind: Literal["control", "bulk"] = "control", timeout: float = 30.0
+        self,
+        payload: bytes,
+        kind: Literal["control", "bulk"] = "control",
+        timeout: float = 30.0,
+        on_answer: Callable[[bytes], None] | None = None,
     ) -> bytes:
         """The gateway's answer; the deadlines are its own."""
-        return self._gateway.handle(OWNER, kind, payload)
+        answer = self._gateway.handle(OWNER, kind, payload)
+        if on_answer is not None:
+            on_answer(answer)
+        return answer
 
     def listen(
         self,
