@@ -6,6 +6,7 @@ how the service uses it and how tests and notebooks run one inside their own pro
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import threading
@@ -164,6 +165,10 @@ def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelI
         "attention": model.route.name,
         "mode": "exact",
     }
+    if loaded.device.type == "cuda":
+        # fixed by kernel_server.models: other workspaces may choose other kernels
+        fingerprint["cublas_workspace"] = os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        fingerprint["cuda"] = torch.version.cuda
     return ModelInfo(
         name=loaded.name,
         architecture=type(stock).__name__,
