@@ -7,6 +7,7 @@ from typing import Any
 
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import DjinnError, NoServer
 from kernel_server.wire import Address, PlainConnection, connect, find_token
 
 ANSWER_S = 30.0
@@ -26,7 +27,17 @@ class Asking:
         Raises NoServer, AccessDenied.
         """
         address = Address(path=str(socket)) if socket else Address(host=host, port=port)
-        return cls(connect(address, find_token()), address)
+        token = find_token()
+        try:
+            return cls(connect(address, token), address)
+        except DjinnError:  # some of them are OSErrors too
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            raise NoServer(
+                f"no server answers at {address} ({reason}): name another with --port or --socket,"
+                " or start one with `python -m kernel_server serve`"
+            ) from error
 
     def __enter__(self) -> Asking:
         return self

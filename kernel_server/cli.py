@@ -94,8 +94,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default=DEFAULT_HOST, help="loopback only: reach it by ssh -L")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument(
+        "--port", type=_port, default=DEFAULT_PORT, help="0: any free one (default %(default)s)"
+    )
     parser.add_argument("--socket", type=Path, metavar="PATH", help="a Unix socket instead")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
+    return int(text)
 
 
 def model_config(options: argparse.Namespace) -> ModelConfig:
