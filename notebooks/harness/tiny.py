@@ -41,7 +41,7 @@ _OWN: dict[str, dict[str, Any]] = {
 #: may choose others than stock's, which no tolerance on residual streams can hold.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "llama": ("float32", "bfloat16"),
-    "gemma2": ("float32", "bfloat16"),
+    "gemma2": ("float32",),
     "mistral": ("bfloat16",),
     "opt": ("bfloat16",),
     "gpt2": ("float32",),
