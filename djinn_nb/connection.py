@@ -49,6 +49,8 @@ def connect(
         server = djinn_nb.connect("gpu-box:5556")
         server = djinn_nb.connect(model="path/to/folder", dtype="bfloat16")
     """
+    if token is not None and not isinstance(token, str):
+        raise BadArgument(f"a token is a text, not a {type(token).__name__}")
     wanted = embedded.Wanted.of(_path(model), device, dtype, options)
     if address is None:
         address = embedded.find_or_start(wanted)

@@ -27,6 +27,7 @@ from typing import Any
 import platformdirs
 
 import kernel_server
+from djinn_nb.checks import shown
 from djinn_nb.progress import Progress
 from kernel_server.protocol.errors import (
     AddressRefused,
@@ -46,6 +47,8 @@ SOCKET_PATH_BYTES = 100
 #: Lines of its log shown when it dies at the start.
 LOG_LINES = 12
 
+#: dtypes a model can be served in
+DTYPES = ("float32", "bfloat16", "float16")
 #: option of connect() -> flag of the server, and the type of its value
 OPTIONS: dict[str, tuple[str, type]] = {
     "check": ("--check", bool),
@@ -76,9 +79,10 @@ class Wanted:
         cls, model: str | None, device: str | None, dtype: str | None, options: dict[str, Any]
     ) -> Wanted:
         """Check the form of the arguments; raises BadArgument, listing what is known."""
-        for name, value in (("model", model), ("device", device), ("dtype", dtype)):
-            if value is not None and not isinstance(value, (str, os.PathLike)):
-                raise BadArgument(f"{name} is a text, not {value!r}")
+        if model is not None and not isinstance(model, (str, os.PathLike)):
+            raise BadArgument(f"model is a folder or hub id, not {shown(model)}")
+        if device is not None and not (isinstance(device, str) and device and device.isprintable()):
+            raise BadArgument(f"device is a text such as 'cpu' or 'cuda:0', not {shown(device)}")
         checked = {name: _option(name, value) for name, value in options.items()}
         return cls(
             model=None if model is None else _model_name(os.fspath(model)),
@@ -123,20 +127,31 @@ def _option(name: str, value: Any) -> Any:
         return str(value)
     fits = (int, float) if kind is float else kind
     if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):
-        raise BadArgument(f"{name} is a {kind.__name__}, not {value!r}")
+        raise BadArgument(f"{name} is a {kind.__name__}, not {shown(value)}")
+    if isinstance(value, str) and not value.isprintable():
+        raise BadArgument(f"{name} has characters that cannot be printed: {shown(value)}")
     return kind(value)
 
 
 def _model_name(name: str) -> str:
     """A folder by its one true path, so that the same model is the same server; ids as they are."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.exists() else name
+    if not name or not name.isprintable():
+        raise BadArgument(f"model is a folder or hub id, not {shown(name)}")
+    try:
+        folder = Path(name).expanduser()
+        return str(folder.resolve()) if folder.exists() else name
+    except (OSError, RuntimeError) as error:  # too long, or a home that nobody has
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadArgument(f"model {shown(name)} is no folder or hub id: {reason}") from None
 
 
 def _dtype_name(dtype: object) -> str:
     """`float32`, also from `torch.float32` or `np.float32`."""
     text = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
-    return str(text).removeprefix("torch.")
+    name = str(text).removeprefix("torch.")
+    if name not in DTYPES:
+        raise BadArgument(f"dtype is {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {shown(dtype)}")
+    return name
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +168,24 @@ def find_or_start(wanted: Wanted) -> str:
 
     Raises NoServer when it cannot be started, with the end of its log.
     """
-    folder = runtime_folder()
-    file = folder / f"{wanted.key}.json"
-    with _locked(folder / f"{wanted.key}.lock"):
-        running = read_runtime_file(file)
-        if running is not None and _answers(running):
-            return running.address
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()
-        return _start(wanted, folder, file)
+    try:
+        folder = runtime_folder()
+        file = folder / f"{wanted.key}.json"
+        with _locked(folder / f"{wanted.key}.lock"):
+            running = read_runtime_file(file)
+            if running is not None and _answers(running):
+                return running.address
+            with contextlib.suppress(FileNotFoundError):
+                file.unlink()
+            return _start(wanted, folder, file)
+    except OSError as error:  # a full disk, a folder that cannot be written, no more processes
+        if isinstance(error, DjinnError):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        raise NoServer(
+            f"no embedded server can be started here:{where} {error.strerror or error}; make room"
+            " or set XDG_RUNTIME_DIR and XDG_STATE_HOME to folders of your own that can be written"
+        ) from error
 
 
 def runtime_folder() -> Path:
@@ -241,6 +265,15 @@ def _start(wanted: Wanted, folder: Path, file: Path) -> str:
         )
     # reaps the process when it ends before we do, and keeps the handle until then
     threading.Thread(target=process.wait, name="djinn-embedded", daemon=True).start()
+    try:
+        return _wait_until_it_listens(process, file, log)
+    except BaseException:
+        process.terminate()  # interrupted: nobody would find it, or it would hide the next one
+        raise
+
+
+def _wait_until_it_listens(process: subprocess.Popen[bytes], file: Path, log: Path) -> str:
+    """The address it has written into its runtime file."""
     began = time.monotonic()
     with Progress("starting the embedded server", unit="%") as progress:
         while (running := read_runtime_file(file)) is None:
@@ -248,7 +281,6 @@ def _start(wanted: Wanted, folder: Path, file: Path) -> str:
             if process.poll() is not None:
                 raise _died(process.returncode, log)
             if waited_s > START_S:
-                process.terminate()
                 raise NoServer(
                     f"the embedded server did not listen within {START_S:.0f} s; its log: {log}"
                 )

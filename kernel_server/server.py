@@ -21,7 +21,7 @@ import kernel_server.version as version
 from kernel_server.config import ServerConfig
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
-from kernel_server.protocol.errors import DjinnError, ServerFault
+from kernel_server.protocol.errors import BadArgument, DjinnError, ServerFault
 from kernel_server.service import Service
 from kernel_server.wire import Address, load_or_create_tokens
 
@@ -160,9 +160,15 @@ class Server:
             "server_id": self.gateway.server_id,
         }
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps(content))
-        draft.chmod(0o600)
-        draft.replace(path)
+        try:
+            draft.write_text(json.dumps(content))
+            draft.chmod(0o600)
+            draft.replace(path)
+        except OSError as error:  # nobody would find this server
+            raise BadArgument(
+                f"the runtime file {path} cannot be written ({error.strerror or error}): make room,"
+                " or set XDG_RUNTIME_DIR to a folder of your own that can be written"
+            ) from error
 
     def _remove_runtime_file(self) -> None:
         path = self.config.runtime_file

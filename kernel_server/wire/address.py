@@ -46,16 +46,25 @@ def parse_address(text: str | Address) -> Address:
     text = text.strip()
     if text.startswith(("unix:", "/")):
         path = text.removeprefix("unix:")
-        if not path.startswith("/"):
-            raise BadArgument(f"{text!r}: a Unix socket needs an absolute path, as unix:/path")
+        if not path.startswith("/") or "\0" in path:
+            raise BadArgument(f"{text[:80]!r}: a Unix socket needs an absolute path, as unix:/path")
         return Address(host="", port=0, path=path)
     if text.isdigit():
         text = f":{text}"
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\s/\[\]]*))(?::(\d{1,5}))?", text)
     port = int(match[3]) if match and match[3] else DEFAULT_PORT
     if not match or port > 65535:
-        raise BadArgument(f"{text!r} is no address; write host:port, :port or unix:/path")
-    return Address(host=match[1] or match[2] or "127.0.0.1", port=port)
+        raise _no_address(text)
+    host = match[1] or match[2] or "127.0.0.1"
+    try:
+        host.encode("idna")  # what looking the name up begins with
+    except UnicodeError:
+        raise _no_address(text) from None
+    return Address(host=host, port=port)
+
+
+def _no_address(text: str) -> BadArgument:
+    return BadArgument(f"{text[:80]!r} is no address; write host:port, :port or unix:/path")
 
 
 def listen(address: Address, backlog: int = 128) -> tuple[socket.socket, Address]:

@@ -40,6 +40,16 @@ def load_or_create_tokens(path: Path | None = None) -> dict[str, str]:
     Raises BadArgument when the file is malformed or readable by others.
     """
     path = path or token_file()
+    try:
+        return _load_or_create(path)
+    except OSError as error:  # a full disk, a folder that cannot be written
+        raise BadArgument(
+            f"the token file {path} cannot be kept ({error.strerror or error}): make room, or set"
+            " XDG_DATA_HOME to a folder of your own that can be written"
+        ) from error
+
+
+def _load_or_create(path: Path) -> dict[str, str]:
     with contextlib.suppress(FileNotFoundError):
         return read_tokens(path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
