@@ -57,6 +57,8 @@ def evaluate(path: Path, size: str, results: Path, timeout_s: float) -> dict[str
             cwd=str(path.parent),
             progress_bar=False,
             execution_timeout=timeout_s,
+            # What a kernel warns of at its start is no part of the evaluation.
+            extra_arguments=["--log-level=ERROR"],
         )
     except papermill.PapermillExecutionError as error:
         problem = f"{error.ename}: {error.evalue}".splitlines()[0]
@@ -139,9 +141,16 @@ def main(arguments: list[str] | None = None) -> int:
     # A kernel started below must not see another thread count than a plain run.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+    from notebooks.harness.hardware import device_for
+
     paths = evaluation_notebooks(only=chosen.only)
     if not paths:
         print(f"no evaluation notebook begins with {chosen.only!r}", file=sys.stderr)
+        return 2
+    try:
+        device_for(chosen.size)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
         return 2
     entries: dict[str, dict[str, Any]] = {}
     for path in paths:

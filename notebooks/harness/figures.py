@@ -46,6 +46,6 @@ def resume_is_exact(path: Path, tolerance: dict[str, float]) -> Any:
         right.plot([limit, limit], [place - 0.4, place + 0.4], color="tab:red")
     right.set_yticks(range(len(cases)), cases, fontsize=7)
     right.set_xscale("log")
-    right.set_xlabel("largest difference to a stock logit, standard deviations of its row")
+    right.set_xlabel("largest difference to a stock logit, in standard deviations")
     right.set_title("Every forward beside stock transformers (red: the tolerance)", fontsize=10)
     return figure

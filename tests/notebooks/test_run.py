@@ -150,3 +150,15 @@ def test_a_summary_keeps_the_entries_of_notebooks_that_were_left_out(tmp_path):
         "02_b": "pass",
     }
     assert summary["format"] == evaluate.SUMMARY_FORMAT
+
+
+def test_what_cannot_be_evaluated_is_said_in_one_line_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    unknown = evaluate.main(["--only", "77", "--results", str(tmp_path)])
+    no_gpu = evaluate.main(["--size", "full", "--results", str(tmp_path)])
+
+    assert (unknown, no_gpu) == (2, 2)
+    assert capsys.readouterr().err.count("\n") == 2 and not any(tmp_path.iterdir())
