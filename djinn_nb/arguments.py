@@ -50,13 +50,32 @@ def split_words(line: str) -> list[str]:
     return [*words, word] if word else words
 
 
-def plain_words(line: str) -> list[str]:
+def plain_words(line: str, texts: tuple[str, ...] = ()) -> list[str]:
     """The words with the quotes around whole words taken off, as a shell would.
+
+    texts: flags that take the words up to the next flag as one text; quotes inside it stay, so
+    that it may be written with quotes around it or without.
 
     >>> plain_words('''20 --if 'token == " to" and norm > 30' ''')
     ['20', '--if', 'token == " to" and norm > 30']
+    >>> plain_words('''20 --if token == " to" --once''', texts=("--if",))
+    ['20', '--if', 'token == " to"', '--once']
     """
-    return [unquoted(word) for word in split_words(line)]
+    words: list[str] = []
+    text: list[str] | None = None
+    for word in split_words(line):
+        if text is not None and not word.startswith("--"):
+            text.append(word)
+            continue
+        if text:
+            words.append(_as_one(text))
+        text = [] if word in texts else None
+        words.append(unquoted(word))
+    return [*words, _as_one(text)] if text else words
+
+
+def _as_one(words: list[str]) -> str:
+    return unquoted(words[0]) if len(words) == 1 else " ".join(words)
 
 
 def unquoted(word: str) -> str:

@@ -8,6 +8,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from IPython.core.completer import (
+    CompletionContext,
+    SimpleCompletion,
+    SimpleMatcherResult,
+    context_matcher,
+)
+
 from kernel_server.protocol.errors import DjinnError
 
 if TYPE_CHECKING:
@@ -15,6 +22,8 @@ if TYPE_CHECKING:
 
     from djinn_nb.magics import DjinnMagics
 
+#: Marks our matcher among those of a shell
+_OURS = "from_djinn"
 #: What the words of a magic are
 _LOCATION = ("djinn_break", "djinn_run_to")
 _SESSION = ("djinn_attach",)
@@ -29,13 +38,31 @@ class Completer:
         self._magics = magics
 
     def install(self, shell: InteractiveShell) -> None:
-        """Hook into the shell's completer."""
-        shell.set_hook(  # type: ignore[no-untyped-call]
-            "complete_command", self._hook, re_key=re.compile(r"^\s*%{1,2}djinn_")
-        )
+        """Add it to the shell's completer, where it speaks alone on a line of ours."""
+        self.remove(shell)
+        shell.Completer.custom_matchers.append(self._matcher)
 
-    def _hook(self, shell: Any, event: Any) -> list[str]:
-        return self.words(event.line, event.symbol)
+    @staticmethod
+    def remove(shell: InteractiveShell) -> None:
+        """Take every one of these away from the shell's completer."""
+        matchers = shell.Completer.custom_matchers
+        matchers[:] = [one for one in matchers if not getattr(one, _OURS, False)]
+
+    @property
+    def _matcher(self) -> Any:
+        @context_matcher()  # type: ignore[untyped-decorator]
+        def djinn_matcher(context: CompletionContext) -> SimpleMatcherResult:
+            line = context.line_with_cursor[: context.cursor_position]
+            words = self.words(line, context.token)
+            # without this IPython adds every keyword and built-in name
+            return {
+                "completions": [SimpleCompletion(text=word, type="djinn") for word in words],
+                "suppress": bool(words),
+                "ordered": True,
+            }
+
+        setattr(djinn_matcher, _OURS, True)
+        return djinn_matcher
 
     def words(self, line: str, symbol: str) -> list[str]:
         """What may stand where `symbol` is being typed."""
@@ -66,6 +93,8 @@ class Completer:
             return list(_EDIT_WORDS)
         if magic == "djinn_debug":
             return ["on", "off"]
+        if magic == "djinn_help":
+            return self._magics.names_of_magics()
         return []
 
     def _locations(self) -> list[str]:

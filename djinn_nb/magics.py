@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -106,7 +107,7 @@ class DjinnMagics(Current):
     @line_magic
     def djinn_break(self, line: str) -> None:
         """Stop at a location: in the current session, if it goes on, and in runs that follow."""
-        args = self._parse(self.djinn_break, line)
+        args = self._parse(self.djinn_break, line, texts=("--if",))
         condition = " ".join(args.condition) if args.condition else None
         if condition is not None:
             parse_condition(condition)
@@ -435,7 +436,7 @@ class DjinnMagics(Current):
         if method is None:
             raise BadArgument(f"there is no magic %djinn_{name}; %djinn_help lists them")
         parser = getattr(method, "parser", None)
-        help_text = parser.format_help() if parser is not None else method.__doc__
+        help_text = parser.format_help() if parser is not None else inspect.getdoc(method) or ""
         self.say(help_text.lstrip(":\n ").rstrip())
 
     def _calls(self) -> list[tuple[str, Any]]:
@@ -447,6 +448,10 @@ class DjinnMagics(Current):
                 calls.append((percent + name, getattr(self, name)))
         return calls
 
+    def names_of_magics(self) -> list[str]:
+        """What %djinn_help can tell of, for completion."""
+        return [call.lstrip("%").removeprefix("djinn_") for call, _ in self._calls()]
+
     def flags_of(self, magic: str) -> list[str]:
         """The flags of a magic, for completion."""
         parser = getattr(getattr(self, magic, None), "parser", None)
@@ -454,10 +459,10 @@ class DjinnMagics(Current):
         flags = [flag for action in actions for flag in action.option_strings]
         return sorted(flag for flag in flags if flag.startswith("--") and flag != "--help")
 
-    def _parse(self, method: Any, line: str) -> Any:
+    def _parse(self, method: Any, line: str, texts: tuple[str, ...] = ()) -> Any:
         """The arguments of a magic's line; a mistake is one line with the usage."""
         try:
-            return method.parser.parse_args(arguments.plain_words(line))
+            return method.parser.parse_args(arguments.plain_words(line, texts))
         except UsageError as error:
             usage = " ".join(method.parser.format_usage().split()).lstrip(": ")
             raise UsageError(f"{error} · usage: {usage}") from None

@@ -31,7 +31,10 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
-    """Disconnect, and take back the form of errors; the magics then say that they are gone."""
+    """Disconnect, and take back magics, completion and the form of errors."""
+    from djinn_nb.completion import Completer
+
+    Completer.remove(shell)
     magics = shell.magics_manager.registry.get("DjinnMagics")
     if magics is not None:
         magics.close()

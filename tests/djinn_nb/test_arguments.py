@@ -23,6 +23,22 @@ def test_words_are_split_as_a_shell_would(line, words):
     assert plain_words(line) == words
 
 
+@pytest.mark.parametrize(
+    ("line", "condition"),
+    [
+        ("""3 --once --if 'token == " to" and norm > 3'""", 'token == " to" and norm > 3'),
+        ("""3 --if token == " to" and norm > 3 --once""", 'token == " to" and norm > 3'),
+        ("""3 --if " to" == token --once""", '" to" == token'),
+        ("3 --once --if norm > -3", "norm > -3"),
+    ],
+)
+def test_a_text_after_a_flag_keeps_the_quotes_inside_it(line, condition):
+    words = plain_words(line, texts=("--if",))
+
+    assert words[words.index("--if") + 1] == condition
+    assert sorted(words) == sorted(["3", "--once", "--if", condition])
+
+
 def test_quotes_and_brackets_keep_a_value_together():
     assert split_words('tokens=" to the" channels=[1, (2, 3)] alpha=4') == [
         'tokens=" to the"',

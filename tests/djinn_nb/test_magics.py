@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.completer import provisionalcompleter
 
 import djinn_nb as djinn
 from djinn_nb import errors
@@ -118,6 +119,12 @@ def test_a_breakpoint_applies_to_the_session_that_goes_on_and_to_later_runs(run,
         "prefill",
         True,
     )
+
+
+def test_a_condition_with_a_text_needs_no_quotes_around_it(run, magics):
+    run('%djinn_break 1 --if token == " to" and norm > 3')
+
+    assert magics.pending[0].condition == 'token == " to" and norm > 3'
 
 
 def test_a_condition_needs_no_quotes(run, magics):
@@ -344,7 +351,19 @@ def test_tab_completes_locations_ids_names_and_flags(run, magics):
     assert words("%djinn_attach h", "h") == ["here"]
     assert words("%djinn_edit sc", "sc") == ["scale="]
     assert words("%%djinn_run --max", "--max") == ["--max-new-tokens"]
+    assert words("%djinn_help und", "und") == ["undo"]
     assert words("print(1)", "") == []
+
+
+def test_completion_in_a_shell_offers_our_words_and_no_keywords(run, shell, magics):
+    def completed(line: str) -> list[str]:
+        with provisionalcompleter():
+            return [found.text for found in shell.Completer.completions(line, len(line))]
+
+    assert completed("%djinn_break 3 --when ") == ["any", "prefill", "decode"]
+    assert completed("%djinn_break 3 --w") == ["--when"]
+    assert completed("x = 1; pri")  # the rest is IPython's as before
+    assert "%djinn_breaks" in completed("%djinn_br")
 
 
 def test_unloading_takes_everything_back(shell, process):
@@ -355,5 +374,6 @@ def test_unloading_takes_everything_back(shell, process):
     unload_ipython_extension(shell)
 
     assert server.closed
+    assert shell.Completer.custom_matchers == []
     assert not any(name.startswith("djinn") for name in shell.magics_manager.magics["line"])
     assert not hasattr(errors.DjinnError("x"), "_render_traceback_")
