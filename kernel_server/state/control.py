@@ -78,10 +78,12 @@ class Control(Running):
         if type(new) is not int or new < 1:
             raise BadArgument(f"max_new_tokens is {new!r}: give 1 or more")
         if len(prompt) + new > shape.max_context:
+            left = shape.max_context - len(prompt)
+            ask = f", or ask for at most {left} new tokens" if left > 0 else ""
             raise PromptTooLong(
                 f"{len(prompt)} prompt tokens and {new} new ones exceed the model's context of"
-                f" {shape.max_context}: shorten the prompt, or ask for at most"
-                f" {max(shape.max_context - len(prompt), 0)} new tokens",
+                f" {shape.max_context}: shorten the prompt to at most"
+                f" {max(shape.max_context - new, 1)} tokens{ask}",
                 prompt_tokens=len(prompt),
                 max_context=shape.max_context,
             )

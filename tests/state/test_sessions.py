@@ -95,6 +95,8 @@ def test_sessions_without_a_seed_get_their_own_and_say_which(world: World):
         ({"token_ids": (1, 50)}, BadPrompt, "token id 50 at position 1"),
         ({"token_ids": (-1,)}, BadPrompt, "token id -1"),
         ({"token_ids": (1,) * 60, "max_new_tokens": 5}, PromptTooLong, "context of 64"),
+        ({"token_ids": (1,) * 60, "max_new_tokens": 5}, PromptTooLong, "most 59 tokens, or ask"),
+        ({"token_ids": (1,) * 70}, PromptTooLong, "the prompt to at most 60 tokens$"),
         ({"max_new_tokens": 0}, BadArgument, "max_new_tokens is 0"),
         ({"temperature": -1.0}, BadArgument, "temperature"),
         ({"temperature": float("nan")}, BadArgument, "temperature"),
