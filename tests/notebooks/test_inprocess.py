@@ -7,8 +7,15 @@ import inspect
 import pytest
 
 from djinn_nb.transport import Transport
-from notebooks.harness import tiny
-from notebooks.harness.exactness import Prompt, different, random_ids, stopped_run, watching
+from notebooks.harness import faults, tiny
+from notebooks.harness.exactness import (
+    Prompt,
+    different,
+    random_ids,
+    reference_run,
+    stopped_run,
+    watching,
+)
 from notebooks.harness.inprocess import InProcessTransport, local_kernel
 
 
@@ -43,6 +50,33 @@ def test_nothing_of_a_watch_is_left_behind(local):
 
     assert all(not layer._forward_hooks for layer in local.model.layers)
     assert "head" not in vars(local.model)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        faults.eager_attention,
+        faults.other_chunks,
+        faults.no_final_norm,
+        faults.one_layer_late,
+        faults.zeroed_page,
+    ],
+)
+def test_a_planted_fault_is_gone_when_its_context_ends(local, fault):
+    prompt = Prompt(random_ids(20, 320, seed=1), new_tokens=3)
+    with watching(local) as watch:
+        before = reference_run(local, watch, prompt)
+        session = prompt.launch(local)
+        session.break_at(2)
+        session.continue_()
+        with fault(local, 2):
+            session.step_out()
+        session.terminate()
+        after = stopped_run(local, watch, prompt, 2)
+
+    assert after.differs_from(before) == 0
+    assert "norm" not in vars(local.model) and "call_layer" not in vars(local.model)
+    assert "_layer" not in vars(local.segments)
 
 
 @pytest.mark.parametrize(
