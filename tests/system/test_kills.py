@@ -1,0 +1,240 @@
+"""Clients and servers that are killed: sessions outlive clients, clients outlive servers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import djinn_nb as djinn
+from djinn_nb import errors
+from djinn_nb.embedded import read_runtime_file
+from tests.djinn_nb.conftest import Process
+from tests.system.conftest import PROMPT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture
+def own_runtime(tmp_path_factory, monkeypatch) -> Iterator[Path]:
+    """Runtime files of this test's own; whatever was started there is ended."""
+    folder = tmp_path_factory.mktemp("run")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    yield folder
+    for pid in pids(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def pids(folder: Path) -> list[int]:
+    found = [read_runtime_file(file) for file in folder.rglob("*.json")]
+    return [running.pid for running in found if running is not None]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(holds, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+CLIENT = """
+import sys
+import djinn_nb
+server = djinn_nb.connect(sys.argv[1])
+session = server.attach(sys.argv[2])
+session.break_at(3, when="decode", ignore=5)
+print(session.continue_(), flush=True)
+if sys.argv[3] == "run":
+    for point in session.breakpoints:
+        point.remove()
+    print("runs", flush=True)
+    session.continue_()
+input()
+"""
+
+
+@pytest.mark.parametrize("where", ["stop", "run"])
+def test_a_session_outlives_the_client_that_is_killed(world, canary, where):
+    rng = random.Random(where)
+    for _ in range(4):
+        session = world.launch(PROMPT, max_new_tokens=500, temperature=0.8, seed=3)
+        expected = session.fork().continue_().tokens
+        client = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, world.process.address, session.id, where],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        with client:
+            line = client.stdout.readline()
+            while where == "run" and line.strip() != "runs":
+                line = client.stdout.readline()
+            time.sleep(rng.random() * 0.3)
+            client.kill()
+            client.wait()
+
+        with world.connect() as later:
+            found = later.attach(session.id)
+            if where == "stop":
+                assert found.stop.location == "layers.3.output"
+                for point in found.breakpoints:
+                    point.remove()
+                end = found.continue_()
+            else:
+                end = found.wait()
+            assert end.tokens == expected
+            found.terminate()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+def test_a_waiting_client_is_told_within_seconds_that_the_server_has_gone(
+    model_folder, tmp_path, ending
+):
+    process = Process(tmp_path / "run", "--model", str(model_folder))
+    try:
+        with process.connect() as server:
+            session = server.launch(PROMPT, max_new_tokens=8000)
+            threading.Timer(0.5, process.process.send_signal, (ending,)).start()
+            began = time.monotonic()
+            with pytest.raises((errors.ConnectionLost, errors.NoServer)) as told:
+                session.continue_()
+            assert time.monotonic() - began < 12
+            assert "\n" not in str(told.value)
+            with pytest.raises(errors.NoServer) as again:
+                server.launch(PROMPT, max_new_tokens=1)
+            assert "\n" not in str(again.value)
+            assert session.id in repr(session)
+        process.process.wait(20)
+        assert ending == signal.SIGKILL or process.process.returncode == 0
+    finally:
+        process.end()
+
+
+def test_after_a_kill_connect_starts_a_fresh_embedded_server(own_runtime, model_folder):
+    with djinn.connect(model=model_folder, linger_s=60) as server:
+        (pid,) = pids(own_runtime)
+        session = server.launch(PROMPT, max_new_tokens=8000)
+        threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+        with pytest.raises(errors.ConnectionFailed) as told:
+            session.continue_()
+        assert "\n" not in str(told.value)
+        assert list(own_runtime.rglob("*.json"))  # stale: nobody could take it away
+
+        with djinn.connect(model=model_folder, linger_s=60) as fresh:
+            assert pids(own_runtime) != [pid]
+            assert fresh.sessions().empty
+            assert isinstance(fresh.launch(PROMPT, max_new_tokens=2).continue_(), djinn.Finished)
+
+
+def test_a_runtime_file_that_names_another_process_is_no_hindrance(own_runtime, model_folder):
+    with djinn.connect(model=model_folder, linger_s=60):
+        (file,) = own_runtime.rglob("*.json")
+        content = json.loads(file.read_text())
+    os.kill(content["pid"], signal.SIGKILL)
+    until(lambda: not runs(content["pid"]))
+    file.write_text(json.dumps(content | {"pid": os.getpid()}))
+
+    with djinn.connect(model=model_folder, linger_s=60) as server:
+        assert isinstance(server.launch(PROMPT, max_new_tokens=1).continue_(), djinn.Finished)
+        (running,) = pids(own_runtime)
+        assert running != os.getpid()
+
+
+def test_a_server_stays_for_an_unfinished_session_and_then_ends(own_runtime, model_folder):
+    with djinn.connect(model=model_folder, linger_s=1.0) as server:
+        session = server.launch(PROMPT, max_new_tokens=3)
+        session.run_to(2)
+        expected = session.fork().continue_().tokens
+        (pid,) = pids(own_runtime)
+    time.sleep(15)  # its poll for events ends after 10 s, and only then is the client known gone
+
+    assert runs(pid)
+    with djinn.connect(model=model_folder, linger_s=1.0) as later:
+        assert later.attach(session.id).continue_().tokens == expected
+    until(lambda: not runs(pid))
+    assert not list(own_runtime.rglob("*.json"))
+    assert not list(own_runtime.rglob("*.sock"))
+
+
+def test_an_interrupted_start_leaves_no_server_behind(own_runtime, model_folder):
+    code = "import sys, djinn_nb; djinn_nb.connect(model=sys.argv[1], linger_s=60)"
+    for delay_s in (0.3, 0.6, 0.9, 1.2):
+        starting = subprocess.Popen(
+            [sys.executable, "-c", code, str(model_folder)],
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(delay_s)
+        starting.send_signal(signal.SIGINT)
+        starting.wait(30)
+
+    with djinn.connect(model=model_folder, linger_s=60) as server:
+        kept = server.launch(PROMPT, max_new_tokens=2, name="kept")
+        kept.run_to(1)
+    time.sleep(3)  # a server that was left behind would write its runtime file now
+    with djinn.connect(model=model_folder, linger_s=60) as again:
+        assert again.attach("kept").stop.location == "layers.1.output"
+    assert len(servers_of(own_runtime)) == 1
+
+
+def servers_of(folder: Path) -> list[int]:
+    """Processes that listen on a socket in a runtime folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().decode().split("\0")
+            if "kernel_server" in words and any(word.startswith(str(folder)) for word in words):
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("no config", errors.BrokenModel),
+        ("cut weights", errors.BrokenModel),
+        ("pickle", errors.UnsupportedModel),
+        ("tokenizer", errors.BrokenModel),
+        ("bert", errors.UnsupportedModel),
+    ],
+)
+def test_a_broken_model_is_refused_by_name_by_connect(
+    own_runtime, model_folder, tmp_path, change, error
+):
+    import shutil
+
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    match change:
+        case "no config":
+            (folder / "config.json").unlink()
+        case "cut weights":
+            file = folder / "model.safetensors"
+            file.write_bytes(file.read_bytes()[:-100])
+        case "pickle":
+            (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        case "tokenizer":
+            (folder / "tokenizer.json").write_text("{{{")
+        case "bert":
+            config = json.loads((folder / "config.json").read_text())
+            config |= {"model_type": "bert", "architectures": ["BertModel"]}
+            (folder / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(error) as told:
+        djinn.connect(model=folder)
+
+    assert "\n" not in str(told.value)
