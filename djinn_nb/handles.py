@@ -192,9 +192,10 @@ class Edit:
         if not any(found.id == self.id for found in self._session.newest.edits):
             raise UnknownEdit(f"edit {self.id} is no longer in the list of {self._session.id}")
         if not self.info.at_this_stop:
+            move = "disable() it for the forwards to come, or " if self.sticky else ""
             raise UndoRefused(
                 f"edit {self.id} was made at a stop that {self._session.id} has left, so undoing"
-                " it would not be exact: disable() it for the forwards to come, or launch anew"
+                f" it would not be exact: {move}launch anew"
             )
         self.remove()
 
@@ -230,13 +231,15 @@ def edit_line(info: m.EditInfo) -> str:
     """An edit in one line, with what it changed."""
     parts = [f"edit {info.id}: {info.description}"]
     if info.elements_changed is not None:
-        parts.append(f"{info.elements_changed} numbers changed")
+        numbers = "1 number" if info.elements_changed == 1 else f"{info.elements_changed} numbers"
+        parts.append(f"{numbers} changed")
     if info.norm_before is not None and info.norm_after is not None:
         parts.append(f"norm {info.norm_before:.4g} → {info.norm_after:.4g}")
     if info.sticky:
-        parts.append(
-            f"sticky, matched in {info.forwards_matched} forwards, not in {info.forwards_unmatched}"
+        forwards = (
+            "1 forward" if info.forwards_matched == 1 else f"{info.forwards_matched} forwards"
         )
+        parts.append(f"sticky, matched in {forwards}, not in {info.forwards_unmatched}")
     if not info.enabled:
         parts.append("disabled")
     if info.note:

@@ -15,7 +15,7 @@ import numpy as np
 from djinn_nb.checks import flag, shown, whole
 from djinn_nb.client import CHUNK_BYTES, COMPUTE_S, Opened
 from djinn_nb.handles import Edit
-from djinn_nb.planned import Planned
+from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import number, selector, value_array
 from djinn_nb.variables import Source, Variable
 from kernel_server.protocol import messages as m
@@ -24,6 +24,7 @@ from kernel_server.protocol.errors import (
     BadArgument,
     BadEdit,
     DjinnError,
+    NotStopped,
     NotSupported,
     UnknownLocation,
 )
@@ -406,6 +407,17 @@ class Finished:
     def finish_reason(self) -> str:
         """`eos` or `max_new_tokens`."""
         return self._info.finish_reason or ""
+
+    # hidden from type checkers, which are to go on reporting names that are not here
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            if not name.startswith("_") and (hasattr(Stopped, name) or name in PLANNED["Stopped"]):
+                raise NotStopped(
+                    f"session {self.session.id} is finished after {len(self.generated_tokens)}"
+                    f" tokens, so there is no .{name} here: launch again with a breakpoint"
+                )
+            raise AttributeError(f"'Finished' object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         from djinn_nb.display import finished_text

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -135,12 +135,17 @@ class Variable:
             raise TypeError("a single number has no length")
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[Variable]:
+        """Its parts along the first dimension; fetches nothing."""
+        return (self[index] for index in range(len(self)))
+
     def summary(self) -> Summary:
         """Its figures, computed on the server; asked for once, and again after an edit."""
         self._forget_if_edited()
         if self._summary is None:
             reply = self._source.client.call(self._request("summary"), m.Summary)
-            self._summary = Summary.of(reply)
+            kept = zip(reply.shape, self._keep, strict=True)
+            self._summary = replace(Summary.of(reply), shape=tuple(n for n, keep in kept if keep))
         return self._summary
 
     # -- parts ----------------------------------------------------------------------------

@@ -93,6 +93,16 @@ def test_a_variable_becomes_a_numpy_array_and_a_number(stop):
     assert len(stop.hidden_states) == len(stop.tokens)
 
 
+def test_a_part_shows_its_own_shape_and_iterates_as_numpy_would(stop):
+    row, rows = stop.hidden_states[-1], list(stop.hidden_states)
+
+    assert f"[{HIDDEN}]" in repr(row)
+    assert row.summary().shape == row.shape == row.numpy().shape
+    assert "[]" in repr(row[0]) and row[0].shape == ()
+    assert len(rows) == len(stop.tokens)
+    assert rows[-1].shape == (HIDDEN,)
+
+
 def test_in_decode_rows_are_counted_from_the_tokens_fed(session):
     session.run_to("logits")
     stop = session.run_to(2)
@@ -252,10 +262,22 @@ def test_undoing_after_the_session_has_moved_is_refused(stop):
     edit = stop.edit(scale=2)
     stop.session.next()
 
-    with pytest.raises(errors.UndoRefused):
+    with pytest.raises(errors.UndoRefused, match="launch anew") as caught:
         edit.undo()
+    assert "disable()" not in str(caught.value)  # which would be refused too
     with pytest.raises(errors.UndoRefused):
         edit.remove()
+
+
+def test_what_a_stop_has_is_refused_by_name_once_the_session_is_finished(session):
+    end = session.continue_()
+
+    for name in ("edit", "lens", "hidden_states", "attention"):
+        with pytest.raises(errors.NotStopped, match=rf"finished after 6 tokens.*\.{name}"):
+            getattr(end, name)
+    with pytest.raises(AttributeError):
+        end.edti  # noqa: B018
+    assert not hasattr(end, "_ipython_display_")
 
 
 def test_an_edit_decides_what_is_generated(server):
