@@ -23,7 +23,7 @@ from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
 from kernel_server.protocol.errors import BadArgument, DjinnError, ServerFault
 from kernel_server.service import Service
-from kernel_server.wire import Address, load_or_create_tokens
+from kernel_server.wire import Address, load_or_create_tokens, token_file
 
 if TYPE_CHECKING:
     from kernel_server.kernel import Kernel
@@ -78,6 +78,7 @@ class Server:
         """Load the model and serve it until `stop`."""
         self._write_runtime_file()
         print(f"djinn server {self.gateway.server_id} listens on {self.address}", flush=True)
+        print(f"access tokens are in {token_file()}", flush=True)
         loader = threading.Thread(target=self._load, name="loader", daemon=True)
         loader.start()
         while not self._stopping.wait(WATCH_S):
