@@ -102,7 +102,12 @@ class Server(Planned):
             return Session(self._client, self._client.describe(wanted))
         except UnknownSession:
             named = [info for info in self._infos() if info.name == wanted]
-            if len(named) != 1:
+            if len(named) > 1:
+                ids = ", ".join(info.id for info in named)
+                raise UnknownSession(
+                    f"{len(named)} sessions have the name {wanted!r}: attach one by its id ({ids})"
+                ) from None
+            if not named:
                 raise
             return Session(self._client, named[0])
 
@@ -110,10 +115,13 @@ class Server(Planned):
         """All sessions of yours on this server, one row each, indexed by id."""
         import pandas as pd
 
+        served = self._client.model
+        model = served.name + " · random weights" * served.random_weights
         rows = [
             {
                 "id": info.id,
                 "name": info.name,
+                "model": model,
                 "status": info.status,
                 "location": info.location or "",
                 "forward": info.forward,
@@ -128,7 +136,7 @@ class Server(Planned):
             for info in self._infos()
         ]
         columns = [
-            "id", "name", "status", "location", "forward", "prompt_tokens", "new_tokens",
+            "id", "name", "model", "status", "location", "forward", "prompt_tokens", "new_tokens",
             "max_new_tokens", "seed", "parent", "pages", "kv_MiB",
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=columns).set_index("id")

@@ -61,9 +61,8 @@ class Asking:
         if hello.error is not None:
             return [*lines, f"model     failed to load: {hello.error.message}"]
         model: m.ModelInfo = self.ask(m.DescribeModel()).model
-        random = " · random weights" if model.random_weights else ""
         lines += [
-            f"model     {model.name} ({model.architecture}){random}",
+            f"model     {model.name} ({model.architecture}){_random(model)}",
             f"          {model.num_layers} layers, hidden {model.hidden_size},"
             f" {model.num_parameters / 1e6:.1f} M parameters, {model.dtype} on {model.device}",
         ]
@@ -78,6 +77,8 @@ class Asking:
         sessions = self.ask(m.ListSessions()).sessions
         if not sessions:
             return ["no sessions"]
+        model: m.ModelInfo = self.ask(m.DescribeModel()).model
+        title = f"{model.name}{_random(model)}"
         rows = [("id", "name", "status", "at", "forward", "tokens", "KV MiB", "owner")]
         for s in sessions:
             rows.append(
@@ -93,6 +94,10 @@ class Asking:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        return [
+        return [title] + [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
         ]
+
+
+def _random(model: m.ModelInfo) -> str:
+    return " · random weights" if model.random_weights else ""

@@ -213,16 +213,15 @@ class Gateway:
 
     # -- words ----------------------------------------------------------------------------
 
-    def _words(self, served: Served, what: str) -> Words:
+    def _words(self, served: Served, what: str, instead: str) -> Words:
         if served.words is None:
             raise NoTokenizer(
-                f"{served.model.name} has no tokenizer, so {what} is not possible:"
-                " use token ids (a list of integers) instead"
+                f"{served.model.name} has no tokenizer, so {what} is not possible: {instead}"
             )
         return served.words
 
     def _encode(self, served: Served, text: str, add_special_tokens: bool) -> list[int]:
-        words = self._words(served, "a text prompt")
+        words = self._words(served, "a text prompt", "give a list of token ids")
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise BadPrompt(
                 f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
@@ -255,15 +254,17 @@ class Gateway:
         """Fill in the token ids of a text selector."""
         if selector.kind != "text" or selector.text is None:
             return selector
-        ids = self._ids_of(served, selector.text, "selecting tokens by text")
+        ids = self._ids_of(
+            served, selector.text, "selecting tokens by text", "give their positions"
+        )
         if not ids:
             raise BadSelector(
                 f"no token has the text {selector.text!r}{self._near(served, selector.text)}"
             )
         return dataclasses.replace(selector, token_ids=ids)
 
-    def _ids_of(self, served: Served, text: str, what: str) -> tuple[int, ...]:
-        words = self._words(served, what)
+    def _ids_of(self, served: Served, text: str, what: str, instead: str) -> tuple[int, ...]:
+        words = self._words(served, what, instead)
         with self._words_lock:
             return words.ids(text)
 
@@ -281,7 +282,8 @@ class Gateway:
         if request.condition is None:
             return
         for text in parse_condition(request.condition).token_texts:
-            if not self._ids_of(served, text, "a condition on token text"):
+            what = "a condition on the text of a token"
+            if not self._ids_of(served, text, what, "compare token_id with a number"):
                 raise BadCondition(
                     f"no token of this model has the text {text!r}, so the condition cannot be"
                     f" judged by it{self._near(served, text)}"

@@ -134,7 +134,7 @@ class Kernel:
         page = cache.page_bytes
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
         return (
-            ("weights", weights, self.info.name),
+            ("weights", weights, self.info.name + " · random weights" * self.info.random_weights),
             ("KV pages in use", used * page, f"{used} of {cache.num_pages} pages"),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
             ("activations", self.engine.nbytes(), "held by stopped and running sessions"),

@@ -70,6 +70,9 @@ def test_attach_takes_an_id_or_a_name(server):
 
     assert server.attach(made.id).id == made.id
     assert server.attach("mine").id == made.id
+    server.launch([1], max_new_tokens=1, name="mine")
+    with pytest.raises(errors.UnknownSession, match=f"2 sessions have the name 'mine'.*{made.id}"):
+        server.attach("mine")
     for bad, error in (("nobody", errors.UnknownSession), (7, errors.BadArgument)):
         with pytest.raises(error):
             server.attach(bad)
@@ -151,6 +154,11 @@ def test_a_model_without_a_tokenizer_is_debugged_by_ids(tmp_path):
         with process.connect() as server:
             with pytest.raises(errors.NoTokenizer, match="token ids"):
                 server.launch("text", max_new_tokens=1)
+            bare = server.launch([1, 2, 3], max_new_tokens=2)
+            with pytest.raises(errors.NoTokenizer, match="positions"):
+                bare.run_to(1).edit(scale=2, tokens=" Mary")
+            with pytest.raises(errors.NoTokenizer, match="token_id"):
+                bare.break_at(1, condition='token == " Mary"')
             session = server.launch([1, 2, 3], max_new_tokens=2)
             stop = session.run_to(1)
 
