@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ from djinn_nb.transport import Transport
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.errors import BadMessage, ConnectionLost
+from kernel_server.protocol.errors import BadMessage, ConnectionLost, UnknownSession
+from kernel_server.wire import PlainConnection
 
 _Reply = TypeVar("_Reply")
 
@@ -47,6 +48,8 @@ class Client:
         self.initialized = self.initialize()
         self._model: m.ModelInfo | None = None
         weakref.finalize(self, transport.close)
+        greet = weakref.WeakMethod(self._greet)  # the transport holds no client
+        transport.greet(lambda connection: (greet() or _nobody)(connection))
         self._listen(self.initialized.event_seq)
 
     # -- calls ----------------------------------------------------------------------------
@@ -67,7 +70,9 @@ class Client:
         payload = codec.encode(message)
         told = None if opens is None else opens.answered
         answer = codec.decode(
-            self.transport.request(payload, "bulk" if bulk else "control", timeout_s, told)
+            self.transport.request(
+                payload, "bulk" if bulk else "control", timeout_s, told, self._guard(message)
+            )
         )
         if isinstance(answer, m.ErrorReply):
             codec.raise_error(answer.error)
@@ -77,6 +82,40 @@ class Client:
                 " client and server are of different versions"
             )
         return answer
+
+    def _guard(self, message: Any) -> Callable[[], None] | None:
+        """Refuses to send what is about a session of a server that is no longer there: another
+        one at the same address may have a session of the same id."""
+        if not hasattr(message, "session_id"):
+            return None
+        expected = self.initialized.server_id
+
+        def check() -> None:
+            if self.initialized.server_id != expected:
+                raise UnknownSession(self.other_server(message.session_id))
+
+        return check
+
+    def other_server(self, session_id: str) -> str:
+        """Says that a session's server has gone and another one stands in its place."""
+        return (
+            f"session {session_id} was on a server that has ended; {self.transport.address} is"
+            " another one now: launch again"
+        )
+
+    def _greet(self, connection: PlainConnection) -> None:
+        """Learn who answers on a new connection; runs on its I/O thread."""
+        request = codec.encode(m.Initialize(client=self._name))
+        answer = codec.decode(connection.call(request, CALL_S))
+        if not isinstance(answer, m.Initialized):
+            return  # whoever calls is told what is wrong with it
+        if answer.server_id != self.initialized.server_id:
+            # its events are numbered from the start, and its sessions are others
+            self.mirror.forget_sessions()
+            self.initialized = answer
+            self._model = None
+            self._texts = {}
+            self._listen(answer.event_seq)
 
     def initialize(self) -> m.Initialized:
         """Ask the server who it is and how far its model is loaded."""
@@ -209,14 +248,6 @@ class Client:
 
     def _trouble(self, error: Exception | None) -> None:
         """Polling fails, or works again: whoever waits shall look for himself."""
-        if error is None:
-            found = self.initialize()
-            if found.server_id != self.initialized.server_id:
-                # another server at the same address: its events are numbered from the start
-                self.initialized = found
-                self._model = None
-                self._texts = {}
-                self._listen(found.event_seq)
         self.mirror.doubt()
 
     def close(self) -> None:
@@ -271,6 +302,10 @@ class Opened:
         self._close()
 
 
+def _nobody(connection: PlainConnection) -> None:
+    """The client is gone; its connections end with it."""
+
+
 def _poll(after: int) -> bytes:
     return codec.encode(m.PollEvents(after=after, timeout_s=POLL_WAIT_S))
 
@@ -298,6 +333,12 @@ class Mirror:
             self._infos[info.id] = info
             if known is None or known.edits != info.edits:
                 self._versions[info.id] = self._versions.get(info.id, 0) + 1
+
+    def forget_sessions(self) -> None:
+        """Another server has taken the place of the one described here."""
+        with self._lock:
+            self._infos.clear()
+            self._gone.clear()
 
     def take(self, event: m.Event) -> None:
         """Learn from an event."""

@@ -48,7 +48,8 @@ class Session(Planned):
 
     def __init__(self, client: Client, info: m.SessionInfo) -> None:
         self.client = client
-        self.id = info.id
+        self._id = info.id
+        self._server_id = client.initialized.server_id
         self._first = info
         #: the stop this handle has shown last; the server refuses a call that saw an older one
         self._seen = info.stop_number
@@ -60,9 +61,23 @@ class Session(Planned):
     # -- what is known --------------------------------------------------------------------
 
     @property
+    def id(self) -> str:
+        """What the server calls it. Raises UnknownSession when that server has been replaced."""
+        if self._is_elsewhere:
+            raise UnknownSession(self.client.other_server(self._id))
+        return self._id
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether another server answers now, which may have a session of the same id."""
+        return self.client.initialized.server_id != self._server_id
+
+    @property
     def newest(self) -> m.SessionInfo:
         """The newest description that has come here; `refresh()` asks for one."""
-        return self.client.mirror.newest(self.id) or self._first
+        if self._is_elsewhere:
+            return self._first
+        return self.client.mirror.newest(self._id) or self._first
 
     def refresh(self) -> m.SessionInfo:
         """Ask the server how the session is now."""
@@ -276,7 +291,8 @@ class Session(Planned):
 
     @property
     def _label(self) -> str:
-        return f"session {self.id}" + (f" ({self.name})" if self.name not in ("", self.id) else "")
+        named = f" ({self.name})" if self.name not in ("", self._id) else ""
+        return f"session {self._id}{named}"
 
     def _run(self, message: Any, timeout: float | None) -> Stopped | Finished:
         info = run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
@@ -301,8 +317,10 @@ class Session(Planned):
     def __repr__(self) -> str:
         from djinn_nb.display import session_text
 
+        if self._is_elsewhere:
+            return f"{self._label}: {self.client.transport.address} is another server now"
         texts = self.client.token_texts(self._first.tokens)
-        gone = self.client.mirror.is_gone(self.id)
+        gone = self.client.mirror.is_gone(self._id)
         return session_text(self.client.model, self.newest, texts, terminated=gone)
 
 

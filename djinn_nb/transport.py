@@ -91,10 +91,12 @@ class Transport:
         kind: Literal["control", "bulk"] = "control",
         timeout: float = 30.0,
         on_answer: Callable[[bytes], None] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> bytes:
         """Send `payload`, wait at most `timeout` seconds, and return the answer.
 
         on_answer: told the answer on the I/O thread, also when nobody waits for it any more.
+        before: called there when a connection stands; nothing is sent if it raises.
 
         Raises what the server raised; ConnectionLost when the connection broke or the answer did
         not come in time (the call may have been carried out); NoServer when nothing was sent.
@@ -107,7 +109,7 @@ class Transport:
             raise BadArgument(
                 f"the call has {len(payload)} bytes, a frame holds {PAYLOAD_CAP}; send chunks"
             )
-        call = _Call(payload, time.monotonic() + timeout, on_answer)
+        call = _Call(payload, time.monotonic() + timeout, on_answer, before)
         return self._wait(self._lines[kind], call)
 
     def listen(
@@ -127,6 +129,11 @@ class Transport:
         All three run on the events thread. A later call takes the place of this one.
         """
         self._listen_orders.put(_Listening(poll_payload, on_answer, after, on_trouble))
+
+    def greet(self, greeting: Callable[[PlainConnection], None]) -> None:
+        """Let `greeting` have every connection dialled from now on first, on its I/O thread."""
+        for line in self._lines.values():
+            line.greeting = greeting
 
     @property
     def traffic(self) -> dict[str, Traffic]:
@@ -227,6 +234,7 @@ class _Line:
     ) -> None:
         self.calls: SimpleQueue[_Call | None] = SimpleQueue()
         self.traffic = Traffic()
+        self.greeting: Callable[[PlainConnection], None] | None = None
         self._name = name
         self._address = address
         self._token = token
@@ -243,7 +251,7 @@ class _Line:
                 if call.payload is None:
                     self._connected(call.deadline, patience_s=0.0)
                 else:
-                    call.answer = self.exchange(call.payload, call.deadline)
+                    call.answer = self.exchange(call.payload, call.deadline, call.before)
                     if call.on_answer is not None:
                         call.on_answer(call.answer)
             except Exception as error:
@@ -261,9 +269,13 @@ class _Line:
         """Have a connection, or raise why there is none."""
         self._connected(deadline, self._patience_s)
 
-    def exchange(self, payload: bytes, deadline: float) -> bytes:
+    def exchange(
+        self, payload: bytes, deadline: float, before: Callable[[], None] | None = None
+    ) -> bytes:
         """Send and receive once, on the line's own thread."""
         connection = self._connected(deadline, self._patience_s)
+        if before is not None:
+            before()
         try:
             self.traffic.calls += 1
             self.traffic.bytes_sent += len(payload)
@@ -325,7 +337,21 @@ class _Line:
                 if self._stop.is_open:  # close() may have looked before there was a connection
                     self.drop()
                     raise _closed_error(self._address)
+                self._greet(self._connection)
                 return self._connection
+
+    def _greet(self, connection: PlainConnection) -> None:
+        if self.greeting is None:
+            return
+        try:
+            self.greeting(connection)
+        except (OSError, EOFError) as error:
+            self.drop()
+            if isinstance(error, DjinnError):
+                raise
+            raise ConnectionLost(
+                f"the connection to {self._address} broke before the call ({error}): call again"
+            ) from error
 
 
 class _Gate:
@@ -356,17 +382,21 @@ class _Gate:
 class _Call:
     """One payload on its way; None only asks for a connection."""
 
-    __slots__ = ("abandoned", "answer", "deadline", "done", "error", "on_answer", "payload")
+    __slots__ = (
+        "abandoned", "answer", "before", "deadline", "done", "error", "on_answer", "payload",
+    )  # fmt: skip
 
     def __init__(
         self,
         payload: bytes | None,
         deadline: float,
         on_answer: Callable[[bytes], None] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         self.payload = payload
         self.deadline = deadline
         self.on_answer = on_answer
+        self.before = before
         self.done = _Gate()
         self.answer = b""
         self.error: Exception | None = None

@@ -238,3 +238,39 @@ def test_a_broken_model_is_refused_by_name_by_connect(
         djinn.connect(model=folder)
 
     assert "\n" not in str(told.value)
+
+
+def test_a_handle_never_acts_on_another_servers_session_of_the_same_id(model_folder, tmp_path):
+    first = Process(tmp_path / "run", "--model", str(model_folder))
+    second = None
+    try:
+        server = first.connect()
+        session = server.launch(PROMPT, max_new_tokens=8)
+        session_id = session.id
+        stop = session.run_to(2)
+        first.process.kill()
+        first.process.wait()
+        second = Process(tmp_path / "run", "--model", str(model_folder))
+        with second.connect() as other:
+            theirs = other.launch("Mary went to the park", max_new_tokens=8)
+            theirs.run_to(2)
+            before = theirs.refresh()
+            assert theirs.id == session_id
+
+            for act in (
+                session.next, session.continue_, session.terminate, session.fork,
+                session.refresh, stop.lens, stop.undo, lambda: stop.edit(scale=2),
+                lambda: stop.hidden_states.numpy(),
+            ):  # fmt: skip
+                with pytest.raises(errors.UnknownSession, match="another one now") as told:
+                    act()
+                assert "\n" not in str(told.value)
+            assert session_id in repr(session)
+            assert "layers.2.output" in repr(stop)
+            assert theirs.refresh() == before
+            assert isinstance(server.launch(PROMPT, max_new_tokens=2).continue_(), djinn.Finished)
+        server.close()
+    finally:
+        first.end()
+        if second is not None:
+            second.end()
