@@ -168,6 +168,7 @@ def test_interrupts_at_any_moment_leave_session_and_connection_usable(server):
         try:
             timer.start()
             session.continue_()
+            timer.join()
             time.sleep(0.05)
         except KeyboardInterrupt:
             pass

@@ -381,19 +381,19 @@ def test_the_lens_is_final_norm_and_head_of_the_stream(stop, model_folder):
 
 def test_the_lens_over_layers_reads_the_points_reached(stop):
     every = stop.lens(layers="all", top_k=1)
-    chosen = stop.lens(layers=[-1, 2], top_k=2)
+    chosen = stop.lens(layers=["embedding", 2 - NUM_LAYERS], top_k=2)
 
     names = ["embedding", *(f"layers.{i}.output" for i in range(4))]
     assert every.location.tolist() == names
     assert chosen.location.tolist() == ["embedding"] * 2 + ["layers.2.output"] * 2
     assert stop.lens(tokens="prompt", top_k=1).position.tolist() == list(range(len(stop.tokens)))
     with pytest.raises(errors.RequestError, match="has not run"):
-        stop.lens(layers=[5])
+        stop.lens(layers=[-1])  # the last layer, as everywhere
 
 
 @pytest.mark.parametrize(
     "wishes", [{"top_k": 0}, {"top_k": "x"}, {"layers": "some"}, {"layers": [0], "tokens": 0},
-               {"layers": [99]}, {"tokens": 999}, {"layers": ["a"]}],
+               {"layers": [99]}, {"layers": ["final_norm"]}, {"tokens": 999}, {"layers": ["a"]}],
     ids=str,
 )  # fmt: skip
 def test_a_bad_lens_is_refused(stop, wishes):

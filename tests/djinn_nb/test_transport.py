@@ -174,12 +174,20 @@ def test_a_call_not_answered_in_time_says_so_and_the_next_one_works(
 def test_an_interrupt_ends_the_waiting_and_nothing_else(
     transport: Transport, server: Server
 ) -> None:
-    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    main, sent_at = threading.get_ident(), [0.0]
+
+    def interrupt() -> None:
+        # once the call is under way, however slow this machine is
+        while b"sleep 2" not in server.seen:
+            time.sleep(0.01)
+        sent_at[0] = time.monotonic()
+        signal.pthread_kill(main, signal.SIGINT)
+
+    timer = threading.Thread(target=interrupt)
     timer.start()
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         transport.request(b"sleep 2")
-    waited_s = time.monotonic() - began
+    waited_s = time.monotonic() - sent_at[0]
 
     assert waited_s < 1.5
     assert transport.request(b"next") == b"next"
@@ -207,6 +215,14 @@ def test_a_call_interrupted_before_it_was_sent_is_not_sent(
 def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> None:
     chance = random.Random(7)
     main, done = threading.get_ident(), threading.Event()
+    calling = False
+
+    def on_interrupt(*_: object) -> None:
+        # Only a call may be interrupted, and once: anywhere else it would end this test run.
+        nonlocal calling
+        if calling:
+            calling = False
+            raise KeyboardInterrupt
 
     def bother() -> None:
         while not done.wait(chance.uniform(0.0002, 0.01)):
@@ -215,24 +231,24 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
     thread = threading.Thread(target=bother)
     answered = interrupted = 0
     wrong: list[int] = []
-    # Interrupts may also land between two lines of this test: everything is inside the try.
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         thread.start()
         while answered + interrupted < 1500:
+            mine = bytes([chance.randrange(256)]) * chance.choice([1, 1000, 300_000])
+            kind = chance.choice(["control", "bulk"])
             try:
-                mine = bytes([chance.randrange(256)]) * chance.choice([1, 1000, 300_000])
-                if transport.request(mine, chance.choice(["control", "bulk"])) != mine:
+                calling = True
+                if transport.request(mine, kind) != mine:
                     wrong.append(answered)
                 answered += 1
+                calling = False
             except KeyboardInterrupt:
                 interrupted += 1
     finally:
-        while not done.is_set() or thread.is_alive():
-            try:
-                done.set()
-                thread.join()
-            except KeyboardInterrupt:
-                continue
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
 
     assert wrong == []
     assert answered > 50 and interrupted > 50
