@@ -28,7 +28,7 @@ from kernel_server.protocol.errors import (
     NotSupported,
     UnknownLocation,
 )
-from kernel_server.protocol.location import parse_location
+from kernel_server.protocol.location import final_norm_point, parse_location
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,8 +191,8 @@ class Stopped(Planned):
         """Logit lens: which tokens the model's final norm and head read off the residual stream.
 
         layers: None reads the tensor here, for `tokens` (absolute positions, negative from the
-        end, or any selector). "all" or layer numbers (-1: the embedding) read those points of this
-        forward that have been reached, for the last token fed.
+        end, or any selector). "all", or a list of layer numbers and names such as "embedding",
+        reads those points of this forward that have been reached, for the last token fed.
 
         Returns one row per (place, rank): location, position, rank, token_id, text, probability,
         entropy_nats. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
@@ -233,7 +233,7 @@ class Stopped(Planned):
             raise BadArgument("the lens over layers reads the last token fed: leave tokens at -1")
         numbers = None
         if layers is not None and not isinstance(layers, str):
-            numbers = _layer_numbers(layers)
+            numbers = _layer_numbers(layers, self.session.client.model.num_layers)
         message = m.ReadLens(
             session_id=self.session.id,
             seen=self.number,
@@ -430,10 +430,18 @@ class Finished:
         return finished_html(self.session.client.model, self._info, self._parts)
 
 
-def _layer_numbers(layers: Iterable[Any]) -> tuple[int, ...]:
+def _layer_numbers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
+    """The layers of locations as `break_at` reads them; on the wire -1 is the embedding."""
     try:
-        return tuple(whole(n, "a layer") for n in layers)
+        wanted = [one if isinstance(one, str) else whole(one, "a layer") for one in layers]
     except (TypeError, BadArgument):
         raise UnknownLocation(
             f"layers is None, 'all' or a list of layer numbers, not {shown(layers)}"
         ) from None
+    points = [parse_location(one, num_layers).point(num_layers) for one in wanted]
+    if any(point >= final_norm_point(num_layers) for point in points):
+        raise UnknownLocation(
+            f"layers holds the embedding and the outputs of layers 0 to {num_layers - 1}: stop at"
+            " final_norm or logits, and leave layers out, to read it there"
+        )
+    return tuple(point - 1 for point in points)
