@@ -145,7 +145,8 @@ class Session(Planned):
     def logits(self) -> npt.NDArray[np.float32] | None:
         """Logits of the last finished forward's last token, `[vocabulary]`; None before the first.
 
-        float32, whatever the model's dtype.
+        float32, whatever the model's dtype. A forward is finished once its token is sampled: at a
+        stop at `logits`, `stop.value` holds this forward's.
         """
         try:
             found = self.client.read_tensor(m.ReadLogits(session_id=self.id), "logits")
