@@ -438,10 +438,10 @@ def _layer_numbers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
         raise UnknownLocation(
             f"layers is None, 'all' or a list of layer numbers, not {shown(layers)}"
         ) from None
-    points = [parse_location(one, num_layers).point(num_layers) for one in wanted]
-    if any(point >= final_norm_point(num_layers) for point in points):
+    points = {one: parse_location(one, num_layers).point(num_layers) for one in set(wanted)}
+    if any(point >= final_norm_point(num_layers) for point in points.values()):
         raise UnknownLocation(
             f"layers holds the embedding and the outputs of layers 0 to {num_layers - 1}: stop at"
             " final_norm or logits, and leave layers out, to read it there"
         )
-    return tuple(point - 1 for point in points)
+    return tuple(points[one] - 1 for one in wanted)

@@ -287,7 +287,6 @@ READS: Cases = {
             {"top_k": 10**9},
             {"top_k": HUGE},
             {"layers": []},
-            {"layers": [99]},
             {"layers": [-2]},
             {"layers": [LAST]},
             {"layers": [1, 1]},
@@ -296,6 +295,8 @@ READS: Cases = {
             {"layers": "all", "tokens": 0},
         ],
         e.UnknownLocation: [
+            {"layers": [99]},
+            {"layers": ["logits"]},
             {"layers": [1.5]},
             {"layers": [True]},
             {"layers": 5},

@@ -107,7 +107,7 @@ def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, cana
         ("%djinn_edit add=[1,2]", "BadEdit"),
         ("%djinn_edit scale=2 location=0", "BadEdit"),
         ("%djinn_lens --top-k 0", "BadArgument"),
-        ("%djinn_lens --layers [99]", "BadArgument"),
+        ("%djinn_lens --layers [99]", "UnknownLocation"),
         ("%djinn_lens --layers some", "BadArgument"),
         ("%djinn_run_to 99", "UnknownLocation"),
         ("%djinn_continue --timeout nan", "BadArgument"),
