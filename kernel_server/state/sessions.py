@@ -145,8 +145,8 @@ class Session:
         if self.status == "finished":
             return f"finished after {self.finished_forwards} tokens"
         if self.point == NOT_STARTED:
-            where = "in" if self.status == "running" else "before"
-            return f"{self.status} {where} forward {self.forward}"
+            preposition = "in" if self.status == "running" else "before"
+            return f"{self.status} {preposition} forward {self.forward}"
         where = location_at(min(self.point, num_layers + 2), num_layers)
         return f"{self.status} at {where}, forward {self.forward}"
 
