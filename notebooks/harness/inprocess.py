@@ -25,6 +25,7 @@ from kernel_server.engine.segments import Segments
 from kernel_server.gateway import Gateway
 from kernel_server.kernel import Kernel, load
 from kernel_server.models.resumable import ResumableModel
+from kernel_server.wire import PlainConnection
 
 OWNER = "evaluation"
 
@@ -44,12 +45,18 @@ class InProcessTransport:
         kind: Literal["control", "bulk"] = "control",
         timeout: float = 30.0,
         on_answer: Callable[[bytes], None] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> bytes:
         """The gateway's answer; the deadlines are its own."""
+        if before is not None:
+            before()
         answer = self._gateway.handle(OWNER, kind, payload)
         if on_answer is not None:
             on_answer(answer)
         return answer
+
+    def greet(self, greeting: Callable[[PlainConnection], None]) -> None:
+        """Nothing is dialled here, so nothing is greeted."""
 
     def listen(
         self,

@@ -225,7 +225,7 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
             raise KeyboardInterrupt
 
     def bother() -> None:
-        while not done.wait(chance.uniform(0.0002, 0.01)):
+        while not done.wait(chance.uniform(0.0002, 0.003)):
             signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=bother)

@@ -19,7 +19,7 @@ from notebooks.harness.exactness import (
 from notebooks.harness.inprocess import InProcessTransport, local_kernel
 
 
-@pytest.mark.parametrize("name", ["request", "listen", "close"])
+@pytest.mark.parametrize("name", ["request", "listen", "greet", "close"])
 def test_it_takes_the_calls_of_the_clients_transport(name):
     ours, theirs = getattr(InProcessTransport, name), getattr(Transport, name)
 
