@@ -81,6 +81,8 @@ def evaluate_checks(
 
     Raises `BadCondition` when a condition cannot be computed (division by zero).
     """
+    if len(token_ids) == 1:
+        return _judge_one(checks, chunks[0], token_ids[0], texts, first_token, forward)
     num_rows = sum(chunk.shape[-2] for chunk in chunks)
     skipped = len(token_ids) - num_rows
     first = first_token + skipped
@@ -111,6 +113,45 @@ def evaluate_checks(
                 positions.setdefault(breakpoint_id, []).append(first + row)
     for breakpoint_id, found in positions.items():
         held[breakpoint_id] = tuple(found)
+    return held
+
+
+class _OneToken(dict[str, Any]):
+    """The variables of a decode's token; the norm is computed when a condition asks."""
+
+    __slots__ = ("chunk",)
+
+    def __init__(self, chunk: Tensor) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def __missing__(self, name: str) -> Any:
+        if name != "norm":
+            raise KeyError(name)
+        self[name] = norm = _norms(self.chunk).item()
+        return norm
+
+
+def _judge_one(
+    checks: Sequence[Check],
+    chunk: Tensor,
+    token_id: int,
+    texts: Callable[[int], str],
+    position: int,
+    forward: int,
+) -> dict[int, tuple[int, ...]]:
+    """`evaluate_checks` for a single token: every decode with an armed breakpoint pays this."""
+    values = _OneToken(chunk)
+    values["forward"], values["position"], values["token_id"] = forward, position, token_id
+    held = {}
+    for check in checks:
+        if check.holds is not None:
+            if "token" in check.names:
+                values["token"] = texts(token_id)
+            values["hits"] = check.hits
+            if not check.holds(values):
+                continue
+        held[check.breakpoint_id] = (position,)
     return held
 
 
