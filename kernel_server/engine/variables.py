@@ -143,7 +143,7 @@ def _judge_one(
     """`evaluate_checks` for a single token: every decode with an armed breakpoint pays this."""
     values = _OneToken(chunk)
     values["forward"], values["position"], values["token_id"] = forward, position, token_id
-    held = {}
+    held: dict[int, tuple[int, ...]] = {}
     for check in checks:
         if check.holds is not None:
             if "token" in check.names:
