@@ -147,8 +147,7 @@ class Stopped(Planned):
                 first = self._stop.end_token - 1  # the last token's row only
             texts = self._texts[first - self._stop.first_token :]
             source = Source(
-                client=self.session.client,
-                session_id=self.session.id,
+                session=self.session,
                 seen=self.number,
                 location=self.location,
                 first_token=first,

@@ -19,6 +19,7 @@ from kernel_server.protocol.errors import BadSelector, DjinnError
 
 if TYPE_CHECKING:
     from djinn_nb.client import Client
+    from djinn_nb.session import Session
 
 _Indexes = npt.NDArray[np.int64]
 
@@ -72,14 +73,22 @@ class Summary:
 class Source:
     """Where a variable's elements come from: one tensor at one stop."""
 
-    client: Client
-    session_id: str
+    session: Session
     #: number of the stop; the server refuses a stale one
     seen: int
     location: str
     #: absolute position of row 0
     first_token: int
     texts: Callable[[], Sequence[str]]
+
+    @property
+    def client(self) -> Client:
+        return self.session.client
+
+    @property
+    def session_id(self) -> str:
+        """Asked for at each use: raises UnknownSession once another server answers there."""
+        return self.session.id
 
 
 class Variable:

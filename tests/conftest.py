@@ -66,6 +66,17 @@ def _cuda_is_here() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_report_header() -> list[str]:
+    """What a saved log must say of where it was made."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return ["torch: not installed"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    return [f"torch {torch.__version__}, transformers {transformers.__version__}, {device}"]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the GPU tests where there is no GPU; torch is imported only if there are any."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
