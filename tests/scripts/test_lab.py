@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -23,6 +25,19 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _status_of(url: str, patience_s: float = 20.0) -> int:
+    """The page's HTTP status; Jupyter may print its URL a moment before it listens."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=patience_s) as page:
+                return page.status
+        except urllib.error.URLError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -48,8 +63,7 @@ def test_lab_prints_the_url_of_the_tour_and_leaves_a_server_to_find(tmp_path: Pa
             if url:
                 break
         assert url, "no URL was printed"
-        with urllib.request.urlopen(url, timeout=20) as page:
-            status = page.status
+        status = _status_of(url)
     finally:
         watchdog.cancel()
         os.killpg(process.pid, signal.SIGTERM)
