@@ -69,12 +69,6 @@ class Control(Running):
         shape, prompt, new = self.shape, request.token_ids, request.max_new_tokens
         if not prompt:
             raise BadPrompt("the prompt is empty: give at least one token")
-        for index, token in enumerate(prompt):
-            if type(token) is not int or not 0 <= token < shape.vocab_size:
-                raise BadPrompt(
-                    f"token id {token} at position {index} lies outside the vocabulary, 0 to"
-                    f" {shape.vocab_size - 1}"
-                )
         if type(new) is not int or new < 1:
             raise BadArgument(f"max_new_tokens is {new!r}: give 1 or more")
         if len(prompt) + new > shape.max_context:
@@ -94,6 +88,21 @@ class Control(Running):
                 f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
                 needed=pages,
                 total=shape.num_pages,
+            )
+        # after the length: what is too long anyway is not looked through while others wait
+        for index, token in enumerate(prompt):
+            if type(token) is not int or not 0 <= token < shape.vocab_size:
+                raise BadPrompt(
+                    f"token id {token} at position {index} lies outside the vocabulary, 0 to"
+                    f" {shape.vocab_size - 1}"
+                )
+        most = self.pool.per_tenant
+        if most is not None and pages > most:
+            raise QuotaExceeded(
+                f"{len(prompt)} prompt tokens and {new} new ones need {pages} pages, one owner may"
+                f" have {most}: ask for less, or start the server with more --kv-per-owner",
+                needed=pages,
+                limit=most,
             )
         return prompt
 
@@ -189,7 +198,8 @@ class Control(Running):
 
     def _run_on(self, event: Requested, session: Session, target: Target | None) -> None:
         # found out now, while it can still be refused
-        self.pool.require(self.writes(session, self.until(session, target)).num_pages)
+        pages = self.writes(session, self.until(session, target)).num_pages
+        self.pool.require(pages, session.owner)
         session.target = target
         self.set_running(session)
         self.publish(session, "continued")

@@ -69,7 +69,8 @@ class Core:
         self.limits = limits or Limits()
         self.checking = check
         self.sessions: dict[str, Session] = {}
-        self.pool = PagePool(shape.num_pages)
+        most = self.limits.kv_bytes_per_owner
+        self.pool = PagePool(shape.num_pages, None if most is None else most // shape.page_bytes)
         self.scheduler = Scheduler()
         self.slot: Slot | None = None
         #: how many sessions were ever made; names them, and is the default seed

@@ -25,6 +25,7 @@ from kernel_server.state.edit_rules import make_edit
 from kernel_server.state.edits import Edit, at_stop, positions_here
 from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import ApplyEdits, ReadTensors
+from kernel_server.state.quotas import require_room
 from kernel_server.state.selectors import TokenSelector, resolve_channels
 from kernel_server.state.sessions import PendingEdits, Session
 
@@ -57,11 +58,32 @@ class Editing(Control):
             edit_id=session.edits.next_id,
             stop_number=session.stop_number,
         )
+        self._check_edit_bytes(event.owner, edit)
         if self._place(session, edit) == "here":
             self._apply(event, session, "add", edit)
         else:
             session.edits.add(edit)
             self._edits_changed(event.request_id, session, edit)
+
+    def _check_edit_bytes(self, owner: str, edit: Edit) -> None:
+        """Refuse a value that does not fit beside those of the owner's other edits."""
+        if edit.spec.value is None:
+            return
+        # forks hold the same arrays: each counts once
+        held = {
+            id(other.spec.value): other.spec.value.nbytes
+            for session in self.sessions.values()
+            if session.owner == owner
+            for other in session.edits
+            if other.spec.value is not None
+        }
+        require_room(
+            "edits",
+            sum(held.values()),
+            edit.spec.value.nbytes,
+            self.limits.edit_bytes_per_owner,
+            "remove an edit or terminate a session",
+        )
 
     def enable_edit(self, event: Requested, request: m.EnableEdit, session: Session) -> None:
         edit = session.edits.get(request.edit_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kernel_server.protocol.errors import OutOfPages
+from kernel_server.protocol.errors import OutOfPages, QuotaExceeded
 from kernel_server.protocol.location import EMBEDDING, NOT_STARTED, layers_executed
 from kernel_server.protocol.messages import ErrorReply, error_info
 from kernel_server.state.breakpoints import Breakpoint
@@ -36,7 +36,7 @@ class Running(Core):
             session = self.sessions[session_id]
             try:
                 self._begin(session)
-            except OutOfPages as error:
+            except (OutOfPages, QuotaExceeded) as error:
                 self._no_room(session, error)
 
     def until(self, session: Session, target: Target | None) -> int:
@@ -124,7 +124,7 @@ class Running(Core):
         """
         if not plan.num_pages:
             return ()
-        pages = self.pool.allocate(plan.num_pages)
+        pages = self.pool.allocate(plan.num_pages, session.owner)
         copies = []
         for group, index in plan.shared:
             table = session.tables[group]
@@ -136,7 +136,7 @@ class Running(Core):
             session.tables[group] += (pages.pop(),)
         return tuple(copies)
 
-    def _no_room(self, session: Session, error: OutOfPages) -> None:
+    def _no_room(self, session: Session, error: OutOfPages | QuotaExceeded) -> None:
         """A session that was to run finds no pages: it rests and can be continued later."""
         reason = error_info(error)
         if session.point == NOT_STARTED:

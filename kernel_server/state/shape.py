@@ -61,6 +61,12 @@ class Limits:
     """What one owner, and one session, may hold."""
 
     sessions_per_owner: int = 64
+    #: KV pages of one owner's sessions, bytes; None: as many as there are
+    kv_bytes_per_owner: int | None = None
+    #: values of one owner's edits, bytes
+    edit_bytes_per_owner: int = 1 << 30
+    #: what one owner's captures and logs may hold, bytes
+    capture_bytes_per_owner: int = 4 << 30
     breakpoints_per_session: int = 256
     edits_per_session: int = 256
     #: requests that wait while edits are being applied
