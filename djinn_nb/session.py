@@ -182,7 +182,7 @@ class Session(Planned):
         """
         message = m.SetBreakpoint(
             session_id=self.id,
-            location=location_name(location),
+            locations=(location_name(location),),
             when=_when(when),
             condition=_condition(condition),
             ignore=whole(ignore, "ignore", least=0),

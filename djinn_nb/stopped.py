@@ -28,7 +28,7 @@ from kernel_server.protocol.errors import (
     NotSupported,
     UnknownLocation,
 )
-from kernel_server.protocol.location import final_norm_point, parse_location
+from kernel_server.protocol.location import final_norm_point, is_inner, parse_location
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -438,9 +438,9 @@ def _layer_numbers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:
             f"layers is None, 'all' or a list of layer numbers, not {shown(layers)}"
         ) from None
     points = {one: parse_location(one, num_layers).point(num_layers) for one in set(wanted)}
-    if any(point >= final_norm_point(num_layers) for point in points.values()):
+    if any(is_inner(point) or point >= final_norm_point(num_layers) for point in points.values()):
         raise UnknownLocation(
             f"layers holds the embedding and the outputs of layers 0 to {num_layers - 1}: stop at"
             " final_norm or logits, and leave layers out, to read it there"
         )
-    return tuple(points[one] - 1 for one in wanted)
+    return tuple(int(points[one]) - 1 for one in wanted)

@@ -299,7 +299,8 @@ class Gateway:
 
 
 _STATE_REQUESTS = (
-    m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepOut, m.RunTo, m.Pause, m.Fork,
-    m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit,
-    m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadStory,
+    m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
+    m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit,
+    m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
+    m.ReadStory,
 )  # fmt: skip

@@ -2,23 +2,27 @@
 
 A location is a site of a layer, or one of `embedding`, `final_norm`, `logits`. `layers.N.input` is
 the same tensor as the output of the layer before, so it is read as that one. Names of Hugging Face
-and TransformerLens are accepted. Points are locations as integers, in the order they are reached::
+and TransformerLens are accepted. Points are locations as numbers, in the order they are reached;
+the sites inside layer i lie between whole ones, at exact sixteenths::
 
     0 embedding   i + 1 layers.i.output   L + 1 final_norm   L + 2 logits
+    i + 1/16 layers.i.attention.q   …   i + 9/16 layers.i.mlp.output
+
+Which of them a model has is its own matter: here every name is known.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kernel_server.protocol.errors import NotSupported, UnknownLocation
 
-#: Sites inside a layer this server stops at.
-LAYER_SITES = ("input", "output")
-#: Sites the vocabulary knows and this version does not stop at.
-PLANNED_SITES = (
+#: Sites inside a layer, in the order of their points.
+INNER_SITES = (
     "attention.q",
     "attention.k",
     "attention.v",
@@ -29,10 +33,19 @@ PLANNED_SITES = (
     "mlp.neurons",
     "mlp.output",
 )
+#: Inner sites whose tensor is as wide as the residual stream and can be read by the logit lens.
+RESIDUAL_SITES = ("attention.output", "middle", "mlp.output")
+LAYER_SITES = ("input", *INNER_SITES, "output")
 OUTER_SITES = ("embedding", "final_norm", "logits")
+
+#: A place in the order of one forward; whole but inside a layer.
+Point = float
 
 NOT_STARTED = -1
 EMBEDDING = 0
+
+#: distance of the points inside a layer: a power of two, so that points are exact
+_STEP = 1 / 16
 
 #: longer texts are nobody's name for a place, and a number of 5,000 digits is slow to read
 _MAX_LENGTH = 80
@@ -45,6 +58,21 @@ _LENS_SITES = {
     "hook_resid_mid": "middle",
     "hook_attn_out": "attention.output",
     "hook_mlp_out": "mlp.output",
+    "attn.hook_rot_q": "attention.q",
+    "attn.hook_rot_k": "attention.k",
+    "attn.hook_v": "attention.v",
+    "attn.hook_pattern": "attention.pattern",
+    "attn.hook_z": "attention.heads",
+    "mlp.hook_post": "mlp.neurons",
+}
+#: names of others for tensors that we do not show: what to use instead
+_NOT_OURS = {
+    "attn.hook_q": "queries before rotary embedding; ours are after it: 'attention.q'",
+    "attn.hook_k": "keys before rotary embedding; ours are after it: 'attention.k'",
+    "attn.hook_attn_scores": "scores before the softmax; the weights are 'attention.pattern'",
+    "attn.hook_result": "each head's part of the output; the heads are 'attention.heads',"
+    " their parts stop.attribution()",
+    "mlp.hook_pre": "neurons before their activation; after it they are 'mlp.neurons'",
 }
 _OUTER_NAMES = {
     "embedding": "embedding",
@@ -65,15 +93,49 @@ class Location:
     def __str__(self) -> str:
         return self.site if self.layer is None else f"layers.{self.layer}.{self.site}"
 
-    def point(self, num_layers: int) -> int:
+    @property
+    def is_inner(self) -> bool:
+        """Whether it lies inside a layer."""
+        return self.site in INNER_SITES
+
+    def point(self, num_layers: int) -> Point:
         """Its place in the order of one forward."""
         if self.layer is not None:
-            return self.layer + 1
+            if self.site == "input":
+                return self.layer
+            return inner_point(self.layer, self.site) if self.is_inner else self.layer + 1
         return {"embedding": 0, "final_norm": num_layers + 1, "logits": num_layers + 2}[self.site]
 
 
-def location_at(point: int, num_layers: int) -> Location:
+def inner_point(layer: int, site: str) -> Point:
+    """The point of a site inside a layer.
+
+    >>> inner_point(12, "mlp.output") - 12 == 9 / 16
+    True
+    """
+    return layer + (1 + INNER_SITES.index(site)) * _STEP
+
+
+def is_inner(point: Point) -> bool:
+    """Whether a point lies inside a layer, where a part of the layer has run."""
+    return point != math.floor(point)
+
+
+def layer_of(point: Point) -> int:
+    """The layer that a point inside a layer belongs to, or that follows a whole one."""
+    return math.floor(point)
+
+
+def site_of(point: Point) -> str:
+    """The site of a point inside a layer."""
+    return INNER_SITES[round((point - math.floor(point)) / _STEP) - 1]
+
+
+def location_at(point: Point, num_layers: int) -> Location:
     """The location of a point between 0 and `num_layers` + 2."""
+    if is_inner(point) and 0 < point < num_layers:
+        return Location(layer_of(point), site_of(point))
+    point = int(point)
     if point == EMBEDDING:
         return Location(None, "embedding")
     if 0 < point <= num_layers:
@@ -96,9 +158,14 @@ def sampled_point(num_layers: int) -> int:
     return num_layers + 3
 
 
-def layers_executed(point: int, num_layers: int) -> int:
+def layers_executed(point: Point, num_layers: int) -> int:
     """Distinct layers finished in this forward when it stands at `point`."""
-    return min(max(point, 0), num_layers)
+    return min(max(math.floor(point), 0), num_layers)
+
+
+def layers_begun(point: Point, num_layers: int) -> int:
+    """Layers finished, and the one whose inside a forward at `point` has entered."""
+    return min(max(math.ceil(point), 0), num_layers)
 
 
 def parse_location(spec: object, num_layers: int) -> Location:
@@ -150,24 +217,20 @@ def _layer_site(layer: int, site: str, num_layers: int, text: str) -> Location:
             num_layers=num_layers,
         )
     layer %= num_layers
-    if site in PLANNED_SITES:
-        raise NotSupported(
-            f"{text}: this version stops at a layer's input and output only; {site!r} is planned",
-            site=site,
-        )
+    if site in _NOT_OURS:
+        raise NotSupported(f"{text} are {_NOT_OURS[site]}", site=site)
     if site not in LAYER_SITES:
         raise _unknown(text, num_layers)
     if site == "input":
         return location_at(layer, num_layers)
-    return Location(layer, "output")
+    return Location(layer, site)
 
 
-def known_names(num_layers: int) -> list[str]:
+def known_names(num_layers: int, inner_sites: Iterable[str] = INNER_SITES) -> list[str]:
     """Every name a stop can have, in order, for completion and messages."""
-    names = ["embedding"]
-    for layer in range(num_layers):
-        names += [f"layers.{layer}.input", f"layers.{layer}.output"]
-    return [*names, "final_norm", "logits"]
+    sites = ("input", *(site for site in INNER_SITES if site in set(inner_sites)), "output")
+    names = [f"layers.{layer}.{site}" for layer in range(num_layers) for site in sites]
+    return ["embedding", *names, "final_norm", "logits"]
 
 
 def _unknown(text: str, num_layers: int) -> UnknownLocation:
@@ -175,6 +238,7 @@ def _unknown(text: str, num_layers: int) -> UnknownLocation:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UnknownLocation(
         f"unknown location {text!r}{hint} (use a layer number 0 to {num_layers - 1},"
-        " 'layers.N.input', 'layers.N.output', 'embedding', 'final_norm' or 'logits')",
+        " 'layers.N.output' or another site of it such as 'layers.N.middle', 'embedding',"
+        " 'final_norm' or 'logits')",
         num_layers=num_layers,
     )

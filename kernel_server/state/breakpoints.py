@@ -14,9 +14,10 @@ from typing import get_args
 
 from kernel_server.protocol.conditions import Condition, parse_condition
 from kernel_server.protocol.errors import BadArgument, UnknownBreakpoint
-from kernel_server.protocol.location import location_at, parse_location
+from kernel_server.protocol.location import Point, location_at
 from kernel_server.protocol.messages import BreakpointInfo, SetBreakpoint, When
 from kernel_server.state.instructions import Check
+from kernel_server.state.shape import ModelShape
 
 
 @dataclass(slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Breakpoint:
     """One breakpoint with its counts."""
 
     id: int
-    point: int
+    point: Point
     when: When
     condition: Condition | None
     ignore: int
@@ -67,6 +68,7 @@ class Breakpoint:
         return BreakpointInfo(
             id=self.id,
             location=str(location_at(self.point, num_layers)),
+            locations=(str(location_at(self.point, num_layers)),),
             when=self.when,
             condition=None if self.condition is None else self.condition.text,
             ignore=self.ignore,
@@ -101,11 +103,11 @@ class Breakpoints:
             raise UnknownBreakpoint(f"no breakpoint {breakpoint_id}: the session has {have}")
         return found
 
-    def add(self, request: SetBreakpoint, num_layers: int) -> Breakpoint:
+    def add(self, request: SetBreakpoint, shape: ModelShape) -> Breakpoint:
         """Add the breakpoint asked for, or refuse it and change nothing."""
         made = Breakpoint(
             id=self._next_id,
-            point=parse_location(request.location, num_layers).point(num_layers),
+            point=shape.point(_one_location(request)),
             when=_known_phase(request.when),
             condition=None if request.condition is None else parse_condition(request.condition),
             ignore=_count(request.ignore),
@@ -141,7 +143,7 @@ class Breakpoints:
     def reached(
         self,
         armed: Iterable[Breakpoint],
-        points: tuple[int, int],
+        points: tuple[Point, Point],
         held: Mapping[int, tuple[int, ...]],
     ) -> list[Breakpoint]:
         """Count what was passed or reached; returns the breakpoints that stop at the last point.
@@ -182,6 +184,14 @@ class Breakpoints:
             skipped = "decode" if prefill else "prefill"
             fresh = {b.id for b in self._all.values() if b.enabled and b.when != skipped}
             assert {b.id for b in armed} == fresh, "armed breakpoints are stale"
+
+
+def _one_location(request: SetBreakpoint) -> str:
+    if request.kind != "breakpoint" or len(request.locations) != 1:
+        raise BadArgument(
+            f"a breakpoint has one location, not {len(request.locations)}: set one for each"
+        )
+    return request.locations[0]
 
 
 def _known_phase(when: When) -> When:

@@ -14,7 +14,7 @@ from kernel_server.protocol.errors import (
     PromptTooLong,
     QuotaExceeded,
 )
-from kernel_server.protocol.location import NOT_STARTED, parse_location
+from kernel_server.protocol.location import NOT_STARTED
 from kernel_server.state.events import Requested
 from kernel_server.state.instructions import ForkTensors
 from kernel_server.state.running import Running
@@ -24,6 +24,7 @@ from kernel_server.state.stepping import (
     entry,
     next_target,
     run_to_target,
+    step_in_target,
     step_out_target,
 )
 from kernel_server.state.story import brief
@@ -186,14 +187,17 @@ class Control(Running):
         self.require_rest(session, request.seen)
         self._run_on(event, session, next_target(self.shape, session.forward, session.point))
 
+    def step_in(self, event: Requested, request: m.StepIn, session: Session) -> None:
+        self.require_rest(session, request.seen)
+        self._run_on(event, session, step_in_target(self.shape, session.forward, session.point))
+
     def step_out(self, event: Requested, request: m.StepOut, session: Session) -> None:
         self.require_rest(session, request.seen)
         self._run_on(event, session, step_out_target(self.shape, session.forward, session.point))
 
     def run_to(self, event: Requested, request: m.RunTo, session: Session) -> None:
         self.require_rest(session, request.seen)
-        num_layers = self.shape.num_layers
-        wanted = parse_location(request.location, num_layers).point(num_layers)
+        wanted = self.shape.point(request.location)
         self._run_on(event, session, run_to_target(session.forward, session.point, wanted))
 
     def _run_on(self, event: Requested, session: Session, target: Target | None) -> None:
@@ -249,7 +253,7 @@ class Control(Running):
                 have=most,
                 limit=most,
             )
-        found = session.breakpoints.add(request, self.shape.num_layers)
+        found = session.breakpoints.add(request, self.shape)
         self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
 
     def enable_breakpoint(

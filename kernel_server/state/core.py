@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kernel_server.protocol.errors import NotStopped, StaleStop, UnknownSession
-from kernel_server.protocol.location import layers_executed, location_at
+from kernel_server.protocol.location import Point, layers_begun, layers_executed, location_at
 from kernel_server.protocol.messages import (
     ErrorInfo,
     Event,
@@ -45,8 +45,8 @@ class Slot:
     session: Session
     #: the forward it runs, where it started, and how far it may go
     forward: int
-    start: int
-    until: int
+    start: Point
+    until: Point
     armed: tuple[Breakpoint, ...]
     #: edits ahead, with the positions each changes
     edits: list[tuple[Edit, tuple[int, ...]]]
@@ -116,7 +116,7 @@ class Core:
     def info(self, session: Session) -> SessionInfo:
         return session.info(self.shape, self.event_seq.get(session.owner, 0))
 
-    def location(self, point: int) -> str:
+    def location(self, point: Point) -> str:
         return str(location_at(point, self.shape.num_layers))
 
     # -- finding and refusing -----------------------------------------------------------------
@@ -253,7 +253,7 @@ class Core:
     def _trim(self, session: Session) -> None:
         """Give back pages of groups this forward has not reached: nothing is in them."""
         shape = self.shape
-        begun = shape.groups_begun(layers_executed(session.point, shape.num_layers))
+        begun = shape.groups_begun(layers_begun(session.point, shape.num_layers))
         keep = shape.pages_for(session.first_token)
         for group in range(begun, shape.num_groups):
             table = session.tables[group]

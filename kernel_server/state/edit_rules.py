@@ -12,27 +12,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernel_server.protocol.errors import BadEdit, BadMessage, BadSelector
-from kernel_server.protocol.location import location_at, parse_location
-from kernel_server.protocol.messages import EDIT_KINDS, EditSpec
+from kernel_server.protocol.location import location_at
+from kernel_server.protocol.messages import EditSpec
 from kernel_server.state.edits import Edit, Standing
-from kernel_server.state.selectors import TokenSelector, resolve_channels
+from kernel_server.state.selectors import TokenSelector, resolve_elements
 from kernel_server.state.shape import ModelShape
+
+_KINDS = ("scale", "add", "set", "zero")
 
 
 def make_edit(
     spec: EditSpec, shape: ModelShape, stand: Standing, *, edit_id: int, stop_number: int
 ) -> Edit:
     """The edit asked for, or `BadEdit` / `BadSelector` / `UnknownLocation` saying why not."""
-    location = parse_location(spec.location, shape.num_layers)
-    point = location.point(shape.num_layers)
+    point = shape.point(spec.location)
     _check_numbers(spec)
     selector = TokenSelector(spec.tokens, stand.num_prompt_tokens)
+    layout = shape.layout(point, stand.end)
     edit = Edit(
         id=edit_id,
         spec=spec,
         point=point,
         selector=selector,
-        channels=resolve_channels(spec.channels, shape.width(point)),
+        channels=resolve_elements(spec.heads, spec.channels, layout),
         made_at_stop=stop_number,
         forward=stand.forward,
     )
@@ -41,15 +43,15 @@ def make_edit(
         _check_sticky(edit, stand, last_only)
     else:
         _check_once(edit, stand, last_only, shape.num_layers)
-    count = shape.width(point) if edit.channels is None else len(edit.channels)
+    count = (layout[0] or 1) * layout[1] if edit.channels is None else len(edit.channels)
     _check_value_shape(edit, stand, last_only, count)
     return edit
 
 
 def _check_numbers(spec: EditSpec) -> None:
     kind = spec.kind
-    if kind not in EDIT_KINDS:
-        raise BadEdit(f"edit kind {kind!r} is not one of {', '.join(EDIT_KINDS)}")
+    if kind not in _KINDS:
+        raise BadEdit(f"edit kind {kind!r} is not one of {', '.join(_KINDS)}")
     if spec.upload_id is not None:
         raise BadEdit(f"upload {spec.upload_id!r} of the edit's value has not arrived")
     if (spec.factor is not None) != (kind == "scale"):

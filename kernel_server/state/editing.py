@@ -15,18 +15,26 @@ from kernel_server.protocol.errors import (
     BadArgument,
     BadSelector,
     NotFinished,
+    NotSupported,
     QuotaExceeded,
     SessionFailed,
     UndoRefused,
 )
-from kernel_server.protocol.location import NOT_STARTED, layers_executed
+from kernel_server.protocol.location import (
+    NOT_STARTED,
+    RESIDUAL_SITES,
+    Point,
+    is_inner,
+    layers_executed,
+    site_of,
+)
 from kernel_server.state.control import Control
 from kernel_server.state.edit_rules import make_edit
 from kernel_server.state.edits import Edit, at_stop, positions_here
 from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import ApplyEdits, ReadTensors
 from kernel_server.state.quotas import require_room
-from kernel_server.state.selectors import TokenSelector, resolve_channels
+from kernel_server.state.selectors import TokenSelector, resolve_elements
 from kernel_server.state.sessions import PendingEdits, Session
 
 #: Most entries per row a lens answers.
@@ -230,7 +238,8 @@ class Editing(Control):
     def read_value(self, event: Requested, request: m.ReadValue, session: Session) -> None:
         self.require_stop(session, request.seen)
         rows = self._rows(session, request.tokens)
-        channels = resolve_channels(request.channels, self.shape.width(session.point))
+        layout = self.shape.layout(session.point, session.end_token)
+        channels = resolve_elements(request.heads, request.channels, layout)
         self._read(event, session, rows, channels)
 
     def read_lens(self, event: Requested, request: m.ReadLens, session: Session) -> None:
@@ -240,12 +249,22 @@ class Editing(Control):
             raise BadArgument(f"top_k is {request.top_k}: give 1 to {most}")
         rows = None
         if request.layers is None and not request.every_layer:
+            self._check_residual(session.point)
             rows = self._rows(session, request.tokens)
         if len(set(request.layers or ())) < len(request.layers or ()):
             raise BadArgument("a layer is listed twice: list each layer once")
         for layer in request.layers or ():
             self._check_layer_ran(session, layer)
         self._read(event, session, rows, None)
+
+    def _check_residual(self, point: Point) -> None:
+        """The lens reads what is as wide as the residual stream."""
+        if is_inner(point) and site_of(point) not in RESIDUAL_SITES:
+            raise NotSupported(
+                f"the logit lens reads the residual stream, and {self.location(point)} is none: use"
+                f" it at {', '.join(RESIDUAL_SITES)} or output",
+                site=site_of(point),
+            )
 
     def _check_layer_ran(self, session: Session, layer: int) -> None:
         if not -1 <= layer < self.shape.num_layers:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kernel_server.protocol.errors import UnknownEdit
-from kernel_server.protocol.location import location_at
+from kernel_server.protocol.location import Point, location_at
 from kernel_server.protocol.messages import EditInfo, EditSpec
 from kernel_server.state.events import EditResult
 from kernel_server.state.instructions import EditPlan
@@ -24,7 +24,7 @@ class Standing:
     """Where a session stands, as far as edits are concerned."""
 
     forward: int
-    point: int
+    point: Point
     num_prompt_tokens: int
     max_new_tokens: int
     #: ids of all tokens, prompt and generated
@@ -55,7 +55,7 @@ class Edit:
 
     id: int
     spec: EditSpec
-    point: int
+    point: Point
     selector: TokenSelector
     channels: tuple[int, ...] | None
     #: number of the stop at which it was made
@@ -255,6 +255,8 @@ def _description(edit: Edit, num_layers: int) -> str:
         "zero": "zero",
     }[spec.kind]
     text += f" at {location_at(edit.point, num_layers)}, tokens {edit.selector}"
+    if spec.heads.kind != "all":
+        text += f", heads {describe(spec.heads)}"
     if spec.channels.kind != "all":
         text += f", channels {describe(spec.channels)}"
     return text + (", sticky" if spec.sticky else "")

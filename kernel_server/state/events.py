@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kernel_server.protocol.location import Point
 from kernel_server.protocol.messages import ErrorInfo
 
 
@@ -45,7 +46,7 @@ class StretchDone:
     """
 
     session_id: str
-    point: int
+    point: Point
     #: breakpoint id -> absolute positions at which its condition held, at `point` only
     held: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     edits: tuple[EditResult, ...] = ()
@@ -58,7 +59,7 @@ class StretchAdvanced:
     """A stretch that takes long has come to `point`; told now and then, for whoever waits."""
 
     session_id: str
-    point: int
+    point: Point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ class StretchFailed:
     """The engine could not go on; what was reached before (`point`) still stands."""
 
     session_id: str
-    point: int
+    point: Point
     error: ErrorInfo
     #: False: the same stretch may be tried again (memory), True: the session is lost to a fault
     fatal: bool

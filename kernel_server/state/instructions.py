@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kernel_server.protocol.location import Point
 from kernel_server.protocol.messages import EditSpec
 
 
@@ -30,11 +31,11 @@ class EditPlan:
     """An edit with its selectors resolved for one forward."""
 
     edit_id: int
-    point: int
+    point: Point
     spec: EditSpec
     #: rows of this forward (0 is its first token), None for all
     rows: tuple[int, ...] | None
-    #: channel indexes, None for all
+    #: elements of a token's vector (heads flattened), None for all
     channels: tuple[int, ...] | None
 
 
@@ -46,7 +47,7 @@ class Check:
     """
 
     breakpoint_id: int
-    point: int
+    point: Point
     names: frozenset[str]
     holds: Callable[[Mapping[str, Any]], bool] | None
     hits: int
@@ -63,9 +64,9 @@ class RunStretch:
     token_ids: tuple[int, ...]
     first_token: int
     #: where it stands (NOT_STARTED before the embedding); edits and checks lie beyond it
-    point: int
+    point: Point
     #: a point, or `sampled_point`: draw the next token
-    until: int
+    until: Point
     checks: tuple[Check, ...]
     edits: tuple[EditPlan, ...]
     #: physical pages per page group, for the groups this stretch can reach
@@ -118,7 +119,7 @@ class ReadTensors:
     request_id: int
     session_id: str
     message: Any
-    #: rows and channels of the tensor at the stop, None for all
+    #: rows and elements of a row (heads flattened) of the tensor at the stop, None for all
     rows: tuple[int, ...] | None
     channels: tuple[int, ...] | None
     #: absolute position of the forward's first token, and the forward's number

@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kernel_server.protocol.errors import OutOfPages, QuotaExceeded
-from kernel_server.protocol.location import EMBEDDING, NOT_STARTED, layers_executed
+from kernel_server.protocol.location import (
+    EMBEDDING,
+    NOT_STARTED,
+    Point,
+    layer_of,
+    layers_begun,
+    layers_executed,
+)
 from kernel_server.protocol.messages import ErrorReply, error_info
 from kernel_server.state.breakpoints import Breakpoint
 from kernel_server.state.core import Core, Slot
@@ -39,7 +46,7 @@ class Running(Core):
             except (OutOfPages, QuotaExceeded) as error:
                 self._no_room(session, error)
 
-    def until(self, session: Session, target: Target | None) -> int:
+    def until(self, session: Session, target: Target | None) -> Point:
         """How far the current forward may run without asking."""
         return furthest(
             self.shape,
@@ -50,14 +57,14 @@ class Running(Core):
             session.breakpoints.armed(session.forward == 0),
         )
 
-    def writes(self, session: Session, until: int) -> WritePlan:
+    def writes(self, session: Session, until: Point) -> WritePlan:
         """The pages to be taken before the session may run to `until`."""
         num_layers = self.shape.num_layers
         return plan_writes(
             self.shape,
             self.pool,
             session.tables,
-            (layers_executed(session.point, num_layers), layers_executed(until, num_layers)),
+            (layers_executed(session.point, num_layers), layers_begun(until, num_layers)),
             (session.first_token, session.end_token),
         )
 
@@ -80,7 +87,7 @@ class Running(Core):
                 if entry[0].point <= until
             ]
         first, end = session.first_token, session.end_token
-        groups = shape.groups_begun(layers_executed(until, shape.num_layers))
+        groups = shape.groups_begun(layers_begun(until, shape.num_layers))
         stretch = RunStretch(
             session_id=session.id,
             forward=session.forward,
@@ -115,7 +122,7 @@ class Running(Core):
         """How far a prefill may go before others have their turn."""
         chunks = -(-len(session.prompt) // self.shape.prefill_chunk)
         layers = max(1, self.limits.prefill_slice // chunks)
-        return max(session.point, EMBEDDING) + layers
+        return layer_of(max(session.point, EMBEDDING)) + layers
 
     def _take(self, session: Session, plan: WritePlan) -> tuple[tuple[int, int], ...]:
         """Take fresh pages into the session's tables; returns the (from, to) copies to make.
@@ -206,7 +213,7 @@ class Running(Core):
             session.pending = None
         self.fail(session, event.error)
 
-    def _answered(self, session_id: str, point: int | None) -> Slot:
+    def _answered(self, session_id: str, point: Point | None) -> Slot:
         """Empty the engine's slot; an answer that does not belong to it is a fault."""
         slot = self.slot
         assert slot is not None, f"{session_id} answered, and nothing was asked"
@@ -221,7 +228,7 @@ class Running(Core):
     def _arrive(
         self,
         slot: Slot,
-        point: int,
+        point: Point,
         held: Mapping[int, tuple[int, ...]],
         results: tuple[EditResult, ...],
         layers_run: int,

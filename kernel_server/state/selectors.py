@@ -97,29 +97,56 @@ class TokenSelector:
         return describe(self.selector)
 
 
-def resolve_channels(selector: Selector, width: int) -> tuple[int, ...] | None:
-    """Channel indexes in the order named, None for all, or `BadSelector`."""
-    _check_form(selector, "channel")
+def resolve_elements(
+    heads: Selector, channels: Selector, layout: tuple[int | None, int]
+) -> tuple[int, ...] | None:
+    """The elements of a token's vector that are meant, in the order named, None for all.
+
+    layout: heads of the tensor (None without) and channels of each. A tensor with heads is
+    flattened: element `head * width + channel`. Raises `BadSelector`.
+    """
+    count, width = layout
+    chosen = resolve_indexes(channels, width, "channel")
+    if count is None:
+        if heads.kind != "all":
+            raise BadSelector(
+                "this tensor has no heads: leave heads out, or stop at attention.q, .k, .v,"
+                " .pattern or .heads"
+            )
+        return chosen
+    which = resolve_indexes(heads, count, "head")
+    if which is None and chosen is None:
+        return None
+    inside = range(width) if chosen is None else chosen
+    return tuple(h * width + c for h in (range(count) if which is None else which) for c in inside)
+
+
+def resolve_indexes(selector: Selector, count: int, what: str) -> tuple[int, ...] | None:
+    """Indexes below `count` in the order named, None for all, or `BadSelector`.
+
+    what: what is counted, for messages: `channel` or `head`.
+    """
+    _check_form(selector, what)
     if selector.kind == "all":
         return None
     if selector.kind == "slice":
-        found = tuple(range(*slice(selector.start, selector.stop, selector.step).indices(width)))
+        found = tuple(range(*slice(selector.start, selector.stop, selector.step).indices(count)))
         if not found:
-            raise BadSelector(f"channels {describe(selector)} select none of {width} channels")
+            raise BadSelector(f"{what}s {describe(selector)} select none of {count} {what}s")
         return found
     if selector.kind != "indices":
         raise BadSelector(
-            f"channels are selected by index or slice, not by {selector.kind!r}; the tensor has"
-            f" {width}"
+            f"{what}s are selected by index or slice, not by {selector.kind!r}; the tensor has"
+            f" {count}"
         )
     for index in selector.indices:
-        if not -width <= index < width:
-            raise BadSelector(f"channel {index} lies outside the tensor's {width} channels")
+        if not -count <= index < count:
+            raise BadSelector(f"{what} {index} lies outside the tensor's {count} {what}s")
     absolute: dict[int, None] = {}
     for index in selector.indices:
-        if index % width in absolute:
-            raise BadSelector(f"channel {index % width} is listed twice")
-        absolute[index % width] = None
+        if index % count in absolute:
+            raise BadSelector(f"{what} {index % count} is listed twice")
+        absolute[index % count] = None
     return tuple(absolute)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadMessage, DjinnError, QuotaExceeded, ServerFault
-from kernel_server.protocol.location import layers_executed
+from kernel_server.protocol.location import layers_begun, layers_executed
 from kernel_server.protocol.messages import error_info
 from kernel_server.state.editing import Editing
 from kernel_server.state.events import (
@@ -54,6 +54,7 @@ class ServerState(Editing):
             m.Describe: self.describe,
             m.Continue: self.continue_,
             m.Next: self.next,
+            m.StepIn: self.step_in,
             m.StepOut: self.step_out,
             m.RunTo: self.run_to,
             m.Pause: self.pause,
@@ -205,7 +206,7 @@ class ServerState(Editing):
         assert slot.start < slot.until <= shape.sampled, f"{session.id} is to run nowhere"
         layers = range(
             layers_executed(slot.start, shape.num_layers),
-            layers_executed(slot.until, shape.num_layers),
+            layers_begun(slot.until, shape.num_layers),
         )
         for group in {layer // shape.layers_per_group for layer in layers}:
             table = session.tables[group]

@@ -13,6 +13,8 @@ from typing import Literal
 
 from kernel_server.protocol.location import (
     NOT_STARTED,
+    Point,
+    layers_begun,
     layers_executed,
     location_at,
     logits_point,
@@ -86,7 +88,7 @@ class Session:
     status: Status = "waiting"
     forward: int = 0
     #: the point last reached in this forward
-    point: int = NOT_STARTED
+    point: Point = NOT_STARTED
     layers_replayed: int = 0
     stop_number: int = 0
     stop: StopInfo | None = None
@@ -220,7 +222,7 @@ class Session:
         if self.status == "failed":
             assert not any(self.tables), f"{self.id} failed and holds pages"
             return
-        begun = shape.groups_begun(layers_executed(self.point, shape.num_layers))
+        begun = shape.groups_begun(layers_begun(self.point, shape.num_layers))
         for group, table in enumerate(self.tables):
             needed = self.end_token if group < begun else self.first_token
             most = self.end_token if self.status == "running" else needed

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from kernel_server.protocol.location import logits_point, sampled_point
+from kernel_server.protocol.errors import NotSupported
+from kernel_server.protocol.location import (
+    Point,
+    is_inner,
+    layer_of,
+    logits_point,
+    parse_location,
+    sampled_point,
+    site_of,
+)
+from kernel_server.protocol.messages import SiteLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +37,10 @@ class ModelShape:
     eos_token_ids: tuple[int, ...] = ()
     #: tokens of a prompt that pass a layer together
     prefill_chunk: int = 512
+    #: what can be stopped at inside each layer, in the order of a forward
+    sites: tuple[tuple[SiteLayout, ...], ...] = ()
+    #: site -> why this model has it not, in some layers or all
+    sites_off: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_groups(self) -> int:
@@ -41,8 +56,41 @@ class ModelShape:
         """One past the last stop: the forward's token is drawn."""
         return sampled_point(self.num_layers)
 
-    def width(self, point: int) -> int:
-        """Channels of the tensor at a point."""
+    def point(self, spec: object) -> Point:
+        """The point of a location, or `UnknownLocation`; `NotSupported` if this model has no such
+        site."""
+        location = parse_location(spec, self.num_layers)
+        point = location.point(self.num_layers)
+        if is_inner(point) and self._site(point) is None:
+            why = self.sites_off.get(location.site, "its layers show no such tensor")
+            have = [layout.site for layout in self.inner_sites(layer_of(point))]
+            raise NotSupported(
+                f"{location}: this model has no {location.site} there ({why}); inside layer"
+                f" {location.layer} it has {', '.join(have) or 'no sites'}",
+                site=location.site,
+            )
+        return point
+
+    def inner_sites(self, layer: int) -> tuple[SiteLayout, ...]:
+        """What can be stopped at inside a layer."""
+        return self.sites[layer] if self.sites else ()
+
+    def _site(self, point: Point) -> SiteLayout | None:
+        site = site_of(point)
+        return next((s for s in self.inner_sites(layer_of(point)) if s.site == site), None)
+
+    def layout(self, point: Point, end_token: int) -> tuple[int | None, int]:
+        """Heads (None without) and channels of the tensor at a point.
+
+        end_token: one past the last position of the forward, for tensors with an axis of keys.
+        """
+        if not is_inner(point):
+            return None, self._width(point)
+        found = self._site(point)
+        assert found is not None, f"point {point} is no site of this model"
+        return found.heads, found.width or end_token
+
+    def _width(self, point: Point) -> int:
         if point == self.logits:
             return self.vocab_size
         return self.norm_size if point > self.num_layers else self.hidden_size

@@ -161,8 +161,8 @@ for _ in range(MAX_DEPTH + 1):
         (body("PollEvents", after=1, timeout_s={"$float": "1"}), "expected a number"),
         (body("PollEvents", after=1, timeout_s=10**400), "too large for a float"),
         (framed(b'{"type":"PollEvents","body":{"after":1,"timeout_s":1e999}}'), "too large"),
-        (body("SetBreakpoint", session_id="a", location="1", when="now"), "'now' is not one of"),
-        (body("SetBreakpoint", session_id="a", location="1", when=["any"]), "is not one of"),
+        (body("SetBreakpoint", session_id="a", locations=["1"], when="now"), "'now' is not one of"),
+        (body("SetBreakpoint", session_id="a", locations=["1"], when=["any"]), "is not one of"),
         (body("ErrorInfo", code="a", message="", details={"$dict": {"a": DEEP}}), "nested deeper"),
         (body("ErrorInfo", code="a", message="", details={"$dict": {"a": {"b": 1}}}), "a number"),
         (framed(rb'{"type":"ErrorInfo","body":{"code":"a","message":"","details":{"$dict":'

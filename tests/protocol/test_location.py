@@ -8,16 +8,20 @@ from hypothesis import strategies as st
 
 from kernel_server.protocol.errors import NotSupported, UnknownLocation
 from kernel_server.protocol.location import (
+    INNER_SITES,
     NOT_STARTED,
-    PLANNED_SITES,
     Location,
     final_norm_point,
+    is_inner,
     known_names,
+    layer_of,
+    layers_begun,
     layers_executed,
     location_at,
     logits_point,
     parse_location,
     sampled_point,
+    site_of,
 )
 
 LAYERS = 24
@@ -54,6 +58,12 @@ SPELLINGS = [
     ("blocks.20.hook_resid_pre", "layers.19.output"),
     ("blocks.0.hook_resid_pre", "embedding"),
     ("ln_final.hook_normalized", "final_norm"),
+    ("blocks.20.hook_resid_mid", "layers.20.middle"),
+    ("blocks.20.hook_attn_out", "layers.20.attention.output"),
+    ("blocks.20.attn.hook_z", "layers.20.attention.heads"),
+    ("blocks.20.attn.hook_rot_q", "layers.20.attention.q"),
+    ("blocks.20.mlp.hook_post", "layers.20.mlp.neurons"),
+    ("layers.-1.mlp.output", "layers.23.mlp.output"),
     (Location(20, "output"), "layers.20.output"),
     (Location(20, "input"), "layers.19.output"),
     (Location(None, "logits"), "logits"),
@@ -103,27 +113,27 @@ def test_what_is_no_place_is_refused_with_the_way_to_name_one(spec, said):
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("site", PLANNED_SITES)
-def test_the_other_sites_of_a_layer_are_refused_as_planned(site):
-    with pytest.raises(NotSupported, match="planned") as caught:
-        parse_location(f"layers.3.{site}", LAYERS)
-
-    assert caught.value.details == {"site": site}
-
-
-@pytest.mark.parametrize(
-    ("name", "site"),
-    [
-        ("blocks.3.hook_resid_mid", "middle"),
-        ("blocks.3.hook_attn_out", "attention.output"),
-        ("blocks.3.hook_mlp_out", "mlp.output"),
-    ],
-)
-def test_a_name_of_transformer_lens_is_refused_by_the_site_it_means(name, site):
-    with pytest.raises(NotSupported) as caught:
+@pytest.mark.parametrize("name", ["blocks.3.attn.hook_q", "blocks.3.mlp.hook_pre"])
+def test_another_tool_s_name_for_another_tensor_is_refused_with_what_comes_near(name):
+    with pytest.raises(NotSupported, match=r"'(attention.q|mlp.neurons)'"):
         parse_location(name, LAYERS)
 
-    assert caught.value.details == {"site": site}
+
+@pytest.mark.parametrize("num_layers", [1, 24])
+def test_the_sites_of_a_layer_lie_in_order_between_its_input_and_its_output(num_layers):
+    layer = num_layers - 1
+    points = [
+        parse_location(f"layers.{layer}.{s}", num_layers).point(num_layers) for s in INNER_SITES
+    ]
+
+    assert points == sorted(set(points))
+    assert layer < points[0] and points[-1] < layer + 1
+    for site, point in zip(INNER_SITES, points, strict=True):
+        assert location_at(point, num_layers) == Location(layer, site)
+        assert is_inner(point) and not is_inner(layer)
+        assert (layer_of(point), site_of(point)) == (layer, site)
+        assert layers_executed(point, num_layers) == layer
+        assert layers_begun(point, num_layers) == layer + 1
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 24])

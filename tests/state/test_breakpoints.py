@@ -211,7 +211,7 @@ def test_a_breakpoint_set_during_a_decode_counts_from_the_next_forward(world: Wo
     [
         ({"location": "layers.99.output"}, UnknownLocation, "numbered 0 to 4"),
         ({"location": "layer.2"}, UnknownLocation, "unknown location"),
-        ({"location": "layers.2.mlp.output"}, NotSupported, "planned"),
+        ({"location": "layers.4.mlp.neurons"}, NotSupported, "a mixture of experts"),
         ({"condition": "norm >"}, BadCondition, "norm >"),
         ({"condition": "top_token == 'a'"}, NotSupported, "top_token"),
         ({"ignore": -1}, BadArgument, "ignore is -1"),

@@ -35,6 +35,34 @@ def test_next_from_the_embedding_is_the_first_layer(world: World):
     assert where(world.run(sid, m.Next)) == ("layers.0.output", 0, "step")
 
 
+def test_step_in_goes_site_by_site_and_a_step_from_inside_ends_the_layer(world: World):
+    sid = world.launch()
+    world.run(sid, m.RunTo, location="layers.3.output")
+    places = [world.run(sid, m.StepIn).location for _ in range(7)]
+
+    assert places == [
+        f"layers.4.{site}"
+        for site in [
+            *["attention.q", "attention.pattern", "attention.heads", "attention.output", "middle"],
+            *["mlp.output", "output"],
+        ]
+    ]
+    world.run(sid, m.RunTo, location="layers.1.attention.heads")
+    inside = world.session(sid)
+    assert (inside.location, inside.layers_executed) == ("layers.1.attention.heads", 1)
+    assert world.run(sid, m.Next).location == "layers.1.output"
+
+
+def test_the_first_step_in_of_a_forward_is_its_embedding(world: World):
+    sid = world.launch()
+    places = [world.run(sid, m.StepIn).location]
+    world.run(sid, m.StepOut)
+    places.append(world.run(sid, m.StepIn).location)
+
+    assert places == ["embedding", "embedding"]
+    assert world.session(sid).forward == 1
+
+
 def test_step_out_stops_at_the_logits_before_a_token_is_drawn(world: World):
     sid = world.launch()
     world.run(sid, m.Next)

@@ -34,6 +34,8 @@ locations = st.sampled_from(
     [
         *["embedding", "layers.0.output", "layers.1.output", "layers.3.output"],
         *["layers.4.output", "final_norm", "logits", "layers.2.input", "layers.9.output"],
+        *["layers.0.attention.heads", "layers.3.middle", "layers.4.mlp.output"],
+        *["layers.2.attention.pattern", "layers.4.mlp.neurons"],
     ]
 )
 conditions = st.sampled_from([None, None, "norm > 3", "position == 2 or hits > 1", "norm >"])
@@ -108,12 +110,12 @@ class Clients(RuleBasedStateMachine):
         message = m.Launch(token_ids=tuple(prompt), max_new_tokens=new, stop_on_entry=entry)
         self.send(message, owner)
 
-    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepOut]))
+    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepIn, m.StepOut]))
     def run_on(self, number: int, kind: Any) -> None:
         session_id, owner, seen = self.pick(number, "waiting", "stopped")
         self.send(kind(session_id=session_id, seen=seen), owner)
 
-    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepOut]))
+    @rule(number=picks, kind=st.sampled_from([m.Continue, m.Next, m.StepIn, m.StepOut]))
     def run_on_too_late(self, number: int, kind: Any) -> None:
         session_id, owner, seen = self.pick(number, "running", "stopped")
         self.send(kind(session_id=session_id, seen=seen - number % 2), owner)
@@ -153,9 +155,9 @@ class Clients(RuleBasedStateMachine):
         ignore=st.integers(0, 2),
         once=st.booleans(),
     )
-    def set_breakpoint(self, number: int, **what: Any) -> None:
+    def set_breakpoint(self, number: int, location: str, **what: Any) -> None:
         session_id, owner, _ = self.pick(number)
-        self.send(m.SetBreakpoint(session_id=session_id, **what), owner)
+        self.send(m.SetBreakpoint(session_id=session_id, locations=(location,), **what), owner)
 
     @rule(number=picks, breakpoint_id=st.integers(1, 4), enabled=st.none() | st.booleans())
     def change_breakpoint(self, number: int, breakpoint_id: int, enabled: bool | None) -> None:

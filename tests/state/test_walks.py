@@ -17,7 +17,7 @@ from tests.state.test_random import OWNERS, Clients
 
 STEPS = 400
 PLACES = ["embedding", "layers.0.output", "layers.2.output", "layers.4.output", "final_norm"]
-PLACES += ["logits"]
+PLACES += ["logits", "layers.0.attention.q", "layers.3.mlp.output", "layers.4.middle"]
 
 
 class Walk:
@@ -32,7 +32,12 @@ class Walk:
         clients, pick = self.clients, self.any.randrange(22)
         busy, running = clients.busy(), clients.busy() and clients.world.engine.interrupted
         ways = [
-            (10, lambda: clients.run_on(pick, self.one([m.Continue, m.Next, m.StepOut]))),
+            (
+                10,
+                lambda: clients.run_on(
+                    pick, self.one([m.Continue, m.Continue, m.Next, m.StepIn, m.StepOut])
+                ),
+            ),
             (2, lambda: clients.run_to(pick, self.one(PLACES))),
             (1, lambda: clients.run_on_too_late(pick, m.Continue)),
             (4, lambda: clients.pause(pick)),

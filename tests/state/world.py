@@ -14,7 +14,7 @@ from typing import Any
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
-from kernel_server.protocol.location import NOT_STARTED, layers_executed
+from kernel_server.protocol.location import NOT_STARTED, layers_begun, layers_executed
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edits
 from kernel_server.state.events import (
@@ -43,6 +43,15 @@ from kernel_server.state.scheduler import Scheduler
 from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.server_state import Limits, ModelShape, ServerState
 
+_LAYER = (
+    m.SiteLayout(site="attention.q", heads=2, width=4),
+    m.SiteLayout(site="attention.pattern", heads=2, width=0),
+    m.SiteLayout(site="attention.heads", heads=2, width=4),
+    m.SiteLayout(site="attention.output", heads=None, width=8),
+    m.SiteLayout(site="middle", heads=None, width=8),
+    m.SiteLayout(site="mlp.neurons", heads=None, width=16),
+    m.SiteLayout(site="mlp.output", heads=None, width=8),
+)
 #: Small enough to think through: 3 groups (2, 2 and 1 layers), pages of 4 tokens.
 SHAPE = ModelShape(
     num_layers=5,
@@ -56,6 +65,9 @@ SHAPE = ModelShape(
     max_context=64,
     eos_token_ids=(49,),
     prefill_chunk=4,
+    #: the last layer is a mixture of experts, which shows no neurons
+    sites=(_LAYER,) * 4 + (tuple(s for s in _LAYER if s.site != "mlp.neurons"),),
+    sites_off={"mlp.neurons": "a mixture of experts"},
 )
 LAYERS = SHAPE.num_layers
 FINAL_NORM, LOGITS, SAMPLED = LAYERS + 1, SHAPE.logits, SHAPE.sampled
@@ -108,7 +120,7 @@ class Engine:
         held = self.sessions[self.stretch.session_id]
         num_layers = self.shape.num_layers
         begun = layers_executed(held.point, num_layers)
-        for layer in range(begun, layers_executed(point, num_layers)):
+        for layer in range(begun, layers_begun(point, num_layers)):
             self._run_layer(self.stretch, held, layer)
         held.point = point
         self.stretch = None
@@ -208,7 +220,7 @@ class World:
         return self.session(session_id, owner)
 
     def break_at(self, session_id: str, location: str, **options: Any) -> m.BreakpointInfo:
-        message = m.SetBreakpoint(session_id=session_id, location=location, **options)
+        message = m.SetBreakpoint(session_id=session_id, locations=(location,), **options)
         return self.ask(message).breakpoint
 
     def breakpoint(self, session_id: str, breakpoint_id: int = 1) -> m.BreakpointInfo:

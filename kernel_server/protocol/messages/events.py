@@ -1,0 +1,25 @@
+"""What happened to a session, told to its owner's clients."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from kernel_server.protocol.messages.base import message
+from kernel_server.protocol.messages.parts import SessionInfo
+
+
+@message
+class Event:
+    """Something that happened to a session. `session` is None for progress and for terminated."""
+
+    seq: int
+    kind: Literal[
+        "launched", "continued", "progress", "stopped", "finished", "failed", "terminated",
+        "changed",
+    ]  # fmt: skip
+    session_id: str
+    session: SessionInfo | None = None
+    #: of progress: tokens generated, of how many; during a prefill, layers done
+    done: int = 0
+    total: int = 0
+    text: str = ""
