@@ -189,7 +189,7 @@ def _selftest(options: argparse.Namespace) -> int:
         print(json.dumps(report.as_dict(), indent=2))
         return 0
     random = " · random weights" if loaded.random_weights else ""
-    print(f"{loaded.name}{random} ({report.family}, {report.dtype}, stock {report.attention})")
+    print(f"{loaded.name}{random} ({report.family}, {report.dtype}, {report.attention})")
     for check in report.checks:
         verdict = "pass" if check.passed else "FAIL"
         print(f"  {verdict}  {check.name:<40} {check.value:.3g} (allowed {check.tolerance:.3g})")

@@ -86,7 +86,8 @@ def _attention(
 class PagedAttentionRoute:
     """Registers the attention function; the route a `ResumableModel` is built on."""
 
-    name = "djinn_pages"
+    name = implementation = "djinn_pages"
+    title = "attention function"
 
     def __init__(self) -> None:
         # No mask function is registered under this name, so transformers builds no mask.
@@ -94,6 +95,21 @@ class PagedAttentionRoute:
         # Measured on an H200 (torch 2.11, cuDNN 9.19): decoding through cuDNN's SDPA gives other
         # bits from call to call. Flash and the memory-efficient kernels repeat theirs.
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def cache(self, num_layers: int) -> None:
+        """Nothing: the function alone sees keys and values."""
+
+    def work(
+        self,
+        cache: KVCache,
+        tables: Sequence[Sequence[int]],
+        *,
+        total: int,
+        eager: bool,
+        window: int | None,
+    ) -> PagedWork:
+        """The attention of one forward over the pages of `tables`."""
+        return PagedWork(cache, tables, eager, window)
 
     @contextlib.contextmanager
     def calibration(self, model_name: str, eager: bool) -> Iterator[Calibration]:
@@ -216,6 +232,10 @@ class PagedWork:
         self._slots: dict[tuple[int, int], Any] = {}
         self._rows: dict[tuple[int, int, int], list[Tensor]] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+
+    def serving(self) -> contextlib.AbstractContextManager[None]:
+        """Let the attention calls of this thread serve this work."""
+        return working(self)
 
     def enter(self, layer: int, begin: int, end: int) -> None:
         """The next attention call is of this layer, for the positions [begin, end)."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kernel_server.engine.attention import PagedWork, working
+from kernel_server.engine.attention import PagedWork
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
@@ -106,8 +106,14 @@ class Segments:
         """
         if state.point >= until:
             return state.point
-        work = PagedWork(self.cache, tables, self.model.eager, self.window)
-        with torch.inference_mode(), working(work):
+        work: PagedWork = self.model.route.work(
+            self.cache,
+            tables,
+            total=state.start + len(state.token_ids),
+            eager=self.model.eager,
+            window=self.window,
+        )
+        with torch.inference_mode(), work.serving():
             if state.point == NOT_STARTED and len(state.bounds) == 1:
                 running = self._one_pass(state, until, work, on_point)
             elif state.point == NOT_STARTED:

@@ -18,6 +18,7 @@ from kernel_server.models.recording import (
     Recording,
     call_leaves,
     leaves,
+    pair_bytes,
     query_axes,
     same_call,
     same_value,
@@ -95,6 +96,8 @@ def _check_calls(model: ResumableModel, ran: Recording, recorded: Recording) -> 
                 "state between layers",
             )
         for path, value in call_leaves(first).items():
+            if value is model.cache and value is not None:
+                continue
             if not isinstance(value, (Tensor, nn.Module, str, int, float, bool, type(None))):
                 kind = type(value).__name__
                 model.refuse(
@@ -111,12 +114,17 @@ def _learn_axes(model: ResumableModel, short: Recording) -> None:
         try:
             axes.append(
                 query_axes(
-                    short.calls[index], long.calls[index], later.calls[index], (_SHORT, _LONG)
+                    short.calls[index],
+                    long.calls[index],
+                    later.calls[index],
+                    (_SHORT, _LONG),
+                    _LATER,
                 )
             )
         except AxesNotFound as error:
             model.refuse(f"{error}, so long prompts cannot be cut into chunks", "layer arguments")
     model.axes = axes
+    model.pair_bytes = pair_bytes(short.calls, later.calls, axes, _LATER)
 
 
 def _check_memory(model: ResumableModel, before: Recording) -> None:

@@ -7,7 +7,7 @@ offsets. An axis that counts keys is left whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -105,10 +105,12 @@ class AxesNotFound(Exception):
     """A recorded argument depends on the tokens in a way that cannot be cut into chunks."""
 
 
-def query_axes(short: Call, long: Call, later: Call, lengths: tuple[int, int]) -> dict[str, int]:
+def query_axes(
+    short: Call, long: Call, later: Call, lengths: tuple[int, int], offset: int
+) -> dict[str, int]:
     """Which axis of each tensor counts the forward's own tokens.
 
-    short, long: recorded at offset 0 with `lengths` tokens; later: the short length further on.
+    short, long: recorded at offset 0 with `lengths` tokens; later: the short length at `offset`.
     Returns the axis by leaf path, only for tensors that have one. Raises AxesNotFound.
     """
     axes: dict[str, int] = {}
@@ -130,11 +132,38 @@ def query_axes(short: Call, long: Call, later: Call, lengths: tuple[int, int]) -
             if (value.shape[axis], second[path].shape[axis]) == lengths
             and third[path].shape[axis] == lengths[0]
         ]
-        if len(own) > 1 or (grown and not own):
+        # An axis of keys grows with the tokens before the forward too; it is left whole.
+        keys = [
+            axis
+            for axis in grown
+            if (value.shape[axis], second[path].shape[axis]) == lengths
+            and third[path].shape[axis] == lengths[0] + offset
+        ]
+        if len(own) > 1 or len(own) + len(keys) < len(grown):
             raise AxesNotFound(f"the layer argument {path} has no single axis of tokens")
         if own:
             axes[path] = own[0]
     return axes
+
+
+def pair_bytes(
+    short: Sequence[Call], later: Sequence[Call], axes: Sequence[dict[str, int]], offset: int
+) -> float:
+    """Bytes that calls hold for each pair of a query and a key: masks, and biases like them.
+
+    short, later: as many tokens at offset 0 and at `offset`. axes: of the tokens, by layer.
+    A tensor that layers share counts once.
+    """
+    found: dict[int, float] = {}
+    for first, second, own in zip(short, later, axes, strict=True):
+        before = call_leaves(first)
+        for path, value in call_leaves(second).items():
+            if path not in own:
+                continue
+            for axis, size in enumerate(value.shape):
+                if size == before[path].shape[axis] + offset:
+                    found[id(value)] = value.nbytes / (size * value.shape[own[path]])
+    return sum(found.values())
 
 
 def cut_call(recording: Recording, index: int, axes: dict[str, int], begin: int, end: int) -> Call:

@@ -58,15 +58,42 @@ class LayerObserver(Protocol):
         """Raise UnsupportedModel unless the layer called attention exactly once, unmasked."""
 
 
+class RouteCache(Protocol):
+    """What a route gives the model as `past_key_values`."""
+
+    def standing(self, start: int) -> contextlib.AbstractContextManager[None]:
+        """The preamble that runs is of a forward after `start` computed tokens."""
+
+
 class AttentionRoute(Protocol):
-    """How attention reaches the pages; registered with transformers under `name`."""
+    """How attention reaches the pages.
+
+    name: of the route, part of the execution fingerprint. title: for people.
+    implementation: what transformers' attention implementation is set to.
+    """
 
     name: str
+    title: str
+    implementation: str
+
+    def cache(self, num_layers: int) -> RouteCache | None:
+        """What every forward is given as `past_key_values`; None: nothing."""
 
     def calibration(
         self, model_name: str, eager: bool
     ) -> contextlib.AbstractContextManager[LayerObserver]:
         """Plain causal attention without pages, observing what every layer asks for."""
+
+    def work(
+        self,
+        cache: Any,
+        tables: Sequence[Sequence[int]],
+        *,
+        total: int,
+        eager: bool,
+        window: int | None,
+    ) -> Any:
+        """The attention of one forward over pages; `total` tokens are computed at its end."""
 
 
 class _LastLayerReached(Exception):
@@ -170,7 +197,7 @@ class ResumableModel:
 
     model: loaded, in eval mode, on its device; its module tree is not changed, its attention
     implementation is set to the route's.
-    route: the attention function that writes and reads pages.
+    route: the way in which attention writes and reads pages.
 
     Raises UnsupportedModel, naming the feature, if the family cannot be run this way exactly.
     """
@@ -195,6 +222,10 @@ class ResumableModel:
         self._output_arity: list[int | None] = [None] * self.num_layers
         #: axis of tokens of each layer argument, by layer and leaf path
         self.axes: list[dict[str, int]] = []
+        #: bytes of a prompt's recorded arguments for each pair of a query and a key (masks)
+        self.pair_bytes = 0.0
+        #: what forwards are given as `past_key_values`
+        self.cache = route.cache(self.num_layers)
         self.observer: Any = None
         if getattr(model, "_is_stateful", False):
             self.refuse(
@@ -214,10 +245,10 @@ class ResumableModel:
         except torch.OutOfMemoryError:
             raise
         except DjinnError:
-            self._restore_attention()
+            self.release()
             raise
         except Exception as error:
-            self._restore_attention()
+            self.release()
             self.refuse(
                 f"its layers could not be learnt: {type(error).__name__}: {_first_line(error)}",
                 "layer calls",
@@ -289,7 +320,7 @@ class ResumableModel:
         stub = self._head_stub.__dict__
         stub["state"] = rows
         try:
-            output = self._head_view(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self._head_view(**self._arguments(ids, positions, None))
         finally:
             stub["state"] = None
         logits: Tensor = output.logits[0]
@@ -351,10 +382,15 @@ class ResumableModel:
         )
 
     def _set_attention(self) -> None:
-        self.model.set_attn_implementation(self.route.name)
-        left = [c for c in configs_of(self.model) if c._attn_implementation != self.route.name]
+        chosen = self.route.implementation
+        if self.cache is None:
+            self.model.set_attn_implementation(chosen)
+        else:  # what transformers does not set in older families, they read as they run
+            for config in configs_of(self.model):
+                config._attn_implementation_internal = chosen
+        left = [c for c in configs_of(self.model) if c._attn_implementation != chosen]
         if left:
-            self._restore_attention()
+            self.release()
             self.refuse(
                 "its attention cannot be routed to Djinn's pages (it does not use transformers'"
                 " attention interface)",
@@ -368,7 +404,8 @@ class ResumableModel:
         for config in self._stock_configs.values():
             config._attn_implementation_internal = "eager"
 
-    def _restore_attention(self) -> None:
+    def release(self) -> None:
+        """Give the stock model back as it came, for another route to try."""
         for config in configs_of(self.model):
             config._attn_implementation_internal = self._chosen_attention[id(config)]
 
@@ -384,14 +421,16 @@ class ResumableModel:
             below = {path: _Spy(view(module, inner) if inner else module, path, seen)}
         ids, positions = self.inputs(self.sample_ids(4), 0)
         signature = inspect.signature(type(self.model).forward).parameters
-        if "position_ids" not in signature and not any(
+        self._takes_positions = "position_ids" in signature or any(
             parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()
-        ):
+        )
+        if not self._takes_positions and self.cache is None:
             self.refuse("its forward takes no position_ids", "positions")
         spied = view(self.model, below)
         self.observer.enter(0)  # the real layers run unmarked here: any slot will do
         try:
-            spied(input_ids=ids, position_ids=positions, use_cache=False)
+            with self._standing(positions):
+                spied(**self._arguments(ids, positions, self.cache))
         except UnsupportedModel:
             raise
         except Exception as error:
@@ -407,7 +446,9 @@ class ResumableModel:
             name: self._placeholder(value, ids, positions) for name, value in entry.kwargs.items()
         }
         given = [*self._entry_args, *self._entry_kwargs.values()]
-        if not any(v is _IDS for v in given) or not any(v is _POSITIONS for v in given):
+        # A cache tells its length, and some families count positions from that alone.
+        placed = self.cache is not None or any(v is _POSITIONS for v in given)
+        if not placed or not any(v is _IDS for v in given):
             self.refuse("it hands its base model no token ids or no positions", "positions")
         self._learn_output(entry.output)
         self._entry_view = self._make_entry_view({})
@@ -415,6 +456,21 @@ class ResumableModel:
             self.model.get_submodule(self.entry_path), self.with_last_hidden_state
         )
         self._head_view = view(self.model, {self.entry_path: self._head_stub})
+
+    def _arguments(self, ids: Tensor, positions: Tensor, cache: Any) -> dict[str, Any]:
+        """The arguments of one call of the causal LM."""
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": cache is not None}
+        if self._takes_positions:
+            given["position_ids"] = positions
+        if cache is not None:
+            given["past_key_values"] = cache
+        return given
+
+    def _standing(self, positions: Tensor) -> contextlib.AbstractContextManager[None]:
+        """What a cache must know while the preamble of a forward at these positions runs."""
+        if self.cache is None:
+            return contextlib.nullcontext()
+        return self.cache.standing(int(positions[0, 0]))
 
     def _placeholder(self, value: Any, ids: Tensor, positions: Tensor) -> Any:
         if value is ids:
@@ -462,10 +518,12 @@ class ResumableModel:
         def fill(value: Any) -> Any:
             return ids if value is _IDS else positions if value is _POSITIONS else value
 
-        return self._entry_view(
-            *[fill(value) for value in self._entry_args],
-            **{name: fill(value) for name, value in self._entry_kwargs.items()},
-        )
+        args = [fill(value) for value in self._entry_args]
+        kwargs = {name: fill(value) for name, value in self._entry_kwargs.items()}
+        if self.cache is None:
+            return self._entry_view(*args, **kwargs)
+        with self._standing(positions):
+            return self._entry_view(*args, **kwargs)
 
     def sample_ids(self, count: int, seed: int = 0) -> list[int]:
         """Token ids for checks, spread over the vocabulary, avoiding the special ones at 0-2."""

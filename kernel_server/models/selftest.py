@@ -8,15 +8,17 @@ by name. How forwards are run is the runner's business.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from kernel_server.models.anatomy import configs_of
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import UnsupportedModel
 
@@ -27,7 +29,7 @@ SHORT_PROMPT = 6
 #: A GPU runs the check's forwards this often more: in two sessions on an H200 about one decoded
 #: layer in two hundred came out with other roundings, in all later ones none did.
 REPEATS = 6
-_REPEATED = "the same forwards again"
+REPEATED = "the same forwards again"
 #: Sliding windows are shrunk to this in both paths, so that a short prompt exceeds them.
 WINDOW = 6
 #: Largest difference of one token's vector, relative to its length, by dtype.
@@ -117,7 +119,9 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
     windows: the sliding window each layer asked for, None without.
     """
     report = LoadReport(
-        model.family, str(model.dtype).removeprefix("torch."), model.stock_attention
+        model.family,
+        str(model.dtype).removeprefix("torch."),
+        f"{model.route.title}, stock {model.stock_attention}",
     )
     reach = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
     if reach < PROMPT + DECODES:
@@ -129,9 +133,7 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
     bounded = [name for name in _WINDOW_FIELDS if getattr(model.config, name, None)]
     if bounded or any(windows):
         narrow = runner.run(prompt, feeds, chunk=CHUNK, window=WINDOW)
-        _compare_with_stock(
-            model, report, f" (window {WINDOW})", narrow, prompt, feeds, _narrow(bounded)
-        )
+        _compare_with_stock(model, report, f" (window {WINDOW})", narrow, prompt, feeds, _narrow)
         widest = max([w for w in windows if w], default=0)
         if widest > PROMPT:
             report.notes.append(
@@ -148,7 +150,7 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
         again = []
         for _ in range(REPEATS):
             again += runner.run(prompt, feeds, chunk=CHUNK)
-        report.checks.append(_bits(_REPEATED, engine * REPEATS, again))
+        report.checks.append(_bits(REPEATED, engine * REPEATS, again))
     for check in report.checks:
         if not check.passed:
             _refuse(model, check, report)
@@ -161,7 +163,7 @@ def _may_drift(device: torch.device) -> bool:
 
 def _refuse(model: ResumableModel, check: Check, report: LoadReport) -> None:
     advice = "use another model, or run it with stock transformers"
-    if check.name == _REPEATED:
+    if check.name == REPEATED:
         advice = "this device does not give the same bits twice; use another one"
     raise UnsupportedModel(
         f"{model.family}: failed the load check {check.name!r} at {check.where}:"
@@ -175,13 +177,26 @@ def _refuse(model: ResumableModel, check: Check, report: LoadReport) -> None:
 # -- the engine against stock ----------------------------------------------------------------------
 
 
-def _narrow(fields: Sequence[str]) -> Callable[[PretrainedConfig], None]:
-    def change(config: PretrainedConfig) -> None:
-        for name in {*fields, "sliding_window"}:
-            if getattr(config, name, None):
-                setattr(config, name, WINDOW)
+def _narrow(config: PretrainedConfig) -> None:
+    for name in _WINDOW_FIELDS:
+        if getattr(config, name, None):
+            setattr(config, name, WINDOW)
 
-    return change
+
+@contextlib.contextmanager
+def narrowed(model: PreTrainedModel) -> Iterator[None]:
+    """The check's narrow windows in the model's own configurations, of which it makes masks."""
+    configs = configs_of(model)
+    before = [{name: getattr(config, name, None) for name in _WINDOW_FIELDS} for config in configs]
+    try:
+        for config in configs:
+            _narrow(config)
+        yield
+    finally:
+        for config, fields in zip(configs, before, strict=True):
+            for name, width in fields.items():
+                if width:
+                    setattr(config, name, width)
 
 
 def _compare_with_stock(
