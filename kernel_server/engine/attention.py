@@ -9,8 +9,7 @@ eager function is called. Which pages belong to the session is told by whoever s
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -20,6 +19,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from kernel_server.engine.kv_cache import KVCache, LayerKV
+from kernel_server.engine.pattern import (
+    added_mask,
+    attention_weights,
+    eager_function,
+    spread,
+    weigh,
+    window_of,
+)
+from kernel_server.models.sites import Visit
 from kernel_server.protocol.errors import ServerFault, UnsupportedModel
 
 #: Keyword arguments that change nothing about causal attention, or are honoured below.
@@ -109,7 +117,7 @@ class PagedAttentionRoute:
         window: int | None,
     ) -> PagedWork:
         """The attention of one forward over the pages of `tables`."""
-        return PagedWork(cache, tables, eager, window)
+        return PagedWork(cache, tables, eager, window, total)
 
     @contextlib.contextmanager
     def calibration(self, model_name: str, eager: bool) -> Iterator[Calibration]:
@@ -127,6 +135,19 @@ def working(work: Work) -> Iterator[None]:
         yield
     finally:
         _WORK.reset(token)
+
+
+def offer_states(
+    visit: Visit, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [1, heads, tokens, dim] as the visit leaves them."""
+    if key.data_ptr() == value.data_ptr() and visit.injected:
+        value = value.clone()  # one tensor for both: an edit of the keys is not one of the values
+    return (
+        visit.heads("attention.q", query),
+        visit.heads("attention.k", key),
+        visit.heads("attention.v", value),
+    )
 
 
 def attend(
@@ -179,20 +200,9 @@ def _eager(
     if causal:
         tokens = query.shape[2]
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    added = None
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        added = added.masked_fill_(~mask, lowest)[None, None]
+    added = added_mask(mask, query.dtype)
     output: Tensor = function(module, query, key, value, added, **options)[0]
     return output.contiguous()
-
-
-def eager_function(module: nn.Module) -> Callable[..., Any] | None:
-    """The family's own eager attention, which its modeling file defines beside its modules."""
-    home = sys.modules.get(type(module).__module__)
-    found = getattr(home, "eager_attention_forward", None)
-    return found if callable(found) else None
 
 
 def visible_mask(
@@ -212,6 +222,8 @@ class PagedWork:
 
     tables: page ids of the session by group. Set `layer` with `enter` before each layer call.
     window: replaces every sliding window the model asks for (used by the load check alone).
+    width: positions up to the end of the forward, the keys of an attention pattern.
+    visit: what the next layer call offers its values to, None for nothing.
     """
 
     def __init__(
@@ -220,11 +232,14 @@ class PagedWork:
         tables: Sequence[Sequence[int]],
         eager: bool,
         window: int | None = None,
+        width: int = 0,
     ) -> None:
         self.cache = cache
         self.tables = tables
         self.eager = eager
         self.window = window
+        self.visit: Visit | None = None
+        self.width = width
         self._group_layers = cache.shape.group_layers
         self._layer = self._group = self._piece = 0
         self._begin = self._end = 0
@@ -245,9 +260,12 @@ class PagedWork:
         self._begin, self._end = begin, end
         self._calls = 0
 
-    def leave(self) -> None:
-        """Raise ServerFault unless the layer called attention exactly once."""
-        if self._calls != 1:
+    def leave(self, *, ended: bool = False) -> None:
+        """Raise ServerFault unless the layer called attention exactly once.
+
+        ended: the layer did not run to its end, so it may not have come to its attention.
+        """
+        if self._calls != 1 and not ended:
             raise ServerFault(
                 f"layer {self._layer} called attention {self._calls} times, the load check saw one"
             )
@@ -263,6 +281,9 @@ class PagedWork:
                 f" (call {self._calls}, {query.shape[2]} of {end - begin} tokens,"
                 f" mask {mask is not None})"
             )
+        visit = self.visit
+        if visit is not None:
+            query, key, value = offer_states(visit, query, key, value)
         self._write(key, value)
         window = options.get("sliding_window")
         if window is not None and self.window is not None:
@@ -275,7 +296,20 @@ class PagedWork:
                 visible = self._mask(first, window)
         if begin > 0:
             key, value = self._read(first, end)
-        return attend(module, query, key, value, causal, visible, self.eager, options)
+        if visit is None:
+            return attend(module, query, key, value, causal, visible, self.eager, options)
+        if causal:
+            visible = self._mask(0, None)
+        output = None
+        if visit.wants("attention.pattern", query.shape[1]):
+            weights = attention_weights(module, query, key, value, visible, options)
+            put = visit.at("attention.pattern", spread(weights, first, self.width))
+            if put is not None:
+                output = weigh(window_of(put, weights, first, visible), value)
+        if output is None:
+            visible = None if causal else visible
+            output = attend(module, query, key, value, causal, visible, self.eager, options)
+        return visit.heads("attention.heads", output.transpose(1, 2)).transpose(1, 2)
 
     def _write(self, key: Tensor, value: Tensor) -> None:
         begin, end, cache = self._begin, self._end, self.cache
@@ -331,6 +365,7 @@ class Calibration:
         self.needs_eager = False
         self.layers: dict[int, LayerKV] = {}
         self.windows: dict[int, int | None] = {}
+        self.visit: Visit | None = None
         self._layer = 0
         self._calls = 0
 
@@ -390,7 +425,13 @@ class Calibration:
         tokens = query.shape[2]
         causal = tokens > 1
         eager = self.eager or self.needs_eager
-        return attend(module, query, key, value, causal, None, eager, options)
+        visit = self.visit
+        if visit is None:
+            return attend(module, query, key, value, causal, None, eager, options)
+        query, key, value = offer_states(visit, query, key, value)
+        visit.wants("attention.pattern", query.shape[1])
+        output = attend(module, query, key, value, causal, None, eager, options)
+        return visit.heads("attention.heads", output.transpose(1, 2)).transpose(1, 2)
 
     def _refuse(self, reason: str, feature: str) -> None:
         raise UnsupportedModel(

@@ -32,6 +32,7 @@ from kernel_server.protocol.errors import (
 )
 from kernel_server.protocol.location import (
     NOT_STARTED,
+    Point,
     layers_executed,
     logits_point,
     sampled_point,
@@ -294,7 +295,7 @@ class _Stretch:
             - layers_executed(before, engine.num_layers),
         )
 
-    def on_point(self, point: int, forward: ForwardState) -> bool:
+    def on_point(self, point: Point, forward: ForwardState) -> bool:
         """Called at each point reached; True stops there."""
         engine, held = self.engine, self.held
         if engine._errands:
@@ -312,7 +313,7 @@ class _Stretch:
         self.halted = bool(self.hits) or interrupted
         return self.halted
 
-    def _tell(self, point: int) -> None:
+    def _tell(self, point: Point) -> None:
         self.told_at = time.monotonic()
         self.engine._post(StretchAdvanced(session_id=self.stretch.session_id, point=point))
 
@@ -325,7 +326,7 @@ class _Stretch:
         self.results += results
 
     def _judge(
-        self, point: int, forward: ForwardState, checks: Sequence[Check]
+        self, point: Point, forward: ForwardState, checks: Sequence[Check]
     ) -> dict[int, tuple[int, ...]]:
         return evaluate_checks(
             checks,
@@ -345,8 +346,8 @@ def edited(
     return apply_edits(value, plans, forward.start, first_row=missing)
 
 
-def _by_point(items: Sequence[Any]) -> dict[int, list[Any]]:
-    found: dict[int, list[Any]] = {}
+def _by_point(items: Sequence[Any]) -> dict[Point, list[Any]]:
+    found: dict[Point, list[Any]] = {}
     for item in items:
         found.setdefault(item.point, []).append(item)
     return found

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernel_server.engine.segments import ForwardState
 from kernel_server.protocol.errors import NotStopped
+from kernel_server.protocol.location import is_inner
 
 #: Up to this many tokens a forward's layer outputs are kept and reduced once, at its end; three
 #: small operations per layer would cost 5 % of a decode.
@@ -100,9 +101,9 @@ class SessionTensors:
 
     def note_value(self, forward: ForwardState, num_layers: int) -> None:
         """Capture the residual at the point reached; at the same point again, replace it."""
-        point = forward.point
-        if point > num_layers:
+        if forward.point > num_layers or is_inner(forward.point):
             return
+        point = int(forward.point)
         chunks = forward.residual
         if len(forward.token_ids) <= KEEP_ROWS:
             # references only: a decode pays for its figures once, at its end

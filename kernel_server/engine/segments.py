@@ -3,67 +3,48 @@
 Points, in order: 0 embedding, i + 1 the output of layer i, L + 1 final norm, L + 2 logits. A
 forward of one chunk runs in a single pass of the model until it stops; then, and in chunks of a
 long prompt, the recorded layer calls are replayed. Both make the same calls, so both give the same
-bits. Whether to stop, and which pages belong to the session, is decided by the caller.
+bits. A point inside layer i lies between i and i + 1: the layer is run up to there, all chunks, and
+runs again from its input to go on; only edits inside it change the way it runs. Whether to stop,
+and which pages belong to the session, is decided by the caller.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kernel_server.engine.attention import PagedWork
+from kernel_server.engine.forward_state import ForwardState
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
-from kernel_server.protocol.errors import BadArgument, ServerFault
+from kernel_server.models.sites import SiteLayout, Visit
+from kernel_server.protocol.errors import (
+    BadArgument,
+    NotSupported,
+    OutOfDeviceMemory,
+    ServerFault,
+)
+from kernel_server.protocol.location import (
+    NOT_STARTED,
+    Point,
+    is_inner,
+    layer_of,
+    location_at,
+    site_of,
+)
 
-#: The point of a forward of which nothing has been computed.
-NOT_STARTED = -1
+__all__ = ["NOT_STARTED", "ForwardState", "OnPoint", "Segments"]
 
-
-@dataclass(slots=True)
-class ForwardState:
-    """One forward of one session: all that is needed to go on, besides its pages.
-
-    token_ids: the tokens fed. start: tokens of the session computed before them.
-    bounds: chunks as half-open ranges of this forward's tokens.
-    residual: the residual stream at `point`, one [1, tokens, hidden] per chunk; at the final norm
-        and the logits still that of the last layer. final_norm: likewise, None where not computed.
-    logits: [vocabulary], of the last token. recording: a cache; `drop_cache` forgets it.
-
-    Tensors are never written to; whoever changes a value puts new ones in their place.
-    """
-
-    token_ids: tuple[int, ...]
-    start: int
-    bounds: tuple[tuple[int, int], ...]
-    point: int = NOT_STARTED
-    residual: list[Tensor] = field(default_factory=list)
-    final_norm: list[Tensor | None] = field(default_factory=list)
-    logits: Tensor | None = None
-    recording: Recording | None = None
-
-    def fork(self) -> ForwardState:
-        """The same forward for another session; the tensors are shared."""
-        return replace(self, residual=list(self.residual), final_norm=list(self.final_norm))
-
-    def drop_cache(self) -> None:
-        """Forget what can be computed again from ids and positions."""
-        self.recording = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors that cannot be computed again."""
-        kept = [*self.residual, *self.final_norm, self.logits]
-        return sum(tensor.nbytes for tensor in kept if tensor is not None)
-
+#: An attention pattern grows with the square of the prompt: this much of it is kept at a stop.
+MAX_PATTERN_BYTES = 4 << 30
 
 #: Called when a point has been reached; may replace the value there; True stops the forward.
-OnPoint = Callable[[int, ForwardState], bool]
+OnPoint = Callable[[Point, ForwardState], bool]
 
 
 class Segments:
@@ -95,17 +76,23 @@ class Segments:
     def advance(
         self,
         state: ForwardState,
-        until: int,
+        until: Point,
         tables: Sequence[Sequence[int]],
         on_point: OnPoint,
-    ) -> int:
+        visits: Sequence[Point] = (),
+    ) -> Point:
         """Run `state` up to point `until`, or to an earlier one where `on_point` says stop.
 
-        tables: page ids by group, covering this forward's tokens in every group reached.
-        Returns the point reached. If a layer raises, `state` stands at the last point reached.
+        tables: page ids by group, covering this forward's tokens in every group reached and begun.
+        visits: points inside layers, ascending, at which `on_point` is called too; `until` may be
+        one more. Returns the point reached. If a layer raises, `state` stands at the last point
+        reached. Raises NotSupported for a site the model lacks, and then changes nothing.
         """
         if state.point >= until:
             return state.point
+        inner = _Inner(state.point, until, visits)
+        for point in inner.waiting:
+            self.layout(point, state)
         work: PagedWork = self.model.route.work(
             self.cache,
             tables,
@@ -115,25 +102,57 @@ class Segments:
         )
         with torch.inference_mode(), work.serving():
             if state.point == NOT_STARTED and len(state.bounds) == 1:
-                running = self._one_pass(state, until, work, on_point)
+                running = self._one_pass(state, until, work, on_point, inner)
             elif state.point == NOT_STARTED:
                 running = self._embed(state, on_point)
             else:
                 running = True
             while running and state.point < until:
-                running = self._one_point(state, work, on_point)
+                running = self._one_point(state, work, on_point, inner)
         return state.point
+
+    def layout(self, point: Point, state: ForwardState | None = None) -> SiteLayout:
+        """The channels at a point inside a layer.
+
+        Raises NotSupported, with the reason, where the model does not have the site, and
+        OutOfDeviceMemory where its value in the forward `state` would be too large to keep.
+        """
+        layer, site = layer_of(point), site_of(point)
+        sites = self.model.sites[layer]
+        layout = sites.layouts.get(site)
+        name = location_at(point, self.num_layers)
+        if layout is None:
+            raise NotSupported(
+                f"{name}: this {self.model.family} model does not have it"
+                f" ({sites.off.get(site, 'not found')}); `kernel_server selftest` lists the sites"
+                " it has",
+                site=site,
+                layer=layer,
+            )
+        if state is not None and site == "attention.pattern":
+            tokens, heads = len(state.token_ids), layout.heads or 1
+            size = tokens * heads * (state.start + tokens) * self.model.dtype.itemsize
+            if size > MAX_PATTERN_BYTES:
+                raise OutOfDeviceMemory(
+                    f"{name} of {tokens:,} tokens takes {size:,} bytes, at most"
+                    f" {MAX_PATTERN_BYTES:,} are kept: look at it in a later forward, or at"
+                    " attention.heads"
+                )
+        return layout
 
     # -- values at a point ---------------------------------------------------------------------
 
     def value(self, state: ForwardState) -> list[Tensor]:
         """The tensor at the forward's point, chunk by chunk, each [1, tokens, width].
 
-        At the logits: one [1, 1, vocabulary], of the last token. Final norms of earlier chunks of
-        a long prompt are computed now.
+        At the logits: one [1, 1, vocabulary], of the last token. At an attention pattern each token
+        has heads * keys channels, the keys being all positions up to the forward's end. Final norms
+        of earlier chunks of a long prompt are computed now.
         """
         if state.point < 0:
             raise ServerFault("the forward has not started, so it has no value yet")
+        if state.site_value is not None:
+            return list(state.site_value)
         if state.point <= self.num_layers:
             return list(state.residual)
         if state.point == self.num_layers + 1:
@@ -146,14 +165,20 @@ class Segments:
         return [state.logits[None, None]]
 
     def set_value(self, state: ForwardState, chunks: Sequence[Tensor]) -> None:
-        """Put other tensors in the place of `value(state)`; shapes and dtype must be the same."""
+        """Put other tensors in the place of `value(state)`; shapes and dtype must be the same.
+
+        Inside a layer the very tensors that the layer computed take the edit back. Weights put
+        where an attention pattern is masked have no effect.
+        """
         before = self.value(state)
         if [(c.shape, c.dtype) for c in before] != [(c.shape, c.dtype) for c in chunks]:
             raise ServerFault(
                 f"the value at point {state.point} has chunks {[list(c.shape) for c in before]},"
                 f" not {[list(c.shape) for c in chunks]}"
             )
-        if state.point <= self.num_layers:
+        if state.site_value is not None:
+            state.put([chunk.contiguous() for chunk in chunks])
+        elif state.point <= self.num_layers:
             state.residual = [chunk.contiguous() for chunk in chunks]
         elif state.point == self.num_layers + 1:
             state.final_norm = [chunk.contiguous() for chunk in chunks]
@@ -181,7 +206,12 @@ class Segments:
     # -- running -------------------------------------------------------------------------------
 
     def _one_pass(
-        self, state: ForwardState, until: int, work: PagedWork, on_point: OnPoint
+        self,
+        state: ForwardState,
+        until: Point,
+        work: PagedWork,
+        on_point: OnPoint,
+        inner: _Inner,
     ) -> bool:
         """Run a forward of one chunk inside one call of the model; False if it was stopped."""
         model, begin = self.model, state.start
@@ -196,10 +226,21 @@ class Segments:
                 stopped = on_point(0, state)
                 if stopped or until == 0:
                     return None
-            work.enter(index, begin, end)
-            output = model.call_layer(index, state.residual[0], call)
-            work.leave()
+            while (point := inner.next(index)) is not None:
+                state.arrive(point, [self._probe(state, point, 0, call, work)])
+                state.layer_runs += 1
+                stopped = on_point(point, state)
+                if stopped or until == point:
+                    return None
+            if state.injected:
+                output = self._replay(state, index, 0, call, work)
+            else:
+                work.enter(index, begin, end)
+                output = model.call_layer(index, state.residual[0], call)
+                work.leave()
             state.residual = [output]
+            state.leave_layer()
+            state.layer_runs += 1
             state.point = index + 1
             stopped = on_point(index + 1, state)
             return None if stopped or until == index + 1 else state.residual[0]
@@ -223,11 +264,20 @@ class Segments:
         state.point = 0
         return not on_point(0, state)
 
-    def _one_point(self, state: ForwardState, work: PagedWork, on_point: OnPoint) -> bool:
+    def _one_point(
+        self, state: ForwardState, work: PagedWork, on_point: OnPoint, inner: _Inner
+    ) -> bool:
         """Go on by one point; False if the forward was stopped there."""
-        point = state.point
+        point = math.floor(state.point)
+        inside = inner.next(point)
+        if inside is not None:
+            state.arrive(inside, self._site(state, inside, work))
+            state.layer_runs += 1
+            return not on_point(inside, state)
         if point < self.num_layers:
             state.residual = self._layer(state, point, work)
+            state.leave_layer()
+            state.layer_runs += 1
         elif point == self.num_layers:
             last = len(state.bounds) - 1
             state.final_norm = [None] * last + [self._norm(state, last)]
@@ -237,18 +287,78 @@ class Segments:
         return not on_point(state.point, state)
 
     def _layer(self, state: ForwardState, index: int, work: PagedWork) -> list[Tensor]:
-        """Call layer `index` for every chunk in turn."""
-        model, recording = self.model, self._recorded(state)
+        """Call layer `index` for every chunk in turn, with the edits inside it if there are any."""
         outputs = []
-        for (begin, end), hidden in zip(state.bounds, state.residual, strict=True):
-            if len(state.bounds) == 1:
-                call = recording.calls[index]
-            else:
-                call = cut_call(recording, index, model.axes[index], begin, end)
+        for chunk, (begin, end) in enumerate(state.bounds):
+            call = self._call(state, index, chunk)
+            if state.injected:
+                outputs.append(self._replay(state, index, chunk, call, work))
+                continue
             work.enter(index, state.start + begin, state.start + end)
-            outputs.append(model.call_layer(index, hidden, call))
+            outputs.append(self.model.call_layer(index, state.residual[chunk], call))
             work.leave()
         return outputs
+
+    def _call(self, state: ForwardState, index: int, chunk: int) -> Call:
+        """The arguments of layer `index` for one chunk."""
+        recording = self._recorded(state)
+        if len(state.bounds) == 1:
+            return recording.calls[index]
+        begin, end = state.bounds[chunk]
+        return cut_call(recording, index, self.model.axes[index], begin, end)
+
+    # -- inside a layer ------------------------------------------------------------------------
+
+    def _site(self, state: ForwardState, point: Point, work: PagedWork) -> list[Tensor]:
+        """Run every chunk up to a point inside its layer; the values there."""
+        index = layer_of(point)
+        return [
+            self._probe(state, point, chunk, self._call(state, index, chunk), work)
+            for chunk in range(len(state.bounds))
+        ]
+
+    def _probe(
+        self, state: ForwardState, point: Point, chunk: int, call: Call, work: PagedWork
+    ) -> Tensor:
+        """The value [1, tokens, channels] of one chunk at a point inside its layer."""
+        site = site_of(point)
+        # An edit of this very site is not a part of what the layer computes there.
+        put = {name: chunks[chunk] for name, chunks in state.injected.items() if name != site}
+        visit = Visit(put, until=site)
+        if self._visit(state, layer_of(point), chunk, call, work, visit) is not None:
+            raise ServerFault(f"layer {layer_of(point)} never came to its {site}")
+        return visit.taken[site]
+
+    def _replay(
+        self, state: ForwardState, index: int, chunk: int, call: Call, work: PagedWork
+    ) -> Tensor:
+        """Run one chunk through the layer with the edits inside it; the residual stream after."""
+        visit = Visit({name: chunks[chunk] for name, chunks in state.injected.items()})
+        output = self._visit(state, index, chunk, call, work, visit)
+        missed = [name for name in visit.injected if name not in visit.asked]
+        if output is None or missed:
+            raise ServerFault(f"layer {index} never came to its edited {missed}")
+        return output
+
+    def _visit(
+        self,
+        state: ForwardState,
+        index: int,
+        chunk: int,
+        call: Call,
+        work: PagedWork,
+        visit: Visit,
+    ) -> Tensor | None:
+        begin, end = state.bounds[chunk]
+        work.enter(index, state.start + begin, state.start + end)
+        work.visit = visit
+        output = None
+        try:
+            output = self.model.visit_layer(index, state.residual[chunk], call, visit)
+        finally:
+            work.visit = None
+            work.leave(ended=output is None)
+        return output
 
     def _norm(self, state: ForwardState, chunk: int) -> Tensor:
         """The final norm of one chunk, [1, tokens, hidden]."""
@@ -274,3 +384,19 @@ class Segments:
             if state.point >= 0 and len(state.bounds) > 1:
                 state.recording.forget_embedding()
         return state.recording
+
+
+class _Inner:
+    """The points inside layers that are still to be visited on the way to `until`."""
+
+    def __init__(self, begin: Point, until: Point, visits: Sequence[Point]) -> None:
+        points = {point for point in (*visits, until) if is_inner(point) and begin < point <= until}
+        self.waiting = sorted(points)
+        self._next = 0
+
+    def next(self, layer: int) -> Point | None:
+        """The next of them if it lies inside `layer`, which is then taken for visited."""
+        if self._next == len(self.waiting) or layer_of(self.waiting[self._next]) != layer:
+            return None
+        self._next += 1
+        return self.waiting[self._next - 1]

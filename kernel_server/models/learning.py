@@ -23,6 +23,7 @@ from kernel_server.models.recording import (
     same_call,
     same_value,
 )
+from kernel_server.models.site_learning import learn_sites
 
 if TYPE_CHECKING:
     from kernel_server.models.resumable import LayerObserver, ResumableModel
@@ -41,6 +42,7 @@ def learn(model: ResumableModel, observer: LayerObserver) -> None:
     _learn_axes(model, recorded)
     _check_memory(model, recorded)
     _learn_preamble(model, recorded)
+    model.sites = learn_sites(model, observer)
 
 
 def _run_layers(

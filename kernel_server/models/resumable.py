@@ -33,6 +33,7 @@ from kernel_server.models.anatomy import (
 )
 from kernel_server.models.learning import learn
 from kernel_server.models.recording import Call, Recording
+from kernel_server.models.sites import AdditionsMode, LayerSites, SiteReached, Visit
 from kernel_server.protocol.errors import BadArgument, DjinnError, UnsupportedModel
 
 _WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
@@ -47,9 +48,11 @@ class LayerObserver(Protocol):
     """What the attention route sees of the layers while the model is learnt.
 
     needs_eager: a layer asks for something that only the family's eager arithmetic has.
+    visit: what the attention of the next layer call offers its values to, None for nothing.
     """
 
     needs_eager: bool
+    visit: Visit | None
 
     def enter(self, layer: int) -> None:
         """The calls that follow belong to this layer."""
@@ -222,6 +225,8 @@ class ResumableModel:
         self._output_arity: list[int | None] = [None] * self.num_layers
         #: axis of tokens of each layer argument, by layer and leaf path
         self.axes: list[dict[str, int]] = []
+        #: sites inside each layer, as learnt; the load check switches off what fails
+        self.sites: list[LayerSites] = []
         #: bytes of a prompt's recorded arguments for each pair of a query and a key (masks)
         self.pair_bytes = 0.0
         #: what forwards are given as `past_key_values`
@@ -297,6 +302,33 @@ class ResumableModel:
             self._output_arity[index] = len(output)
             result: Tensor = output[0]
             return result
+        return output
+
+    def visit_layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        call: Call,
+        visit: Visit,
+        sites: LayerSites | None = None,
+    ) -> Tensor | None:
+        """Call the stock layer for a visit of its sites; None if the visit ended inside.
+
+        The attention work of this thread must offer its values to the same visit. sites: in the
+        place of those learnt.
+        """
+        if not visit.follows_residual:
+            try:
+                return self.call_layer(index, hidden, call)
+            except SiteReached:
+                return None
+        mode = AdditionsMode(sites or self.sites[index], visit, hidden)
+        try:
+            with mode:
+                output = self.call_layer(index, hidden, call)
+        except SiteReached:
+            return None
+        mode.finished(output, index)
         return output
 
     def norm(
