@@ -191,9 +191,9 @@ class CacheWork(PagedWork):
         super().enter(layer, begin, end)
         self.keys_seen = begin
 
-    def leave(self) -> None:
+    def leave(self, *, ended: bool = False) -> None:
         self.keys_seen = None
-        super().leave()
+        super().leave(ended=ended)
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self._calls += 1

@@ -14,16 +14,19 @@ import torch
 from transformers import PreTrainedModel
 
 from kernel_server.engine.attention import Calibration, PagedAttentionRoute
+from kernel_server.engine.cache_route import CacheCalibration, CacheRoute
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.models.resumable import ResumableModel
-from kernel_server.models.selftest import LoadReport, Trace, check_model
-from kernel_server.protocol.errors import BadArgument, OutOfDeviceMemory
+from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
+from kernel_server.protocol.errors import BadArgument, OutOfDeviceMemory, UnsupportedModel
 from kernel_server.protocol.location import Point
 
 #: Without --kv-memory: this part of what is free, and on the CPU no more than this.
 _FREE_SHARE = 0.85
 _CPU_BYTES = 1 << 30
+#: Features whose refusal another route would not change.
+_NOT_THE_ROUTE_S = ("recurrent state", "layer list", "residual stream", "dynamic RoPE", REPEATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,7 @@ def serve(
 
     >>> served = serve(stock_model, kv_memory_bytes=64 << 20)  # doctest: +SKIP
     """
-    resumable = ResumableModel(model, PagedAttentionRoute())
-    shape = page_shape(resumable, page_tokens=page_tokens, group_layers=group_layers)
-    report = load_check(resumable, shape)
+    resumable, shape, report = resume(model, page_tokens=page_tokens, group_layers=group_layers)
     wanted = kv_memory_bytes
     if wanted is None:
         wanted = _default_bytes(resumable.device)
@@ -76,11 +77,46 @@ def serve(
     return Served(resumable, Segments(resumable, cache, prefill_chunk=prefill_chunk), cache, report)
 
 
+def resume(
+    model: PreTrainedModel, *, page_tokens: int | None = None, group_layers: int | None = None
+) -> tuple[ResumableModel, PageShape, LoadReport]:
+    """Make a stock model resumable by the first route that passes the load check.
+
+    The attention function is tried before the Cache route, which costs more and bounds the prompt.
+    Raises UnsupportedModel with the reasons of both if neither passes.
+    """
+    refusals: list[UnsupportedModel] = []
+    for route in (PagedAttentionRoute(), CacheRoute()):
+        resumable = None
+        try:
+            resumable = ResumableModel(model, route)
+            shape = page_shape(resumable, page_tokens=page_tokens, group_layers=group_layers)
+            return resumable, shape, load_check(resumable, shape)
+        except UnsupportedModel as refusal:
+            if resumable is not None:
+                resumable.release()
+            refusals.append(refusal)
+            if refusal.details.get("feature") in _NOT_THE_ROUTE_S:
+                break
+    raise _joined(refusals)
+
+
+def _joined(refusals: Sequence[UnsupportedModel]) -> UnsupportedModel:
+    """One refusal that gives each route's reason, and what the first advises."""
+    first, last = refusals[0], refusals[-1]
+    if first.details.get("feature") == last.details.get("feature"):
+        return first
+    reason, _, advice = str(first).rpartition("; ")
+    other = str(last).rpartition("; ")[0].removeprefix(f"{last.details.get('family')}: ")
+    details = {**first.details, "cache_route": dict(last.details)}
+    return UnsupportedModel(f"{reason}; and by the Cache route: {other}; {advice}", **details)
+
+
 def page_shape(
     model: ResumableModel, *, page_tokens: int | None = None, group_layers: int | None = None
 ) -> PageShape:
     """Pages for the keys and values this model was seen to make."""
-    seen: Calibration = model.observer
+    seen: Calibration | CacheCalibration = model.observer
     layers = [seen.layers[index] for index in range(model.num_layers)]
     return choose_page_shape(
         layers, model.dtype, page_tokens=page_tokens, group_layers=group_layers
@@ -89,7 +125,7 @@ def page_shape(
 
 def load_check(model: ResumableModel, shape: PageShape) -> LoadReport:
     """Run the load check of a resumable model; raises UnsupportedModel if it fails."""
-    seen: Calibration = model.observer
+    seen: Calibration | CacheCalibration = model.observer
     windows = [seen.windows[index] for index in range(model.num_layers)]
     # Small pages: the check must cross their borders, whatever the model's own page length.
     small = PageShape(min(shape.page_tokens, 16), shape.group_layers, shape.layers, shape.dtype)
@@ -116,6 +152,10 @@ class CheckRunner:
         window: int | None = None,
     ) -> list[Trace]:
         """One trace per forward: the prompt, then each token of `feeds` alone."""
+        if window is not None and self._model.cache is not None:
+            # the windows are in the masks, which the model makes
+            with narrowed(self._model.model):
+                return self.run(prompt, feeds, chunk=chunk, stops=stops)
         cache = self._cache
         cache.poison(range(cache.num_pages))
         segments = Segments(self._model, cache, prefill_chunk=chunk)
