@@ -77,7 +77,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 
 #: Third-party modules a part must never import, not even inside a function.
 FORBIDDEN: dict[str, frozenset[str]] = {
-    "djinn_nb": frozenset({"torch", "transformers", "safetensors", "triton"}),
+    "djinn_nb": frozenset({"torch", "transformers", "triton"}),
     _PROTOCOL: frozenset({"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}),
     "kernel_server.state": frozenset(
         {"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-SERVER_ONLY = {"torch", "transformers", "safetensors", "tokenizers", "nvidia-ml-py", "triton"}
+SERVER_ONLY = {"torch", "transformers", "tokenizers", "nvidia-ml-py", "triton"}
 
 
 @pytest.fixture(scope="module")
