@@ -19,7 +19,12 @@ from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
-from kernel_server.protocol.errors import BadArgument, OutOfDeviceMemory, UnsupportedModel
+from kernel_server.protocol.errors import (
+    BadArgument,
+    DjinnError,
+    OutOfDeviceMemory,
+    UnsupportedModel,
+)
 from kernel_server.protocol.location import Point
 
 #: Without --kv-memory: this part of what is free, and on the CPU no more than this.
@@ -91,7 +96,7 @@ def resume(
         try:
             resumable = ResumableModel(model, route)
             shape = page_shape(resumable, page_tokens=page_tokens, group_layers=group_layers)
-            return resumable, shape, load_check(resumable, shape)
+            return resumable, shape, _checked(resumable, shape)
         except UnsupportedModel as refusal:
             if resumable is not None:
                 resumable.release()
@@ -99,6 +104,17 @@ def resume(
             if refusal.details.get("feature") in _NOT_THE_ROUTE_S:
                 break
     raise _joined(refusals)
+
+
+def _checked(model: ResumableModel, shape: PageShape) -> LoadReport:
+    """The load check; what the model itself raises in it is a refusal too."""
+    try:
+        return load_check(model, shape)
+    except (DjinnError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = (str(error).splitlines() or ["no message"])[0]
+        model.refuse(f"the load check ended in {type(error).__name__}: {line}", "load check")
 
 
 def _joined(refusals: Sequence[UnsupportedModel]) -> UnsupportedModel:

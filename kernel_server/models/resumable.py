@@ -453,10 +453,12 @@ class ResumableModel:
             below = {path: _Spy(view(module, inner) if inner else module, path, seen)}
         ids, positions = self.inputs(self.sample_ids(4), 0)
         signature = inspect.signature(type(self.model).forward).parameters
-        self._takes_positions = "position_ids" in signature or any(
-            parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()
-        )
-        if not self._takes_positions and self.cache is None:
+        # With a cache the model counts on from its length, as it does for stock.
+        self._takes_positions = self.cache is None
+        if self._takes_positions and not (
+            "position_ids" in signature
+            or any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values())
+        ):
             self.refuse("its forward takes no position_ids", "positions")
         spied = view(self.model, below)
         self.observer.enter(0)  # the real layers run unmarked here: any slot will do
@@ -478,7 +480,6 @@ class ResumableModel:
             name: self._placeholder(value, ids, positions) for name, value in entry.kwargs.items()
         }
         given = [*self._entry_args, *self._entry_kwargs.values()]
-        # A cache tells its length, and some families count positions from that alone.
         placed = self.cache is not None or any(v is _POSITIONS for v in given)
         if not placed or not any(v is _IDS for v in given):
             self.refuse("it hands its base model no token ids or no positions", "positions")
