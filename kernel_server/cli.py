@@ -14,6 +14,7 @@ from kernel_server.config import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     ModelConfig,
+    Quotas,
     ServerConfig,
     parse_bytes,
 )
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "--decode-bucket", type=int, default=1, metavar="SESSIONS",
         help="sessions decoded together; this version runs each alone (1)",
     )  # fmt: skip
+    _add_quotas(serve)
     serve.add_argument("--runtime-file", type=Path, help=argparse.SUPPRESS)
     serve.add_argument(
         "--linger-s", type=float, metavar="SECONDS",
@@ -100,6 +102,42 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--socket", type=Path, metavar="PATH", help="a Unix socket instead")
 
 
+#: serve's flags for what one owner may take: (flag, field of Quotas, unit, help)
+_QUOTAS = (
+    ("sessions", "sessions", "N", "sessions"),
+    ("kv", "kv_bytes", "SIZE", "KV pages (default: all; half of them if there are two owners)"),
+    ("transfers", "transfer_bytes", "SIZE", "tensors on their way to or from clients"),
+    ("edits", "edit_bytes", "SIZE", "values of edits"),
+    ("captures", "capture_bytes", "SIZE", "captures and logs"),
+    ("jobs", "jobs", "N", "requests carried out or waiting at a time"),
+    ("connections", "connections", "N", "connections; a notebook uses three"),
+)
+
+
+def _add_quotas(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what one owner (the name of an access token) may take")
+    for flag, field, unit, meaning in _QUOTAS:
+        default = getattr(Quotas(), field)
+        if default is not None:
+            shown = f"{default >> 30}GiB" if unit == "SIZE" else default
+            meaning += f" (default {shown})"
+        group.add_argument(f"--{flag}-per-owner", metavar=unit, help=meaning)
+
+
+def quotas_of(options: argparse.Namespace) -> Quotas:
+    """The quotas asked for; what is no positive number or size is refused."""
+    given: dict[str, int] = {}
+    for flag, field, unit, _ in _QUOTAS:
+        text = getattr(options, f"{flag}_per_owner")
+        if text is None:
+            continue
+        value = parse_bytes(text) if unit == "SIZE" else int(text) if text.isdecimal() else 0
+        if value < 1:
+            raise BadArgument(f"--{flag}-per-owner is {text}: it must be at least 1")
+        given[field] = value
+    return Quotas(**given)
+
+
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 0 to 65535")
@@ -135,6 +173,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
     config = ServerConfig(
         model=model_config(options),
+        quotas=quotas_of(options),
         host=options.host,
         port=None if options.socket else options.port,
         socket=options.socket,

@@ -42,10 +42,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """What one owner (the name of an access token) may take of a server."""
+
+    sessions: int = 64
+    #: KV pages; None: the whole pool, or half of it where there are several owners
+    kv_bytes: int | None = None
+    #: tensors on their way to or from clients, held or announced
+    transfer_bytes: int = 4 << 30
+    #: values of edits
+    edit_bytes: int = 1 << 30
+    #: captures and logs
+    capture_bytes: int = 4 << 30
+    #: requests waiting or carried out at a time
+    jobs: int = 32
+    #: a notebook uses three
+    connections: int = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Everything a server is started with."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    quotas: Quotas = field(default_factory=Quotas)
     host: str = DEFAULT_HOST
     port: int | None = DEFAULT_PORT
     #: listen on a Unix socket instead of host and port

@@ -10,13 +10,16 @@ import dataclasses
 import difflib
 import logging
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from kernel_server.event_log import EventLog
+from kernel_server.jobs import JOBS_PER_OWNER, Jobs
 from kernel_server.loop import Loop
+from kernel_server.pacing import Pacer
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
@@ -32,7 +35,7 @@ from kernel_server.protocol.errors import (
     NoTokenizer,
     NotSupported,
 )
-from kernel_server.transfers import Transfers
+from kernel_server.transfers import OWNER_BYTES, Transfers
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,10 @@ CAPABILITIES = (
 
 #: Longest prompt text accepted, characters; the context limits tokens later.
 MAX_PROMPT_CHARACTERS = 4_000_000
+#: Longest request besides its tensors, bytes: JSON is read in one piece that nobody interrupts.
+MAX_HEADER_BYTES = 4 << 20
+#: Requests longer than this are read one at a time per owner: they take many times their length.
+LARGE_BYTES = 64 << 10
 
 
 class Words(Protocol):
@@ -69,15 +76,29 @@ class Served:
 
 
 class Gateway:
-    """Answers every request of every client; `ready` is called once the model is loaded."""
+    """Answers every request of every client; `ready` is called once the model is loaded.
+
+    jobs: requests of one owner at a time. transfer_bytes: of one owner's tensors on their way.
+    pacer: told what the engine does for an owner.
+    """
 
     def __init__(
-        self, server_id: str, version: str, events: EventLog, *, debug: bool = False
+        self,
+        server_id: str,
+        version: str,
+        events: EventLog,
+        *,
+        debug: bool = False,
+        jobs: int = JOBS_PER_OWNER,
+        transfer_bytes: int = OWNER_BYTES,
+        pacer: Pacer | None = None,
     ) -> None:
         self.server_id = server_id
         self.version = version
         self.events = events
-        self.transfers = Transfers()
+        self.transfers = Transfers(transfer_bytes)
+        self.jobs = Jobs(jobs)
+        self._pacer = pacer or Pacer()
         self.debug = debug
         self._served: Served | None = None
         self._failure: DjinnError | None = None
@@ -103,14 +124,30 @@ class Gateway:
     def handle(self, owner: str, connection_id: str, payload: bytes) -> bytes:
         """Answer one request; every failure is an `ErrorReply`."""
         try:
-            request = codec.decode(payload)
-            response = self._answer(owner, request)
+            request = self._decode(owner, payload)
+            if isinstance(request, _WAITING):
+                response = self._answer(owner, request)
+            else:
+                with self.jobs.one(owner):
+                    response = self._answer(owner, request)
         except DjinnError as error:
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
         except Exception as error:
             log.exception("request failed")
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
         return codec.encode(response)
+
+    def _decode(self, owner: str, payload: bytes) -> Any:
+        if len(payload) <= LARGE_BYTES:
+            return codec.decode(payload)
+        header_bytes = int.from_bytes(payload[4:8], "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise BadMessage(
+                f"the request has {header_bytes} bytes besides its tensors, at most"
+                f" {MAX_HEADER_BYTES} are read: send less text or fewer token ids"
+            )
+        with self.jobs.turn(owner):
+            return codec.decode(payload)
 
     def _trace(self, error: Exception) -> str | None:
         return "".join(traceback.format_exception(error)) if self.debug else None
@@ -147,7 +184,21 @@ class Gateway:
                 )
         if not isinstance(request, _STATE_REQUESTS):
             raise BadMessage(f"{type(request).__name__} is not a request")
+        if isinstance(request, _ENGINE_READS):
+            return self._read(served, owner, request)
         return served.loop.request(owner, request)
+
+    def _read(self, served: Served, owner: str, request: Any) -> Any:
+        """Have the engine read tensors: one of an owner's reads at a time, counted as their time.
+
+        The engine reads between two layers of whoever runs, who waits for it.
+        """
+        with self.jobs.turn(owner):
+            began = time.monotonic()
+            try:
+                return served.loop.request(owner, request)
+            finally:
+                self._pacer.spend(owner, time.monotonic() - began)
 
     def _ready(self) -> Served:
         if self._failure is not None:
@@ -304,3 +355,9 @@ _STATE_REQUESTS = (
     m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
     m.ReadStory,
 )  # fmt: skip
+
+#: Requests that wait for something to happen, and a pause, which must always get through; the
+#: others are jobs.
+_WAITING = (m.Initialize, m.PollEvents, m.Pause)
+#: Requests that the engine carries out between two layers.
+_ENGINE_READS = (m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits)

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import kernel_server.version as version
-from kernel_server.config import ServerConfig
+from kernel_server.config import Quotas, ServerConfig
 from kernel_server.engine.engine import Engine
 from kernel_server.engine.loading import Served as Ready
 from kernel_server.engine.loading import serve
@@ -62,6 +62,8 @@ def load(config: ServerConfig, progress: Progress) -> LoadedModel:
 class Kernel:
     """A model's engine thread with everything that decides for it.
 
+    owners: how many there are; one alone may fill the page pool.
+
     Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory.
 
         kernel = Kernel(load(config, print), config).start()
@@ -75,6 +77,7 @@ class Kernel:
         config: ServerConfig,
         gateway: Gateway | None = None,
         progress: Progress | None = None,
+        owners: int = 1,
     ) -> None:
         self.loaded = loaded
         self.config = config
@@ -93,7 +96,8 @@ class Kernel:
         self.words = (
             Vocabulary(loaded.tokenizer, self.info.vocab_size) if loaded.tokenizer else None
         )
-        self.state = ServerState(_shape(self.info, self.ready), Limits(), check=config.check)
+        shape = _shape(self.info, self.ready)
+        self.state = ServerState(shape, _limits(config.quotas, shape, owners), check=config.check)
         self.loop = Loop(self.state, self.gateway.events, debug=config.debug)
         self.engine = Engine(
             self.ready.segments,
@@ -145,6 +149,18 @@ class Kernel:
         """Open a download for the session's owner."""
         owner: Any = self.state.sessions[session_id].owner
         return self.gateway.transfers.offer(str(owner), source)
+
+
+def _limits(quotas: Quotas, shape: ModelShape, owners: int) -> Limits:
+    kv_bytes = quotas.kv_bytes
+    if kv_bytes is None and owners > 1:
+        kv_bytes = shape.num_pages * shape.page_bytes // 2
+    return Limits(
+        sessions_per_owner=quotas.sessions,
+        kv_bytes_per_owner=kv_bytes,
+        edit_bytes_per_owner=quotas.edit_bytes,
+        capture_bytes_per_owner=quotas.capture_bytes,
+    )
 
 
 def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelInfo:

@@ -21,8 +21,9 @@ import kernel_server.version as version
 from kernel_server.config import ServerConfig
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
+from kernel_server.pacing import Pacer
 from kernel_server.protocol.errors import BadArgument, DjinnError, ServerFault
-from kernel_server.service import Service
+from kernel_server.service import Limits, Service
 from kernel_server.wire import Address, load_or_create_tokens, token_file
 
 if TYPE_CHECKING:
@@ -54,8 +55,15 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.events = EventLog()
+        quotas, pacer, tokens = config.quotas, Pacer(), load_or_create_tokens()
         self.gateway = Gateway(
-            secrets.token_hex(4), version.VERSION, self.events, debug=config.debug
+            secrets.token_hex(4),
+            version.VERSION,
+            self.events,
+            debug=config.debug,
+            jobs=quotas.jobs,
+            transfer_bytes=quotas.transfer_bytes,
+            pacer=pacer,
         )
         if config.socket is not None:
             address = Address(path=str(config.socket))
@@ -63,11 +71,17 @@ class Server:
             address = Address(host=config.host, port=config.port or 0)
         self.service = Service(
             self.gateway.handle,
-            load_or_create_tokens(),
+            tokens,
             address,
             on_connect=self._seen,
             on_disconnect=self._seen,
+            limits=Limits(
+                connections=max(Limits().connections, 2 * quotas.connections),
+                connections_per_owner=quotas.connections,
+            ),
+            pacer=pacer,
         ).start()
+        self._owners = len(tokens)
         self.address = self.service.address
         self._stopping = threading.Event()
         self._last_seen = time.monotonic()
@@ -108,7 +122,7 @@ class Server:
 
             shown = _Shown(self.gateway)
             loaded = load(self.config, shown)
-            self.kernel = Kernel(loaded, self.config, self.gateway, shown)
+            self.kernel = Kernel(loaded, self.config, self.gateway, shown, self._owners)
             self.kernel.start()
             model = self.kernel.info
             random = " · random weights" if model.random_weights else ""

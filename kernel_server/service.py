@@ -5,9 +5,9 @@ event long-polls and bulk transfers are the same to this file; a client uses a c
 because one connection serves one request at a time. What the payloads mean, what an owner may do
 and what happens to sessions when a connection ends is left to the handler and the callbacks.
 
-Hostile and broken peers are ordinary here: handshakes have a deadline and a cap of their own (the
-oldest gives way, an honest one takes milliseconds), owners have a cap, and running out of
-descriptors pauses accepting instead of ending the server.
+Hostile and broken peers are ordinary here: handshakes have a deadline, a rate and a cap of their
+own (the oldest gives way, an honest one takes milliseconds), owners have a cap and a pace, and
+running out of descriptors pauses accepting instead of ending the server.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 
+from kernel_server.pacing import Pacer
 from kernel_server.wire import FrameChannel, GuardedStream, PlainConnection, listen, parse_address
 from kernel_server.wire.address import Address, remove_socket_file, tune
 from kernel_server.wire.frames import FRAME_S
@@ -48,6 +49,8 @@ class Limits:
     """What peers may take of the server. A notebook uses three connections."""
 
     handshakes: int = 32
+    #: new connections a second, after as many at once as twice the pending handshakes
+    handshakes_per_s: float = 200.0
     connections: int = 192
     connections_per_owner: int = 96
     handshake_s: float = HANDSHAKE_S
@@ -70,6 +73,7 @@ class Service:
     handler: (owner, connection id, payload) → answer; called on the connection's own thread.
     tokens: {owner: token}.
     on_connect, on_disconnect: (owner, connection id); detach work only, on the same thread.
+    pacer: says which owners have to wait; None: nobody has.
     Raises PortInUse, AddressRefused, or BadArgument for unfit tokens.
 
         service = Service(handler, {"me": new_token()}, "127.0.0.1:0").start()
@@ -86,6 +90,7 @@ class Service:
         on_connect: Watcher | None = None,
         on_disconnect: Watcher | None = None,
         limits: Limits | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         check_tokens(tokens)
         self._handler = handler
@@ -93,6 +98,8 @@ class Service:
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
         self._limits = limits or Limits()
+        self._pacer = pacer
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
         self._handshakes: dict[int, socket.socket] = {}  # in order of arrival
@@ -127,6 +134,7 @@ class Service:
             if self._closing:
                 return
             self._closing = True
+        self._ended.set()
         deadline = time.monotonic() + timeout_s
         self._wake_out.send(b".")
         if self._accepting is not None:
@@ -163,6 +171,7 @@ class Service:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._wake_in, selectors.EVENT_READ)
+            rate = _Rate(self._limits.handshakes_per_s, 2 * self._limits.handshakes)
             while True:
                 selector.select()
                 if self._closing:
@@ -173,6 +182,7 @@ class Service:
                     self._survive(error)
                     continue
                 self._receive(sock)
+                self._ended.wait(rate.wait_s())
 
     def _survive(self, error: OSError) -> None:
         """A failed accept never ends the server: its other clients are being served."""
@@ -253,7 +263,7 @@ class Service:
                 connection.interrupt()
         try:
             self._tell(self._on_connect, info)
-            connection.serve_all()
+            self._answer_calls(owner, connection)
         except Exception:
             log.exception("%s of %s ended by a fault", info.id, owner)
         finally:
@@ -262,6 +272,26 @@ class Service:
                 del self._connections[info.id]
             self._tell(self._on_disconnect, info)
 
+    def _answer_calls(self, owner: str, connection: PlainConnection) -> None:
+        """Serve until the peer goes or is dropped, each call in its owner's time."""
+        pacer = self._pacer
+        try:
+            while not connection.closed:
+                if pacer is None:
+                    connection.serve_one()
+                    continue
+                connection.wait_for_message()
+                # before the call is read: what a peer sends meanwhile stays with the peer
+                while (wait_s := pacer.wait_s(owner)) > 0 and not self._ended.wait(wait_s):
+                    pass
+                expected_s, began = pacer.begin(owner), time.thread_time()
+                try:
+                    connection.serve_one()
+                finally:
+                    pacer.end(owner, expected_s, time.thread_time() - began)
+        except (EOFError, OSError):  # the peer went, or was too slow
+            return
+
     def _tell(self, watcher: Watcher | None, info: ConnectionInfo) -> None:
         if watcher is None:
             return
@@ -269,6 +299,21 @@ class Service:
             watcher(info.owner, info.id)
         except Exception:
             log.exception("a callback failed for %s of %s", info.id, info.owner)
+
+
+class _Rate:
+    """How long to pause after an event so that no more than `per_s` come in the long run."""
+
+    def __init__(self, per_s: float, at_once: int) -> None:
+        self._gap_s = 1 / per_s
+        self._slack_s = at_once * self._gap_s
+        self._next = time.monotonic()
+
+    def wait_s(self) -> float:
+        """An event happens now: seconds to let pass before the next may."""
+        now = time.monotonic()
+        self._next = max(self._next, now - self._slack_s) + self._gap_s
+        return max(0.0, self._next - now)
 
 
 def _shut(sock: socket.socket) -> None:

@@ -58,7 +58,10 @@ _T = TypeVar("_T", _Download, _Upload)
 
 
 class Transfers:
-    """The open transfers of all owners."""
+    """The open transfers of all owners.
+
+    owner_bytes: what one owner may have in them at a time, held or announced.
+    """
 
     def __init__(self, owner_bytes: int = OWNER_BYTES) -> None:
         self._owner_bytes = owner_bytes
@@ -133,8 +136,11 @@ class Transfers:
             total = sum(t.nbytes for t in mine) + transfer.nbytes
             if total > self._owner_bytes or len(mine) >= OWNER_TRANSFERS:
                 raise QuotaExceeded(
-                    f"{len(mine)} transfers of {total} bytes would be open; one owner may have"
-                    f" {OWNER_TRANSFERS} of {self._owner_bytes} bytes: finish or cancel some"
+                    f"{len(mine) + 1} transfers of {total} bytes would be open; one owner may have"
+                    f" {OWNER_TRANSFERS} of {self._owner_bytes} bytes: finish or cancel some, or"
+                    " start the server with more --transfers-per-owner",
+                    needed=total,
+                    limit=self._owner_bytes,
                 )
             key = secrets.token_hex(8)
             self._open[key] = transfer

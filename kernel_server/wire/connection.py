@@ -95,6 +95,14 @@ class PlainConnection(Connection):
         except (OSError, EOFError, ValueError):
             return False
 
+    def wait_for_message(self) -> None:
+        """Return when there is something to read; EOFError when the connection is over."""
+        self._channel.poll(None)
+
+    def serve_one(self) -> None:
+        """Read one message and carry it out; EOFError when the connection is over."""
+        self.serve(None)
+
     def interrupt(self) -> None:
         """Make the thread that serves or waits on this connection stop; safe from any thread."""
         self._channel.stream.interrupt()

@@ -37,6 +37,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     # where the two meet, and what stands around them
     "kernel_server.event_log": frozenset({_PROTOCOL}),
     "kernel_server.transfers": frozenset({_PROTOCOL}),
+    "kernel_server.pacing": frozenset(),
+    "kernel_server.jobs": frozenset({_PROTOCOL}),
     "kernel_server.config": frozenset({_PROTOCOL}),
     "kernel_server.telemetry": frozenset({_PROTOCOL}),
     "kernel_server.version": frozenset(),
@@ -48,11 +50,13 @@ ALLOWED: dict[str, frozenset[str]] = {
         {
             _PROTOCOL,
             "kernel_server.event_log",
+            "kernel_server.jobs",
             "kernel_server.loop",
+            "kernel_server.pacing",
             "kernel_server.transfers",
         }
     ),
-    "kernel_server.service": frozenset({_PROTOCOL, "kernel_server.wire"}),
+    "kernel_server.service": frozenset({_PROTOCOL, "kernel_server.pacing", "kernel_server.wire"}),
     # a whole kernel in one process, without sockets
     "kernel_server.kernel": frozenset(
         {

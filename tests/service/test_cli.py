@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kernel_server.cli import main
+from kernel_server.cli import _parser, main, quotas_of
+from kernel_server.config import Quotas
+from kernel_server.protocol.errors import BadArgument
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,41 @@ def test_a_port_that_is_none_is_refused_with_the_range(
 
     assert ended.value.code == 2
     assert f"'{port}' is no port: give a number from 0 to 65535" in capsys.readouterr().err
+
+
+def _quotas(*flags: str) -> Quotas:
+    return quotas_of(_parser().parse_args(["serve", *flags]))
+
+
+def test_every_quota_of_an_owner_has_a_flag() -> None:
+    asked = _quotas(
+        *("--sessions-per-owner", "3", "--kv-per-owner", "1GiB", "--transfers-per-owner", "2MiB"),
+        *("--edits-per-owner", "3KiB", "--captures-per-owner", "4MB", "--jobs-per-owner", "5"),
+        *("--connections-per-owner", "6"),
+    )
+
+    assert asked == Quotas(
+        sessions=3,
+        kv_bytes=1 << 30,
+        transfer_bytes=2 << 20,
+        edit_bytes=3 << 10,
+        capture_bytes=4_000_000,
+        jobs=5,
+        connections=6,
+    )
+    assert _quotas() == Quotas()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--sessions-per-owner", "0"),
+        ("--jobs-per-owner", "many"),
+        ("--jobs-per-owner", "-1"),
+        ("--kv-per-owner", "0"),
+        ("--transfers-per-owner", "lots"),
+    ],
+)
+def test_a_quota_that_is_none_is_refused(flag: str, value: str) -> None:
+    with pytest.raises(BadArgument):
+        _quotas(f"{flag}={value}")

@@ -5,12 +5,78 @@ from __future__ import annotations
 import threading
 import time
 
-from kernel_server.event_log import PROGRESS_S, EventLog
-from kernel_server.protocol.messages import Event
+from kernel_server.event_log import MAX_BATCH, PROGRESS_S, EventLog, weight
+from kernel_server.protocol import codec
+from kernel_server.protocol.messages import Event, SessionInfo
+from kernel_server.wire import PAYLOAD_CAP
 
 
 def _event(seq: int, kind: str = "changed") -> Event:
     return Event(seq=seq, kind=kind, session_id="s1")  # type: ignore[arg-type]
+
+
+def _long(seq: int, num_tokens: int) -> Event:
+    """An event of a session with many tokens."""
+    session = SessionInfo(
+        id="s1",
+        name="s1",
+        owner="ann",
+        status="waiting",
+        tokens=tuple(range(100_000, 100_000 + num_tokens)),
+        num_prompt_tokens=num_tokens,
+        max_new_tokens=1,
+        temperature=0.0,
+        top_p=1.0,
+        seed=1,
+        forward=0,
+        location=None,
+        layers_executed=0,
+        layers_replayed=0,
+        stop_number=0,
+        stop=None,
+        finish_reason=None,
+        error=None,
+        parent=None,
+        num_pages=0,
+        kv_bytes=0,
+        revision=seq,
+        event_seq=seq,
+    )
+    return Event(seq=seq, kind="changed", session_id="s1", session=session)
+
+
+def test_an_answer_fits_a_frame_however_long_the_sessions_are() -> None:
+    log = EventLog()
+    for seq in range(1, MAX_BATCH + 1):
+        log.append("ann", _long(seq, 100_000))
+    seen, last = [], 0
+    while (found := log.poll("ann", last, 0)).events:
+        assert len(codec.encode(found)) < PAYLOAD_CAP
+        seen += [event.seq for event in found.events]
+        last = found.last_seq
+
+    assert seen == list(range(seen[0], MAX_BATCH + 1))
+
+
+def test_who_does_not_pull_has_the_oldest_dropped_beyond_a_number_of_bytes() -> None:
+    event_bytes = weight(_long(1, 1000))
+    log = EventLog(kept_bytes=3 * event_bytes)
+    for seq in range(1, 6):
+        log.append("ann", _long(seq, 1000))
+    log.append("bob", _long(1, 1000))
+
+    found = log.poll("ann", 0, 0)
+    assert [event.seq for event in found.events] == [3, 4, 5]
+    assert found.missed
+    assert log.held_bytes("ann") == 3 * event_bytes
+    assert not log.poll("bob", 0, 0).missed
+
+
+def test_an_event_larger_than_the_limit_is_kept_until_the_next() -> None:
+    log = EventLog(kept_bytes=10)
+    log.append("ann", _long(1, 1000))
+
+    assert [event.seq for event in log.poll("ann", 0, 0).events] == [1]
 
 
 def test_a_poll_gets_what_came_after_in_order() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kernel_server.pacing import Pacer
 from kernel_server.protocol.errors import (
     AddressRefused,
     BadArgument,
@@ -198,6 +199,39 @@ def test_an_owner_has_a_cap_and_the_others_keep_their_places(
     assert bob.call(b"fine", 5) == b"fine"
     assert _soon(lambda: len(service.connections()) == 2)
     assert open_one(service).call(b"a place again", 5) == b"a place again"
+
+
+def test_new_connections_come_at_a_rate_and_those_there_are_are_served(
+    start: Callable[..., Service], open_one: Open
+) -> None:
+    service = start(limits=Limits(handshakes=2, handshakes_per_s=20))
+    old = open_one(service)
+    began = time.monotonic()
+    for _ in range(24):
+        connect(service.address, BOB).close()
+    took_s = time.monotonic() - began
+
+    # two times two at once, the others by the clock
+    assert took_s > 0.8 * (24 - 4 - 2) / 20
+    assert old.call(b"fine", 5) == b"fine"
+
+
+def test_an_owner_who_used_much_waits_while_another_asks(
+    start: Callable[..., Service], open_one: Open
+) -> None:
+    pacer = Pacer(burst_s=0.01)
+    service = start(pacer=pacer)
+    ann, bob = open_one(service), open_one(service, BOB)
+    bob.call(b"here", 5)
+    pacer.spend("ann", 0.08)  # a third of the time is hers: 0.2 s to wait
+    began = time.monotonic()
+    ann.call(b"x", 5)
+    waited_s = time.monotonic() - began
+    began = time.monotonic()
+    bob.call(b"x", 5)
+
+    assert 0.1 < waited_s < 2
+    assert time.monotonic() - began < 0.1
 
 
 def test_closing_ends_every_connection_and_frees_the_port(

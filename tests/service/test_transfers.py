@@ -84,3 +84,17 @@ def test_an_announced_length_takes_no_memory_and_is_bounded() -> None:
         transfers.begin("ann", "float64", (1 << 50,))
     assert transfers.bytes_open() == 0
     assert transfers.begin("bob", "uint8", (1000,))
+
+
+def test_an_owner_at_the_limit_is_told_the_numbers_and_the_other_is_served() -> None:
+    transfers = Transfers(owner_bytes=1000)
+    first = transfers.offer("ann", _Bytes(bytes(600)))
+
+    with pytest.raises(
+        QuotaExceeded, match=r"2 transfers of 1001 bytes .* 1000 bytes: finish"
+    ) as r:
+        transfers.begin("ann", "uint8", (401,))
+    assert r.value.details == {"needed": 1001, "limit": 1000}
+    transfers.offer("bob", _Bytes(bytes(1000)))
+    transfers.cancel("ann", first)
+    transfers.begin("ann", "uint8", (1000,))

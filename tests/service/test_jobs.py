@@ -1,0 +1,45 @@
+"""The requests of one owner at a time: counted, bounded, and nobody else's business."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from kernel_server.jobs import Jobs
+from kernel_server.protocol.errors import QuotaExceeded
+
+
+def test_one_too_many_is_refused_and_the_other_owner_is_not() -> None:
+    jobs = Jobs(limit=2)
+    with contextlib.ExitStack() as running:
+        running.enter_context(jobs.one("ann"))
+        running.enter_context(jobs.one("ann"))
+
+        with (
+            pytest.raises(
+                QuotaExceeded, match=r"2 of your requests wait.* limit of one owner is 2"
+            ),
+            jobs.one("ann"),
+        ):
+            pass
+        with jobs.one("bob"):
+            assert (jobs.running("ann"), jobs.running("bob")) == (2, 1)
+    with jobs.one("ann"):
+        assert (jobs.running("ann"), jobs.running("bob")) == (1, 0)
+
+
+def test_a_failed_job_gives_its_place_back() -> None:
+    jobs = Jobs(limit=1)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), jobs.one("ann"):
+            raise ZeroDivisionError
+
+    assert jobs.running("ann") == 0
+
+
+def test_costly_work_has_one_turn_per_owner() -> None:
+    jobs = Jobs()
+
+    assert jobs.turn("ann") is jobs.turn("ann")
+    assert jobs.turn("ann") is not jobs.turn("bob")

@@ -1,0 +1,96 @@
+"""Who has to wait for their turn, judged with a clock of the test's own."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel_server.pacing import Pacer
+
+BURST_S = 0.2
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pacer(clock: Clock) -> Pacer:
+    return Pacer(burst_s=BURST_S, active_s=1.0, clock=clock)
+
+
+def call(pacer: Pacer, owner: str, used_s: float = 0.0) -> None:
+    pacer.end(owner, pacer.begin(owner), used_s)
+
+
+def test_an_owner_who_is_alone_never_waits(pacer: Pacer) -> None:
+    for _ in range(100):
+        call(pacer, "ann", 1.0)
+
+    assert pacer.wait_s("ann") == 0
+
+
+def test_of_two_the_one_who_used_much_waits_and_the_other_does_not(pacer: Pacer) -> None:
+    call(pacer, "bob")
+    call(pacer, "ann", 0.1)
+    assert pacer.wait_s("ann") == 0  # within what may be used at once
+    call(pacer, "ann", 10.0)
+
+    assert pacer.wait_s("ann") > 0
+    assert pacer.wait_s("bob") == 0
+
+
+def test_the_wait_ends_when_the_others_are_gone(pacer: Pacer, clock: Clock) -> None:
+    call(pacer, "bob")
+    call(pacer, "ann", 10.0)
+    assert pacer.wait_s("ann") > 0
+    clock.now += 1.1
+
+    assert pacer.wait_s("ann") == 0
+
+
+@pytest.mark.parametrize("others", [1, 2, 5])
+def test_a_flood_gets_a_share_of_the_time(pacer: Pacer, clock: Clock, others: int) -> None:
+    cost_s, calls = 0.001, 0
+    until = clock.now + 30
+    while clock.now < until:
+        for other in range(others):
+            call(pacer, f"other {other}")
+        if (wait_s := pacer.wait_s("flood")) > 0:
+            clock.now += wait_s
+        else:
+            call(pacer, "flood", cost_s)
+            clock.now += cost_s
+            calls += 1
+
+    share = (calls * cost_s - BURST_S) / 30
+    assert share == pytest.approx(1 / (others + 2), rel=0.05)
+
+
+def test_calls_at_once_do_not_slip_through_before_the_first_is_counted(pacer: Pacer) -> None:
+    call(pacer, "bob")
+    for _ in range(200):
+        call(pacer, "ann", 0.0005)  # their mean cost is known now
+    begun = 0
+    while pacer.wait_s("ann") == 0:
+        pacer.begin("ann")  # and none of them ends
+        begun += 1
+        assert begun < 1000
+
+    assert begun <= BURST_S / 0.0005
+
+
+def test_time_the_engine_spends_counts_too(pacer: Pacer) -> None:
+    call(pacer, "bob")
+    call(pacer, "ann")
+    pacer.spend("ann", 5.0)
+
+    assert pacer.wait_s("ann") > 0
