@@ -137,17 +137,11 @@ def working(work: Work) -> Iterator[None]:
         _WORK.reset(token)
 
 
-def offer_states(
-    visit: Visit, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [1, heads, tokens, dim] as the visit leaves them."""
-    if key.data_ptr() == value.data_ptr() and visit.injected:
+def offer_kept(visit: Visit, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, heads, tokens, dim] as the visit leaves them."""
+    if visit.injected and key.data_ptr() == value.data_ptr():
         value = value.clone()  # one tensor for both: an edit of the keys is not one of the values
-    return (
-        visit.heads("attention.q", query),
-        visit.heads("attention.k", key),
-        visit.heads("attention.v", value),
-    )
+    return visit.heads("attention.k", key), visit.heads("attention.v", value)
 
 
 def attend(
@@ -283,7 +277,8 @@ class PagedWork:
             )
         visit = self.visit
         if visit is not None:
-            query, key, value = offer_states(visit, query, key, value)
+            query = visit.heads("attention.q", query)
+            key, value = offer_kept(visit, key, value)
         self._write(key, value)
         window = options.get("sliding_window")
         if window is not None and self.window is not None:
@@ -428,7 +423,8 @@ class Calibration:
         visit = self.visit
         if visit is None:
             return attend(module, query, key, value, causal, None, eager, options)
-        query, key, value = offer_states(visit, query, key, value)
+        query = visit.heads("attention.q", query)
+        key, value = offer_kept(visit, key, value)
         visit.wants("attention.pattern", query.shape[1])
         output = attend(module, query, key, value, causal, None, eager, options)
         return visit.heads("attention.heads", output.transpose(1, 2)).transpose(1, 2)

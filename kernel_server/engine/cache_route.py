@@ -20,8 +20,9 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from kernel_server.engine.attention import PagedWork, working
+from kernel_server.engine.attention import PagedWork, offer_kept, working
 from kernel_server.engine.kv_cache import KVCache, LayerKV
+from kernel_server.models.sites import Visit
 from kernel_server.protocol.errors import ServerFault, UnsupportedModel
 
 #: What masks of a whole prompt may take on the device.
@@ -204,6 +205,8 @@ class CacheWork(PagedWork):
                 f" {self._calls}, of layer {layer}, {key.shape[2]} of {end - begin} tokens)"
             )
         self.keys_seen = self.total
+        if self.visit is not None:
+            key, value = offer_kept(self.visit, key, value)
         self._write(key, value)
         if begin > 0:
             key, value = self._read(0, end)
@@ -228,6 +231,7 @@ class CacheCalibration:
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
         self.needs_eager = False
+        self.visit: Visit | None = None
         self.keys_seen: int | None = None
         self.layers: dict[int, LayerKV] = {}
         self.windows: dict[int, int | None] = {}
@@ -260,7 +264,7 @@ class CacheCalibration:
             )
         self.layers[layer] = LayerKV(key.shape[1], key.shape[3], value.shape[1], value.shape[3])
         self.windows[layer] = None
-        return key, value
+        return (key, value) if self.visit is None else offer_kept(self.visit, key, value)
 
     def _refuse(self, reason: str, feature: str) -> NoReturn:
         raise UnsupportedModel(

@@ -81,8 +81,10 @@ class _Trace:
 class _Tracing(TorchFunctionMode):
     """Notes additions and linear maps; keeps what they touched, so that no memory is used twice."""
 
-    def __init__(self, hidden: Tensor) -> None:
+    def __init__(self, hidden: Tensor, layer: nn.Module) -> None:
         super().__init__()
+        # Weights are told by their place: some families hand a transposed view to a plain product.
+        self._weights = {p.data_ptr(): p.numel() for p in layer.parameters()}
         self.trace = _Trace()
         self.residual = hidden
         self._kept: list[Any] = [hidden]
@@ -108,7 +110,7 @@ class _Tracing(TorchFunctionMode):
             return func(*args, **kwargs)
         result = func(*args, **kwargs)
         self._kept += [parts[0], result]
-        if isinstance(parts[1], nn.Parameter):
+        if self._weights.get(parts[1].data_ptr()) == parts[1].numel():
             fed, weight, bias, transposed = parts
             trace.linears.append(
                 _Linear(fed.clone(), weight, bias, transposed, result, len(trace.additions))
@@ -166,17 +168,22 @@ class _Learning:
         found.output_projection = _reader(trace, visit.taken.get("attention.heads"))
         try:
             self._find_additions(found, trace, stream, visit.taken)
-        except (_Unlike, DjinnError) as reason:
-            found.additions = None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever a family does here that nobody thought of costs it these sites alone.
+            known = isinstance(error, (_Unlike, DjinnError))
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            found.additions = found.down_projection = found.attention_weight = None
             for site in RESIDUAL_SITES:
-                found.switch_off(site, str(reason))
+                found.switch_off(site, reason.splitlines()[0])
         return found
 
     # -- runs ----------------------------------------------------------------------------------
 
     def _traced(self, visit: Visit) -> tuple[_Trace, Tensor, Tensor]:
         """Run the layer; also returns its output and the end of its residual stream."""
-        mode = _Tracing(self._hidden)
+        mode = _Tracing(self._hidden, self._model.layers[self._index])
         self._observer.enter(self._index)
         self._observer.visit = visit
         try:
@@ -229,11 +236,7 @@ class _Learning:
                 additions = Additions("parallel")
         if additions.form != "sequential":
             found.switch_off("middle", "its MLP does not read the residual stream after attention")
-            made = _result_of(trace, found.output_projection)
-            if made is not None and torch.equal(made.reshape(part.shape), part):
-                additions = Additions(
-                    additions.form, additions.joined_at, additions.attention_operand, True
-                )
+            found.attention_weight = _maker_of(trace, part)
         found.additions = additions
         self._find_neurons(found, trace)
 
@@ -246,11 +249,12 @@ class _Learning:
     def _find_neurons(self, found: LayerSites, trace: _Trace) -> None:
         """The last linear map into the residual stream, if without it the MLP adds nothing."""
         hidden, tokens = self._hidden.shape[-1], self._hidden.shape[1]
-        output = found.output_projection.weight if found.output_projection else None
+        taken = [found.output_projection.weight] if found.output_projection else []
+        taken += [found.attention_weight] if found.attention_weight is not None else []
         maps = [
             entry
             for entry in trace.linears
-            if entry.weight is not output
+            if not any(same_memory(entry.weight, weight) for weight in taken)
             and entry.result.shape[-1] == hidden
             and entry.result.numel() == tokens * hidden
         ]
@@ -258,7 +262,7 @@ class _Learning:
             found.switch_off("mlp.neurons", "its MLP ends in no single linear map")
             return
         last = maps[-1]
-        if sum(entry.weight is last.weight for entry in trace.linears) > 1:
+        if _uses(trace, last.weight) > 1:
             found.switch_off("mlp.neurons", "its MLP uses one linear map several times")
             return
         found.down_projection = last.weight
@@ -316,12 +320,20 @@ def _reader(trace: _Trace, heads: Tensor | None) -> Projection | None:
     return None
 
 
-def _result_of(trace: _Trace, projection: Projection | None) -> Tensor | None:
-    """What the output projection gave, if it ran once."""
-    if projection is None:
+def _maker_of(trace: _Trace, part: Tensor) -> Tensor | None:
+    """The weight of the linear map, used once, that gave exactly `part`."""
+    makers = [
+        entry.weight
+        for entry in trace.linears
+        if entry.result.numel() == part.numel() and not _differ(entry.result, part)
+    ]
+    if len(makers) != 1 or _uses(trace, makers[0]) != 1:
         return None
-    found = [entry.result for entry in trace.linears if entry.weight is projection.weight]
-    return found[0] if len(found) == 1 else None
+    return makers[0]
+
+
+def _uses(trace: _Trace, weight: Tensor) -> int:
+    return sum(same_memory(entry.weight, weight) for entry in trace.linears)
 
 
 def _changed(value: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ RESIDUAL_SITES = tuple(site for site in INNER_SITES if site not in ATTENTION_SIT
 
 #: What `a + b`, `a += b`, `a.add(b)` and `torch.add(a, b)` are to a function mode.
 ADDITIONS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.add_})
+_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,11 @@ class Additions:
         not read x + a; "joined" x + (a + m).
     joined_at: of the joined form, which addition of two vectors of this size joins a and m, counted
         among those that come before the residual stream's; attention_operand: 0 or 1, a's there.
-    projected: a is exactly what the output projection gives, and is met there, before the MLP runs.
     """
 
     form: Literal["sequential", "parallel", "joined"]
     joined_at: int = 0
     attention_operand: int = 0
-    projected: bool = False
 
     @property
     def on_residual(self) -> int:
@@ -98,7 +97,8 @@ class LayerSites:
 
     layouts: by site, in the order of `INNER_SITES`. off: reason by site.
     down_projection: weight whose input the neurons are. output_projection: of attention, None where
-    heads do not reach the residual stream through one linear map.
+    heads do not reach the residual stream through one linear map. attention_weight: of the map that
+    gives attention's part as it is added; it is met there where the MLP would else run before.
     """
 
     layouts: dict[str, SiteLayout] = field(default_factory=dict)
@@ -106,6 +106,7 @@ class LayerSites:
     additions: Additions | None = None
     down_projection: Tensor | None = None
     output_projection: Projection | None = None
+    attention_weight: Tensor | None = None
 
     @property
     def supported(self) -> tuple[SiteLayout, ...]:
@@ -224,8 +225,12 @@ def linear_operands(
     if func is linear and len(args) >= 2:
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         return args[0], args[1], bias, False
-    if func is torch.addmm and len(args) == 3 and not kwargs:
+    if kwargs:
+        return None
+    if func is torch.addmm and len(args) == 3:
         return args[1], args[2], args[0], True
+    if func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
+        return args[0], args[1], None, True
     return None
 
 
@@ -242,8 +247,7 @@ class AdditionsMode(TorchFunctionMode):
         self._learnt = sites.additions
         self._visit = visit
         self._down = sites.down_projection
-        projection = sites.output_projection
-        self._out = projection.weight if projection and self._learnt.projected else None
+        self._out = sites.attention_weight
         self._residual = hidden
         self._met = self._others = 0
         self._joined: Tensor | None = None
@@ -255,11 +259,11 @@ class AdditionsMode(TorchFunctionMode):
         if addends(func, args, kwargs, self._residual):
             return self._add(func, list(args))
         if (parts := linear_operands(func, args, kwargs)) is not None:
-            if parts[1] is self._down:
+            if self._down is not None and same_memory(parts[1], self._down):
                 fed = self._visit.vectors("mlp.neurons", parts[0])
                 if fed is not parts[0]:
                     args = tuple(fed if value is parts[0] else value for value in args)
-            elif parts[1] is self._out:
+            elif self._out is not None and same_memory(parts[1], self._out):
                 return self._visit.vectors("attention.output", func(*args, **kwargs))
         return func(*args, **kwargs)
 
