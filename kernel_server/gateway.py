@@ -36,11 +36,13 @@ from kernel_server.protocol.errors import (
     NotSupported,
 )
 from kernel_server.transfers import OWNER_BYTES, Transfers
+from kernel_server.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
 CAPABILITIES = (
     "breakpoints", "conditions", "edits", "sticky_edits", "fork", "lens", "capture", "pause",
+    "vectors", "chat",
 )  # fmt: skip
 
 #: Longest prompt text accepted, characters; the context limits tokens later.
@@ -88,6 +90,7 @@ class Gateway:
         version: str,
         events: EventLog,
         *,
+        vectors: Vectors | None = None,
         debug: bool = False,
         jobs: int = JOBS_PER_OWNER,
         transfer_bytes: int = OWNER_BYTES,
@@ -99,6 +102,7 @@ class Gateway:
         self.transfers = Transfers(transfer_bytes)
         self.jobs = Jobs(jobs)
         self._pacer = pacer or Pacer()
+        self.vectors = Vectors() if vectors is None else vectors
         self.debug = debug
         self._served: Served | None = None
         self._failure: DjinnError | None = None
@@ -113,6 +117,7 @@ class Gateway:
         self._progress = (text, fraction)
 
     def ready(self, served: Served) -> None:
+        self.vectors.serve(served.model.name, _weights(served.model))
         self._served = served
 
     def failed(self, error: DjinnError) -> None:
@@ -172,6 +177,8 @@ class Gateway:
                 return m.TokenIds(token_ids=tuple(ids))
             case m.TokenTexts():
                 return m.Texts(texts=self._texts(served, request.token_ids, request.joined))
+            case m.StoreVector() | m.ListVectors() | m.ReadVector() | m.RemoveVector():
+                return self._vector(served, owner, request)
             case m.Launch():
                 request = self._launch(served, request)
             case m.SetBreakpoint():
@@ -262,6 +269,29 @@ class Gateway:
     def _transfer_row(self) -> tuple[str, int, str]:
         return ("transfers", self.transfers.bytes_open(), "tensors on their way to clients")
 
+    # -- named vectors --------------------------------------------------------------------
+
+    def _vector(self, served: Served, owner: str, request: Any) -> Any:
+        match request:
+            case m.StoreVector():
+                info = self.vectors.store(
+                    owner,
+                    request.name,
+                    request.value.numpy(),
+                    location=request.location,
+                    model=request.model or served.model.name,
+                    weights=request.weights or _weights(served.model),
+                    provenance=request.provenance,
+                    replace=request.replace,
+                )
+                return m.VectorReply(vector=info)
+            case m.ReadVector():
+                entry = self.vectors.read(owner, request.name)
+                return m.VectorReply(vector=entry.info, value=Array.from_numpy(entry.array))
+            case m.RemoveVector():
+                self.vectors.remove(owner, request.name)
+        return m.Vectors(vectors=self.vectors.listed(owner))
+
     # -- words ----------------------------------------------------------------------------
 
     def _words(self, served: Served, what: str, instead: str) -> Words:
@@ -347,6 +377,10 @@ class Gateway:
             edit = dataclasses.replace(edit, value=value, upload_id=None)
         edit = dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
         return dataclasses.replace(request, edit=edit)
+
+
+def _weights(model: m.ModelInfo) -> str:
+    return str(model.fingerprint.get("weights", ""))
 
 
 _STATE_REQUESTS = (

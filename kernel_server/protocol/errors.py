@@ -5,6 +5,7 @@ The branches say whose move it is::
     DjinnError
     ├── RequestError            you asked for something that cannot be; nothing was changed
     │   ├── UnknownLocation, UnknownSession, UnknownBreakpoint, UnknownEdit, UnknownTransfer
+    │   ├── UnknownVector, BrokenVector, WrongModel
     │   ├── BadCondition, BadEdit, BadSelector, BadPrompt, PromptTooLong, BadArgument, BadMessage
     │   ├── NotStopped, NotFinished, StaleStop, UndoRefused
     │   ├── NoTokenizer, NotSupported, UnsupportedModel, ModelNotFound, BrokenModel
@@ -84,6 +85,18 @@ class UnknownEdit(RequestError, LookupError):
 
 class UnknownTransfer(RequestError, LookupError):
     """The tensor transfer was finished, cancelled or never begun."""
+
+
+class UnknownVector(RequestError, LookupError):
+    """The owner keeps no named vector of this name."""
+
+
+class BrokenVector(RequestError, RuntimeError):
+    """The file of a named vector is torn or not one of ours."""
+
+
+class WrongModel(RequestError, ValueError):
+    """The named vector was made on another model than the one served."""
 
 
 class BadCondition(RequestError, ValueError):

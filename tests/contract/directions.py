@@ -40,6 +40,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.pacing": frozenset(),
     "kernel_server.jobs": frozenset({_PROTOCOL}),
     "kernel_server.config": frozenset({_PROTOCOL}),
+    "kernel_server.vectors": frozenset({_PROTOCOL}),
     "kernel_server.telemetry": frozenset({_PROTOCOL}),
     "kernel_server.version": frozenset(),
     "kernel_server.asking": frozenset({_PROTOCOL, "kernel_server.wire"}),
@@ -54,6 +55,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "kernel_server.loop",
             "kernel_server.pacing",
             "kernel_server.transfers",
+            "kernel_server.vectors",
         }
     ),
     "kernel_server.service": frozenset({_PROTOCOL, "kernel_server.pacing", "kernel_server.wire"}),

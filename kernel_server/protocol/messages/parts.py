@@ -245,6 +245,8 @@ class ModelInfo:
     sites: tuple[tuple[SiteLayout, ...], ...] = ()
     #: site -> why the load check switched it off, in some layers or all
     sites_off: dict[str, Any] = field(default_factory=dict)
+    #: most tokens of a prompt where less than `max_context`: attention masks bound it (Cache route)
+    max_prompt: int | None = None
 
 
 @message
@@ -277,14 +279,19 @@ class LogRecord:
 class VectorInfo:
     """A named vector that the server keeps: a direction, and how it was made.
 
-    provenance: plain values, such as the model's hash, the location, the prompts and the method.
+    provenance: plain values, such as the method, the prompts and the date.
     """
 
     name: str
     width: int
     norm: float
     location: str
+    #: the model it was made on, and the hash of that model's weights
+    model: str = ""
+    weights: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    #: what is wrong with its file; it can only be removed then
+    broken: str | None = None
 
 
 def error_info(error: BaseException, traceback: str | None = None) -> ErrorInfo:

@@ -16,7 +16,6 @@ from kernel_server.protocol.messages.parts import (
     BreakpointKind,
     ChatMessage,
     EditSpec,
-    PatchSource,
     Selector,
     When,
 )
@@ -317,14 +316,17 @@ class ReadRouter:
 
 @message
 class StoreVector:
-    """Keep a named vector on the server, for this owner; one of the same name is refused unless
-    `replace`."""
+    """Keep a named vector on the server, for this owner.
+
+    value: `[width]`, made on `model` with these `weights` (empty: the model served). One of the
+    same name is refused unless `replace`.
+    """
 
     name: str
-    value: Array | None = None
-    upload_id: str | None = None
-    source: PatchSource | None = None
-    location: str = ""
+    value: Array
+    location: str
+    model: str = ""
+    weights: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     replace: bool = False
 
