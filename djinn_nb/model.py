@@ -65,6 +65,12 @@ class Model:
         return self.info.max_context
 
     @property
+    def max_prompt(self) -> int:
+        """Most tokens of a prompt: fewer where attention keeps a mask of the whole prompt."""
+        limit = self.info.max_prompt
+        return self.max_context if limit is None else min(limit, self.max_context)
+
+    @property
     def num_parameters(self) -> int:
         return self.info.num_parameters
 

@@ -202,6 +202,7 @@ def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelI
         config=registry.describe_config(stock),
         modules=registry.module_tree(stock),
         load_check=ready.report.as_dict(),
+        max_prompt=ready.max_prompt,
     )
 
 
@@ -223,6 +224,7 @@ def _shape(info: ModelInfo, ready: Ready) -> ModelShape:
         num_pages=ready.cache.num_pages,
         page_bytes=pages.page_bytes,
         max_context=info.max_context,
+        max_prompt=info.max_prompt,
         eos_token_ids=info.eos_token_ids,
         prefill_chunk=ready.segments.prefill_chunk,
     )

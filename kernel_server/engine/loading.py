@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kernel_server.engine.attention import Calibration, PagedAttentionRoute
-from kernel_server.engine.cache_route import CacheCalibration, CacheRoute
+from kernel_server.engine.cache_route import CacheCalibration, CacheRoute, longest_prompt
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.models.resumable import ResumableModel
@@ -42,6 +42,13 @@ class Served:
     segments: Segments
     cache: KVCache
     report: LoadReport
+
+    @property
+    def max_prompt(self) -> int | None:
+        """Tokens of the longest prompt that masks leave room for; None where none are kept."""
+        if self.model.cache is None:
+            return None
+        return longest_prompt(self.model.pair_bytes)
 
 
 def serve(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kernel_server.models import weights
@@ -22,6 +23,9 @@ from kernel_server.protocol.errors import BadArgument, OutOfDeviceMemory
 
 #: The folder of the model that ships with the package.
 BUNDLED = Path(__file__).parent / "bundled" / "weights"
+
+#: Where configurations say how many positions there are; MPT's is the second.
+_CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len")
 
 _DTYPES = {
     "float32": torch.float32,
@@ -166,7 +170,19 @@ def eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
 
 def max_context(model: PreTrainedModel) -> int:
     """Tokens a session may have: what the configuration says, else a million."""
-    return int(getattr(text_config(model), "max_position_embeddings", None) or 1 << 20)
+    config = text_config(model)
+    named = [getattr(config, name, None) for name in _CONTEXT_FIELDS]
+    most = next((int(number) for number in named if number), 1 << 20)
+    for name, module in model.named_modules():
+        # Tables that count positions from behind a padding row have fewer than rows.
+        if (
+            isinstance(module, nn.Embedding)
+            and "position" in name
+            and module.padding_idx is not None
+            and module.num_embeddings <= most
+        ):
+            return module.num_embeddings - module.padding_idx - 1
+    return most
 
 
 def describe_config(model: PreTrainedModel) -> dict[str, Any]:

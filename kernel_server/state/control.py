@@ -82,6 +82,14 @@ class Control(Running):
                 prompt_tokens=len(prompt),
                 max_context=shape.max_context,
             )
+        if shape.max_prompt is not None and len(prompt) > shape.max_prompt:
+            raise PromptTooLong(
+                f"{len(prompt)} prompt tokens exceed the {shape.max_prompt} whose attention masks"
+                " have room: this model is served by the Cache route, which keeps a mask of all"
+                f" pairs of prompt tokens; shorten the prompt to at most {shape.max_prompt} tokens",
+                prompt_tokens=len(prompt),
+                max_prompt=shape.max_prompt,
+            )
         pages = shape.num_groups * shape.pages_for(len(prompt) + new - 1)
         if pages > shape.num_pages:
             raise PromptTooLong(

@@ -34,6 +34,8 @@ class ModelShape:
     num_pages: int
     page_bytes: int
     max_context: int
+    #: most tokens of a prompt where masks of the whole prompt bound it
+    max_prompt: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     #: tokens of a prompt that pass a layer together
     prefill_chunk: int = 512

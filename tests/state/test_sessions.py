@@ -120,6 +120,16 @@ def test_a_bad_launch_is_refused_and_changes_nothing(world: World, change, error
     assert snapshot(world.state) == before
 
 
+def test_a_prompt_longer_than_its_masks_have_room_for_is_refused_with_the_reason():
+    world = World(dataclasses.replace(SHAPE, max_prompt=8))
+
+    with pytest.raises(PromptTooLong, match=r"9 prompt tokens exceed the 8 .* Cache route") as told:
+        world.launch((1,) * 9)
+    world.launch((1,) * 8, max_new_tokens=20)
+
+    assert told.value.details == {"prompt_tokens": 9, "max_prompt": 8}
+
+
 def test_a_session_that_no_pool_could_hold_is_refused_with_both_numbers():
     world = World(dataclasses.replace(SHAPE, num_pages=8))
 
