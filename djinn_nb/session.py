@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from djinn_nb.checks import flag, shown, text_or_none, whole
+from djinn_nb.checks import flag, real, shown, text_or_none, whole
 from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.planned import Planned
@@ -263,17 +263,32 @@ class Session(Planned):
         found = self._arrived(info)
         return found if isinstance(found, Stopped) else None
 
-    def fork(self, seed: int | None = None, *, name: str | None = None) -> Session:
+    def fork(
+        self,
+        seed: int | None = None,
+        *,
+        name: str | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Session:
         """A copy of it as it stands; pages are shared until one of the two writes them.
 
-        seed: another seed for the copy's sampler. Raises NotStopped while it runs.
+        seed, temperature, top_p, max_new_tokens: for the copy, instead of this session's; the
+        tokens generated already count. Raises NotStopped while it runs, BadArgument, QuotaExceeded.
 
             child = session.fork(seed=7)
+            child = session.fork(seed=7, temperature=1.0, max_new_tokens=40)
         """
         message = m.Fork(
             session_id=self.id,
             seed=None if seed is None else whole(seed, "seed", least=0),
             name=text_or_none(name, "name"),
+            temperature=None if temperature is None else real(temperature, "temperature"),
+            top_p=None if top_p is None else real(top_p, "top_p"),
+            max_new_tokens=(
+                None if max_new_tokens is None else whole(max_new_tokens, "max_new_tokens")
+            ),
         )
         try:
             return Session(self.client, self.client.control(message))

@@ -72,32 +72,7 @@ class Control(Running):
             raise BadPrompt("the prompt is empty: give at least one token")
         if type(new) is not int or new < 1:
             raise BadArgument(f"max_new_tokens is {new!r}: give 1 or more")
-        if len(prompt) + new > shape.max_context:
-            left = shape.max_context - len(prompt)
-            ask = f", or ask for at most {left} new tokens" if left > 0 else ""
-            raise PromptTooLong(
-                f"{len(prompt)} prompt tokens and {new} new ones exceed the model's context of"
-                f" {shape.max_context}: shorten the prompt to at most"
-                f" {max(shape.max_context - new, 1)} tokens{ask}",
-                prompt_tokens=len(prompt),
-                max_context=shape.max_context,
-            )
-        if shape.max_prompt is not None and len(prompt) > shape.max_prompt:
-            raise PromptTooLong(
-                f"{len(prompt)} prompt tokens exceed the {shape.max_prompt} whose attention masks"
-                " have room: this model is served by the Cache route, which keeps a mask of all"
-                f" pairs of prompt tokens; shorten the prompt to at most {shape.max_prompt} tokens",
-                prompt_tokens=len(prompt),
-                max_prompt=shape.max_prompt,
-            )
-        pages = shape.num_groups * shape.pages_for(len(prompt) + new - 1)
-        if pages > shape.num_pages:
-            raise PromptTooLong(
-                f"{len(prompt)} prompt tokens and {new} new ones need {pages} pages, the whole pool"
-                f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
-                needed=pages,
-                total=shape.num_pages,
-            )
+        self._check_room(len(prompt), new)
         # after the length: what is too long anyway is not looked through while others wait
         for index, token in enumerate(prompt):
             if type(token) is not int or not 0 <= token < shape.vocab_size:
@@ -105,15 +80,45 @@ class Control(Running):
                     f"token id {token} at position {index} lies outside the vocabulary, 0 to"
                     f" {shape.vocab_size - 1}"
                 )
+        return prompt
+
+    def _check_room(self, num_prompt: int, new: int) -> None:
+        """Refuse a session that could not finish even alone on this server."""
+        shape = self.shape
+        if num_prompt + new > shape.max_context:
+            left = shape.max_context - num_prompt
+            ask = f", or ask for at most {left} new tokens" if left > 0 else ""
+            raise PromptTooLong(
+                f"{num_prompt} prompt tokens and {new} new ones exceed the model's context of"
+                f" {shape.max_context}: shorten the prompt to at most"
+                f" {max(shape.max_context - new, 1)} tokens{ask}",
+                prompt_tokens=num_prompt,
+                max_context=shape.max_context,
+            )
+        if shape.max_prompt is not None and num_prompt > shape.max_prompt:
+            raise PromptTooLong(
+                f"{num_prompt} prompt tokens exceed the {shape.max_prompt} whose attention masks"
+                " have room: this model is served by the Cache route, which keeps a mask of all"
+                f" pairs of prompt tokens; shorten the prompt to at most {shape.max_prompt} tokens",
+                prompt_tokens=num_prompt,
+                max_prompt=shape.max_prompt,
+            )
+        pages = shape.num_groups * shape.pages_for(num_prompt + new - 1)
+        if pages > shape.num_pages:
+            raise PromptTooLong(
+                f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, the whole pool"
+                f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
+                needed=pages,
+                total=shape.num_pages,
+            )
         most = self.pool.per_tenant
         if most is not None and pages > most:
             raise QuotaExceeded(
-                f"{len(prompt)} prompt tokens and {new} new ones need {pages} pages, one owner may"
+                f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, one owner may"
                 f" have {most}: ask for less, or start the server with more --kv-per-owner",
                 needed=pages,
                 limit=most,
             )
-        return prompt
 
     def _check_sampling(self, temperature: float, top_p: float) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
@@ -149,6 +154,7 @@ class Control(Running):
             place = parent.place(self.shape.num_layers)
             what = "pause it first" if parent.status == "running" else "it holds nothing to copy"
             raise NotStopped(f"session {parent.id} is {place}: {what}", status=parent.status)
+        temperature, top_p, max_new_tokens = self._fork_sampling(request, parent)
         self._check_seed(request.seed)
         self._check_name(request.name)
         self._check_quota(event.owner)
@@ -160,9 +166,9 @@ class Control(Running):
             parent=parent.id,
             tokens=list(parent.tokens),
             prompt=parent.prompt,
-            max_new_tokens=parent.max_new_tokens,
-            temperature=parent.temperature,
-            top_p=parent.top_p,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
             seed=parent.seed if request.seed is None else request.seed,
             tables=list(parent.tables),
             status=parent.status,
@@ -184,6 +190,28 @@ class Control(Running):
         self.emit(ForkTensors(parent_id=parent.id, child_id=child.id))
         self.publish(child, "launched")
         self.reply(event.request_id, m.SessionReply(session=self.info(child)))
+
+    def _fork_sampling(self, request: m.Fork, parent: Session) -> tuple[float, float, int]:
+        """Temperature, top-p and number of new tokens of a fork: the parent's, or those given."""
+        temperature = parent.temperature if request.temperature is None else request.temperature
+        top_p = parent.top_p if request.top_p is None else request.top_p
+        self._check_sampling(temperature, top_p)
+        new = request.max_new_tokens
+        if new is None:
+            return temperature, top_p, parent.max_new_tokens
+        done = len(parent.tokens) - len(parent.prompt)
+        if parent.status == "finished":
+            raise BadArgument(
+                f"session {parent.id} is finished after {done} tokens, and so is a fork of it:"
+                " leave max_new_tokens out, or fork where it is stopped"
+            )
+        if type(new) is not int or new <= done:
+            raise BadArgument(
+                f"max_new_tokens is {new!r}: session {parent.id} has generated {done} tokens"
+                f" already, give {done + 1} or more"
+            )
+        self._check_room(len(parent.prompt), new)
+        return temperature, top_p, new
 
     # -- moving -----------------------------------------------------------------------------
 

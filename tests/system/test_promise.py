@@ -35,7 +35,8 @@ SIGNATURES = {
     "Session.run_to": "(self, location, timeout=None)",
     "Session.pause": "(self)",
     "Session.wait": "(self, timeout=None)",
-    "Session.fork": "(self, seed=None, *, name=None)",
+    "Session.fork": "(self, seed=None, *, name=None, temperature=None, top_p=None,"
+    " max_new_tokens=None)",
     "Session.terminate": "(self)",
     "Session.story": "(self)",
     "Stopped.edit": "(self, *, scale=None, add=None, set=None, zero=False, alpha=1.0,"
