@@ -1,24 +1,20 @@
-"""Which edits are accepted: numbers, shapes and selections are judged before anything changes.
+"""Which edits are accepted: places, shapes and selections are judged before anything changes.
 
-A refusal says what was found, with numbers, and the way to do it. What an accepted edit does is
-decided in `edits`.
+A refusal says what was found, with numbers, and the way to do it. What a kind takes is decided in
+`edit_kinds`, what an accepted edit does in `edits`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from kernel_server.protocol.errors import BadEdit, BadMessage, BadSelector
+from kernel_server.protocol.errors import BadEdit, BadSelector
 from kernel_server.protocol.location import location_at
 from kernel_server.protocol.messages import EditSpec
+from kernel_server.state.edit_kinds import KINDS, check_arguments
 from kernel_server.state.edits import Edit, Standing
-from kernel_server.state.selectors import TokenSelector, resolve_elements
+from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.shape import ModelShape
-
-_KINDS = ("scale", "add", "set", "zero")
 
 
 def make_edit(
@@ -26,15 +22,19 @@ def make_edit(
 ) -> Edit:
     """The edit asked for, or `BadEdit` / `BadSelector` / `UnknownLocation` saying why not."""
     point = shape.point(spec.location)
-    _check_numbers(spec)
+    check_arguments(spec, shape.vocab_size)
+    if KINDS[spec.kind].of_next_token and point != shape.logits:
+        raise BadEdit(
+            f"{spec.kind} says what the next token is, so its place is the logits, not"
+            f" {location_at(point, shape.num_layers)}: leave location out, or say 'logits'"
+        )
     selector = TokenSelector(spec.tokens, stand.num_prompt_tokens)
-    layout = shape.layout(point, stand.end)
     edit = Edit(
         id=edit_id,
         spec=spec,
         point=point,
         selector=selector,
-        channels=resolve_elements(spec.heads, spec.channels, layout),
+        layout=shape.layout(point, 0),
         made_at_stop=stop_number,
         forward=stand.forward,
     )
@@ -43,41 +43,11 @@ def make_edit(
         _check_sticky(edit, stand, last_only)
     else:
         _check_once(edit, stand, last_only, shape.num_layers)
-    count = (layout[0] or 1) * layout[1] if edit.channels is None else len(edit.channels)
+    heads, width = shape.layout(point, stand.end)
+    elements = edit.elements(stand.end)
+    count = (heads or 1) * width if elements is None else len(elements)
     _check_value_shape(edit, stand, last_only, count)
     return edit
-
-
-def _check_numbers(spec: EditSpec) -> None:
-    kind = spec.kind
-    if kind not in _KINDS:
-        raise BadEdit(f"edit kind {kind!r} is not one of {', '.join(_KINDS)}")
-    if spec.upload_id is not None:
-        raise BadEdit(f"upload {spec.upload_id!r} of the edit's value has not arrived")
-    if (spec.factor is not None) != (kind == "scale"):
-        raise BadEdit(
-            "scale needs a factor" if kind == "scale" else f"{kind} takes no factor, scale does"
-        )
-    if (spec.value is not None) != (kind in ("add", "set")):
-        raise BadEdit(f"{kind} {'needs a' if kind in ('add', 'set') else 'takes no'} value")
-    if kind != "add" and spec.alpha != 1.0:
-        raise BadEdit(f"{kind} takes no alpha, add does")
-    for name, number in (("factor", spec.factor), ("alpha", spec.alpha)):
-        if number is not None and not math.isfinite(number):
-            raise BadEdit(f"{name} is {number}: give a finite number")
-    if spec.value is None:
-        return
-    try:
-        values = spec.value.numpy()
-    except (BadMessage, ValueError, TypeError) as error:
-        raise BadEdit(f"the edit's value cannot be read: {error}") from None
-    if values.ndim > 2 or values.size == 0:
-        raise BadEdit(
-            f"the value has shape {list(values.shape)}: give a scalar, a vector [channels] or"
-            " [tokens, channels]"
-        )
-    if bad := int(values.size - np.count_nonzero(np.isfinite(values))):
-        raise BadEdit(f"{bad} of {values.size} elements of the value are NaN or infinite")
 
 
 def _check_value_shape(edit: Edit, stand: Standing, last_only: bool, channels: int) -> None:
@@ -89,7 +59,12 @@ def _check_value_shape(edit: Edit, stand: Standing, last_only: bool, channels: i
             f"the value has shape {list(value.shape)}, and {channels} channels are selected: its"
             f" last dimension must be {channels}"
         )
-    if len(value.shape) == 1:
+    if edit.sticky and not edit.layout[1] and edit.spec.channels.kind != "indices":
+        raise BadEdit(
+            "every forward has one key more, so a sticky edit of the attention pattern takes one"
+            f" number, or channels listed one by one, not a value {list(value.shape)}"
+        )
+    if len(value.shape) == 1 or edit.spec.kind == "project_out":
         return
     if edit.sticky:
         raise BadEdit(
@@ -133,6 +108,11 @@ def _check_once(edit: Edit, stand: Standing, last_only: bool, num_layers: int) -
         raise BadEdit(
             f"logits are edited for the last token only: select token {stand.end - 1} (-1)"
         )
+    if edit.spec.kind == "swap" and len(positions) != 2:
+        raise BadEdit(
+            f"swap takes exactly two tokens, and {len(positions)} are selected"
+            f" ({_listed(positions)}): give two positions"
+        )
     edit.note = _note(edit, stand, positions, selected)
 
 
@@ -152,6 +132,8 @@ def _note(
                 f"{len(earlier)} more tokens selected were fed in earlier forwards and are not"
                 " changed"
             )
+    if edit.spec.kind == "mean" and len(positions) == 1:
+        notes.append("one token is selected, which is its own mean: nothing changes")
     return "; ".join(notes) or None
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from kernel_server.protocol.errors import UnknownEdit
 from kernel_server.protocol.location import Point, location_at
 from kernel_server.protocol.messages import EditInfo, EditSpec
+from kernel_server.state.edit_text import description
 from kernel_server.state.events import EditResult
 from kernel_server.state.instructions import EditPlan
-from kernel_server.state.selectors import TokenSelector, describe
+from kernel_server.state.selectors import TokenSelector, resolve_elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class Edit:
     spec: EditSpec
     point: Point
     selector: TokenSelector
-    channels: tuple[int, ...] | None
+    #: heads (None without) and channels of the tensor; no channels: as many as there are keys
+    layout: tuple[int | None, int]
     #: number of the stop at which it was made
     made_at_stop: int
     #: the first forward it may apply in; a once edit applies in no other
@@ -72,6 +74,12 @@ class Edit:
     norm_after: float | None = None
     forwards_matched: int = 0
     forwards_unmatched: int = 0
+    #: the same in every forward, unless channels are keys
+    _elements: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout[1]:
+            self._elements = resolve_elements(self.spec.heads, self.spec.channels, self.layout)
 
     @property
     def sticky(self) -> bool:
@@ -97,8 +105,16 @@ class Edit:
             point=self.point,
             spec=self.spec,
             rows=None if everything else tuple(p - first for p in positions),
-            channels=self.channels,
+            channels=self.elements(end),
         )
+
+    def elements(self, end: int) -> tuple[int, ...] | None:
+        """Elements of a token's vector that it changes in a forward of `end` tokens, heads
+        flattened; None for all."""
+        if self.layout[1]:
+            return self._elements
+        keys = (self.layout[0], end)
+        return resolve_elements(self.spec.heads, self.spec.channels, keys)
 
     def passed(self, forward: int, positions: tuple[int, ...], result: EditResult | None) -> None:
         """Note what it did in this forward; noting the same forward again replaces the figures."""
@@ -129,7 +145,7 @@ class Edit:
             id=self.id,
             kind=self.spec.kind,
             location=str(location_at(self.point, num_layers)),
-            description=_description(self, num_layers),
+            description=description(self, num_layers),
             sticky=self.sticky,
             enabled=self.enabled,
             forward=self.forward,
@@ -240,23 +256,3 @@ def at_stop(
     """Enabled edits that belong to the stop, with the positions each changes, in order."""
     placed = ((edit, positions_here(edit, stand, logits)) for edit in edits if edit.enabled)
     return [(edit, positions) for edit, positions in placed if positions]
-
-
-def _description(edit: Edit, num_layers: int) -> str:
-    spec = edit.spec
-    value = ""
-    if spec.value is not None:
-        scalar = not spec.value.shape
-        value = f" {float(spec.value.numpy()):g}" if scalar else f" value {list(spec.value.shape)}"
-    text = {
-        "scale": f"scale {spec.factor:g}" if spec.factor is not None else "scale",
-        "add": (f"add {spec.alpha:g} ×" if spec.alpha != 1.0 else "add") + value,
-        "set": f"set{value}",
-        "zero": "zero",
-    }[spec.kind]
-    text += f" at {location_at(edit.point, num_layers)}, tokens {edit.selector}"
-    if spec.heads.kind != "all":
-        text += f", heads {describe(spec.heads)}"
-    if spec.channels.kind != "all":
-        text += f", channels {describe(spec.channels)}"
-    return text + (", sticky" if spec.sticky else "")

@@ -22,6 +22,7 @@ from kernel_server.state.server_state import Limits
 from tests.state.world import LOGITS, World, snapshot
 
 HERE = "layers.2.output"
+NEXT = {"location": "logits"}
 
 
 def at(*indices: int) -> m.Selector:
@@ -460,6 +461,63 @@ def test_a_sticky_edit_that_matches_nothing_here_starts_at_the_next_forward(
             "2 of 3 elements",
         ),
         ({"kind": "zero", "upload_id": "u1"}, BadEdit, "has not arrived"),
+        ({"kind": "set", "vector": "joy"}, BadEdit, "vector 'joy' has not been looked up"),
+        ({"kind": "force", "token_texts": (" a",)}, BadEdit, "' a' has not been looked up"),
+        ({"kind": "clamp"}, BadEdit, "clamp needs a minimum or a maximum"),
+        ({"kind": "clamp", "minimum": 2.0, "maximum": 1.0}, BadEdit, "between 2 and 1 leaves no"),
+        ({"kind": "clamp", "maximum": float("nan")}, BadEdit, "maximum is nan"),
+        ({"kind": "scale", "factor": 2.0, "minimum": 1.0}, BadEdit, "takes no minimum, clamp does"),
+        ({"kind": "project_out"}, BadEdit, "project_out needs a value"),
+        ({"kind": "project_out", "value": vector()}, BadEdit, "not one number"),
+        ({"kind": "project_out", "value": vector(7)}, BadEdit, r"\[7\], and 8 channels"),
+        (
+            {"kind": "project_out", "value": Array.from_numpy(np.eye(8, dtype=np.float32)[:2] * 0)},
+            BadEdit,
+            "direction 0 of 2 is zero",
+        ),
+        ({"kind": "mean", "value": vector(8)}, BadEdit, "add, set and project_out do"),
+        ({"kind": "mean", "sticky": True}, BadEdit, "a decode feeds one token"),
+        ({"kind": "swap", "tokens": at(1, 2), "sticky": True}, BadEdit, "a decode feeds one token"),
+        (
+            {"kind": "swap", "tokens": at(0, 1, 2)},
+            BadEdit,
+            "exactly two tokens, and 3 are selected",
+        ),
+        ({"kind": "swap", "tokens": at(2)}, BadEdit, "exactly two tokens, and 1 are selected"),
+        ({"kind": "swap", "location": "logits"}, BadEdit, "exactly two tokens, and 1 are selected"),
+        ({"kind": "zero", "token_ids": (1,)}, BadEdit, "force, ban and replace do"),
+        ({"kind": "force"}, BadEdit, "force needs tokens"),
+        ({"kind": "force", "token_ids": (3,)}, BadEdit, "its place is the logits, not layers.2"),
+        ({**NEXT, "kind": "force", "token_ids": (3, 4)}, BadEdit, "one token, 2 are named"),
+        ({**NEXT, "kind": "force", "token_ids": (50,)}, BadEdit, "outside the vocabulary .0 to 49"),
+        ({**NEXT, "kind": "ban", "token_ids": ()}, BadEdit, "ban needs tokens"),
+        ({**NEXT, "kind": "ban", "token_ids": (-1,)}, BadEdit, "token id -1 lies outside"),
+        ({**NEXT, "kind": "ban", "token_ids": (*range(50), 3)}, BadEdit, "ban of all 50 tokens"),
+        ({**NEXT, "kind": "ban", "token_ids": (1,), "channels": at(1)}, BadEdit, "leave heads and"),
+        ({**NEXT, "kind": "replace", "token_ids": (1,)}, BadEdit, "two tokens.*1 are named"),
+        ({**NEXT, "kind": "replace", "token_ids": (1, 1)}, BadEdit, "both are 1"),
+        ({"heads": at(0)}, BadSelector, "no heads"),
+        ({"location": "layers.3.attention.heads", "heads": at(2)}, BadSelector, "head 2 lies"),
+        (
+            {
+                "location": "layers.3.attention.heads",
+                "kind": "set",
+                "value": vector(5),
+                "heads": at(1),
+            },
+            BadEdit,
+            r"\[5\], and 4 channels",
+        ),
+        (
+            {
+                "location": "layers.3.attention.pattern",
+                "kind": "add",
+                "value": vector(12),
+                "sticky": True,
+            },
+            BadEdit,
+            "every forward has one key more",
+        ),
         ({"tokens": at(6)}, BadEdit, r"token 6 is fed in forward 1; forward 0 feeds tokens 0 to 5"),
         ({"tokens": at(9)}, BadSelector, "token 9 lies outside the session: it has 6 tokens"),
         ({"tokens": at(-7)}, BadSelector, "token -7 lies outside"),
@@ -541,6 +599,79 @@ def test_logits_are_edited_for_the_last_token(world: World, stopped: str):
 )
 def test_values_of_every_fitting_shape_are_accepted(world: World, stopped: str, value, options):
     assert world.edit(stopped, kind="set", value=value, location=HERE, **options).edit
+
+
+# --- heads, keys and the next token -------------------------------------------------------------
+
+
+def test_heads_choose_the_channels_that_are_theirs(world: World, stopped: str):
+    world.edit(stopped, location="layers.3.attention.heads", heads=at(1))
+    world.edit(stopped, location="layers.3.attention.heads", heads=at(1, 0), channels=cut(0, 2))
+    world.go(stopped)
+
+    assert [plan.channels for plan in world.stretch.edits] == [(4, 5, 6, 7), (4, 5, 0, 1)]
+    world.work()
+
+
+def test_the_keys_of_a_pattern_are_counted_anew_in_every_forward(world: World, stopped: str):
+    world.edit(
+        stopped, location="layers.3.attention.pattern", heads=at(1), channels=at(-1), sticky=True
+    )
+    world.go(stopped)
+    found = []
+    while world.engine.stretch is not None:
+        found += [plan.channels for plan in world.stretch.edits]
+        world.done()
+
+    # head 1, last key: of 6 keys, then of 7, 8 and 9
+    assert found == [(11,), (13,), (15,), (17,)]
+
+
+def test_the_next_token_is_forced_in_every_forward_of_a_sticky_edit(world: World, stopped: str):
+    edit = world.edit(stopped, kind="force", token_ids=(7,), sticky=True, **NEXT).edit
+    assert edit is not None and edit.description == "force token 7 at logits, tokens all, sticky"
+    world.run(stopped)
+
+    assert world.edit_info(stopped).forwards_matched == 4
+
+
+def test_the_mean_of_one_token_says_that_nothing_changes(world: World, stopped: str):
+    edit = world.edit(stopped, kind="mean", location=HERE, tokens=at(-1)).edit
+
+    assert edit is not None and edit.note is not None and "its own mean" in edit.note
+
+
+SOURCE = m.PatchSource(session_id="s7", seen=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"kind": "scale", "factor": 0.9}, "scale 0.9"),
+        ({"kind": "add", "value": vector(8), "alpha": 4.0}, "add 4 × value [8]"),
+        ({"kind": "add", "value": vector(8), "vector": "joy"}, "add vector 'joy'"),
+        ({"kind": "set", "value": vector()}, "set 1"),
+        (
+            {"kind": "set", "value": vector(6, 8), "source": SOURCE},
+            "patch [6, 8] of session s7, stop 3",
+        ),
+        ({"kind": "clamp", "minimum": -1.0}, "clamp -1…"),
+        ({"kind": "clamp", "minimum": -1.0, "maximum": 0.5}, "clamp -1…0.5"),
+        ({"kind": "project_out", "value": vector(2, 8)}, "project_out value [2, 8]"),
+        ({"kind": "mean"}, "mean"),
+        ({**NEXT, "kind": "ban", "token_ids": (3, 4)}, "ban tokens 3, 4"),
+        ({**NEXT, "kind": "ban", "token_ids": tuple(range(10))}, "… 2 more"),
+        (
+            {**NEXT, "kind": "replace", "token_ids": (3, 4), "token_texts": (" a", " b")},
+            "replace ' a' by ' b'",
+        ),
+    ],
+)
+def test_an_edit_says_what_it_does(world: World, stopped: str, spec, words):
+    edit = world.edit(stopped, **{"location": HERE, **spec}).edit
+
+    assert edit is not None and words in edit.description
+    assert edit.description.endswith(f"at {edit.location}, tokens all")
 
 
 # --- forks ------------------------------------------------------------------------------------
