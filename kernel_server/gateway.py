@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -59,6 +59,11 @@ class Words(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def text(self, token_id: int) -> str: ...
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
@@ -303,10 +308,7 @@ class Gateway:
 
     def _encode(self, served: Served, text: str, add_special_tokens: bool) -> list[int]:
         words = self._words(served, "a text prompt", "give a list of token ids")
-        if len(text) > MAX_PROMPT_CHARACTERS:
-            raise BadPrompt(
-                f"the prompt has {len(text)} characters, more than {MAX_PROMPT_CHARACTERS}"
-            )
+        _check_length(len(text))
         with self._words_lock:
             return words.encode(text, add_special_tokens=add_special_tokens)
 
@@ -322,14 +324,33 @@ class Gateway:
             return tuple(served.words.text(i) for i in token_ids)
 
     def _launch(self, served: Served, request: m.Launch) -> m.Launch:
-        if (request.prompt is None) == (request.token_ids is None):
-            raise BadPrompt("give the prompt either as text or as token ids")
-        if request.prompt is None:
+        given = (request.prompt, request.token_ids, request.messages)
+        if sum(one is not None for one in given) != 1:
+            raise BadPrompt("give the prompt as a text, as token ids, or as chat messages")
+        if request.messages is not None:
+            ids = self._encode_chat(served, request.messages)
+        elif request.prompt is None:
             return request
-        if not request.prompt:
+        elif not request.prompt:
             raise BadPrompt("the prompt is empty: give at least one token")
-        ids = self._encode(served, request.prompt, request.add_special_tokens)
-        return dataclasses.replace(request, prompt=None, token_ids=tuple(ids))
+        else:
+            ids = self._encode(served, request.prompt, request.add_special_tokens)
+        return dataclasses.replace(request, prompt=None, messages=None, token_ids=tuple(ids))
+
+    def _encode_chat(self, served: Served, messages: Sequence[m.ChatMessage]) -> list[int]:
+        words = self._words(served, "a conversation", "give a list of token ids")
+        if not words.has_chat_template:
+            raise NotSupported(
+                f"{served.model.name} has no chat template, so a conversation has no form of its"
+                " own: write it as one text and launch that"
+            )
+        if not messages or not all(one.role for one in messages):
+            raise BadPrompt("messages are one or more turns, each with a role and its content")
+        _check_length(sum(len(one.role) + len(one.content) for one in messages))
+        with self._words_lock:
+            return words.encode_chat(
+                [{"role": one.role, "content": one.content} for one in messages]
+            )
 
     def _selector(self, served: Served, selector: m.Selector) -> m.Selector:
         """Fill in the token ids of a text selector."""
@@ -377,6 +398,13 @@ class Gateway:
             edit = dataclasses.replace(edit, value=value, upload_id=None)
         edit = dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
         return dataclasses.replace(request, edit=edit)
+
+
+def _check_length(characters: int) -> None:
+    if characters > MAX_PROMPT_CHARACTERS:
+        raise BadPrompt(
+            f"the prompt has {characters} characters, more than {MAX_PROMPT_CHARACTERS}"
+        )
 
 
 def _weights(model: m.ModelInfo) -> str:

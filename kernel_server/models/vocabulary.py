@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from kernel_server.protocol.errors import BadPrompt
 
 
 class Vocabulary:
@@ -35,6 +37,34 @@ class Vocabulary:
         """Token ids of a text, as the model's tokenizer makes them."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how a conversation is written for its model."""
+        return self.tokenizer is not None and bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's own template, ready for its next turn.
+
+        messages: each a `role` and `content`. One of the assistant at the end is gone on with
+        instead. Raises BadPrompt with what the template says of messages it cannot take.
+        """
+        unfinished = messages[-1]["role"] == "assistant"
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(one) for one in messages],
+                tokenize=False,
+                add_generation_prompt=not unfinished,
+                continue_final_message=unfinished,
+            )
+        # a template is a program of the model's maker, which raises what it likes
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise BadPrompt(
+                f"the model's chat template refuses these {len(messages)} messages: {reason}"
+            ) from error
+        # the template writes the special tokens itself
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids together, as a reader reads it: without special tokens."""

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kernel_server.models.vocabulary import Vocabulary
+from kernel_server.protocol.errors import BadPrompt
 
 
 def byte_level() -> PreTrainedTokenizerFast:
@@ -58,3 +59,48 @@ def test_ids_without_a_token_and_models_without_a_tokenizer_have_no_text() -> No
     assert Vocabulary(byte_level()).text(-1) == ""
     assert Vocabulary(None).text(3) == ""
     assert Vocabulary(None).ids(" to") == ()
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}"
+    "{{ raise_exception('only user and assistant speak here') }}{% endif %}"
+    "{{ '<s>' + m.role[0] + ' ' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>a' }}{% endif %}"
+)
+
+
+def chatting() -> Vocabulary:
+    tokenizer = byte_level()
+    tokenizer.chat_template = TEMPLATE
+    return Vocabulary(tokenizer)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def test_a_conversation_is_written_as_the_models_template_says() -> None:
+    words = byte_level().get_vocab()
+    ids = chatting().encode_chat([{"role": "assistant", "content": "b"}, user("a")])
+
+    assert chatting().has_chat_template
+    assert ids.count(words["<s>"]) == 3  # the template's own, and no other
+    assert ids[-2:] == [words["<s>"], words["a"]]
+
+
+def test_an_unfinished_turn_of_the_assistant_is_gone_on_with() -> None:
+    words = byte_level().get_vocab()
+    ids = chatting().encode_chat([user("a"), {"role": "assistant", "content": "b"}])
+
+    assert ids.count(words["<s>"]) == 2
+    assert ids[-1] == words["Ġb"]
+
+
+def test_what_the_template_refuses_is_a_bad_prompt_in_its_words() -> None:
+    with pytest.raises(BadPrompt, match="these 1 messages: only user and assistant speak here"):
+        chatting().encode_chat([{"role": "system", "content": "a"}])
+
+
+def test_a_tokenizer_without_a_template_says_so() -> None:
+    assert not Vocabulary(byte_level()).has_chat_template
+    assert not Vocabulary(None).has_chat_template
