@@ -1,10 +1,11 @@
 """The Cache route: for families whose attention does not go through transformers' interface.
 
 The family's own eager attention runs; what it takes for a `Cache` writes the chunk's keys and
-values to the session's pages and answers those of the whole forward, as long as its last chunk will
-see them, with zeros for what is still to come: the mask, made by the model's own preamble for all
-tokens at once and cut along its queries, hides them. So every shape follows from the positions
-alone. The mask is what bounds a prompt here. Which route a model takes is decided in `loading`.
+values to the session's pages and answers those of all tokens up to the chunk's end. The mask is
+made by the model's own preamble for all tokens at once and cut to the chunk along its queries and
+its keys: what a family sees is a prefill in chunks over a cache of its own, and every shape follows
+from the positions alone. The mask is what bounds a prompt here. Which route a model takes is
+decided in `loading`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -147,11 +147,11 @@ class CacheRoute:
         eager: bool,
         window: int | None,
     ) -> CacheWork:
-        """The attention of one forward over the pages of `tables`, `total` keys long at its end.
+        """The keys and values of one forward in the pages of `tables`.
 
         Sliding windows are in the mask: `window` is honoured by the configuration it is made from.
         """
-        return CacheWork(cache, tables, total)
+        return CacheWork(cache, tables)
 
     @contextlib.contextmanager
     def calibration(self, model_name: str, eager: bool) -> Iterator[CacheCalibration]:
@@ -172,14 +172,10 @@ def using(user: CacheUser) -> Iterator[None]:
 
 
 class CacheWork(PagedWork):
-    """Keys and values of one session's forward, layer by layer and chunk by chunk.
+    """Keys and values of one session's forward, layer by layer and chunk by chunk."""
 
-    total: keys after this forward; every chunk is answered with so many.
-    """
-
-    def __init__(self, cache: KVCache, tables: Sequence[Sequence[int]], total: int) -> None:
+    def __init__(self, cache: KVCache, tables: Sequence[Sequence[int]]) -> None:
         super().__init__(cache, tables, eager=True)
-        self.total = total
         self.keys_seen: int | None = None
 
     @contextlib.contextmanager
@@ -204,15 +200,12 @@ class CacheWork(PagedWork):
                 f"layer {self._layer} used its cache in a way the load check did not see (call"
                 f" {self._calls}, of layer {layer}, {key.shape[2]} of {end - begin} tokens)"
             )
-        self.keys_seen = self.total
+        self.keys_seen = end
         if self.visit is not None:
             key, value = offer_kept(self.visit, key, value)
         self._write(key, value)
         if begin > 0:
             key, value = self._read(0, end)
-        if end < self.total:
-            room = (0, 0, 0, self.total - end)
-            key, value = pad(key, room), pad(value, room)
         return key, value
 
     def attend(

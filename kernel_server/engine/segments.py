@@ -305,7 +305,9 @@ class Segments:
         if len(state.bounds) == 1:
             return recording.calls[index]
         begin, end = state.bounds[chunk]
-        return cut_call(recording, index, self.model.axes[index], begin, end)
+        return cut_call(
+            recording, index, self.model.axes[index], begin, end, keys=state.start + end
+        )
 
     # -- inside a layer ------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from kernel_server.models.recording import (
     AxesNotFound,
     Call,
     Recording,
+    call_axes,
     call_leaves,
     leaves,
     pair_bytes,
-    query_axes,
     same_call,
     same_value,
 )
@@ -115,7 +115,7 @@ def _learn_axes(model: ResumableModel, short: Recording) -> None:
     for index in range(model.num_layers):
         try:
             axes.append(
-                query_axes(
+                call_axes(
                     short.calls[index],
                     long.calls[index],
                     later.calls[index],
@@ -126,7 +126,7 @@ def _learn_axes(model: ResumableModel, short: Recording) -> None:
         except AxesNotFound as error:
             model.refuse(f"{error}, so long prompts cannot be cut into chunks", "layer arguments")
     model.axes = axes
-    model.pair_bytes = pair_bytes(short.calls, later.calls, axes, _LATER)
+    model.pair_bytes = pair_bytes(later.calls, axes)
 
 
 def _check_memory(model: ResumableModel, before: Recording) -> None:

@@ -1,8 +1,8 @@
 """What a recorded forward holds, and how its tensors are cut along the tokens. No model code here.
 
-The *preamble* of a forward (embedding, positions) is recorded once for all its tokens; which axis
-of each recorded tensor counts queries is learnt by comparing recordings of two lengths at two
-offsets. An axis that counts keys is left whole.
+The *preamble* of a forward (embedding, positions, masks) is recorded once for all its tokens; which
+axis of each recorded tensor counts queries, and which keys, is learnt by comparing recordings of
+two lengths at two offsets.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     embedding: Tensor | None = None
     preamble: dict[str, list[Any]] = field(default_factory=dict)
-    #: slices made so far, by (tensor, first token, axis): layers that share a tensor share them
-    cuts: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, repr=False)
+    #: slices made so far, by (tensor, first token, axes): layers that share a tensor share them
+    cuts: dict[tuple[int, int, int | None, int | None], Tensor] = field(
+        default_factory=dict, repr=False
+    )
 
     def forget_embedding(self) -> None:
         """Let go of what only the first layer and the norm of a single chunk need.
@@ -105,15 +107,26 @@ class AxesNotFound(Exception):
     """A recorded argument depends on the tokens in a way that cannot be cut into chunks."""
 
 
-def query_axes(
+@dataclass(frozen=True, slots=True)
+class CallAxes:
+    """Along which axes the arguments of a layer are cut, by leaf path.
+
+    queries: counts the forward's own tokens. keys: counts them and all before (masks, biases).
+    """
+
+    queries: dict[str, int]
+    keys: dict[str, int]
+
+
+def call_axes(
     short: Call, long: Call, later: Call, lengths: tuple[int, int], offset: int
-) -> dict[str, int]:
-    """Which axis of each tensor counts the forward's own tokens.
+) -> CallAxes:
+    """Which axis of each tensor counts the forward's own tokens, and which the keys.
 
     short, long: recorded at offset 0 with `lengths` tokens; later: the short length at `offset`.
-    Returns the axis by leaf path, only for tensors that have one. Raises AxesNotFound.
+    Tensors without such an axis are left out. Raises AxesNotFound.
     """
-    axes: dict[str, int] = {}
+    axes = CallAxes({}, {})
     first, second, third = call_leaves(short), call_leaves(long), call_leaves(later)
     if not first.keys() == second.keys() == third.keys():
         raise AxesNotFound("its layers take other arguments for longer prompts")
@@ -125,61 +138,51 @@ def query_axes(
             continue
         if not all(isinstance(other, Tensor) and other.dim() == value.dim() for other in others):
             raise AxesNotFound(f"the layer argument {path} changes its rank with the prompt")
-        grown = [a for a in range(value.dim()) if value.shape[a] != second[path].shape[a]]
-        own = [
-            axis
-            for axis in grown
-            if (value.shape[axis], second[path].shape[axis]) == lengths
-            and third[path].shape[axis] == lengths[0]
-        ]
-        # An axis of keys grows with the tokens before the forward too; it is left whole.
-        keys = [
-            axis
-            for axis in grown
-            if (value.shape[axis], second[path].shape[axis]) == lengths
-            and third[path].shape[axis] == lengths[0] + offset
-        ]
-        if len(own) > 1 or len(own) + len(keys) < len(grown):
+        sizes = list(zip(value.shape, *(other.shape for other in others), strict=True))
+        own = [axis for axis, size in enumerate(sizes) if size == (*lengths, lengths[0])]
+        keys = [axis for axis, size in enumerate(sizes) if size == (*lengths, lengths[0] + offset)]
+        grown = sum(size[0] != size[1] for size in sizes)
+        if len(own) > 1 or len(keys) > 1 or len(own) + len(keys) < grown:
             raise AxesNotFound(f"the layer argument {path} has no single axis of tokens")
         if own:
-            axes[path] = own[0]
+            axes.queries[path] = own[0]
+        if keys:
+            axes.keys[path] = keys[0]
     return axes
 
 
-def pair_bytes(
-    short: Sequence[Call], later: Sequence[Call], axes: Sequence[dict[str, int]], offset: int
-) -> float:
+def pair_bytes(calls: Sequence[Call], axes: Sequence[CallAxes]) -> float:
     """Bytes that calls hold for each pair of a query and a key: masks, and biases like them.
 
-    short, later: as many tokens at offset 0 and at `offset`. axes: of the tokens, by layer.
     A tensor that layers share counts once.
     """
     found: dict[int, float] = {}
-    for first, second, own in zip(short, later, axes, strict=True):
-        before = call_leaves(first)
-        for path, value in call_leaves(second).items():
-            if path not in own:
-                continue
-            for axis, size in enumerate(value.shape):
-                if size == before[path].shape[axis] + offset:
-                    found[id(value)] = value.nbytes / (size * value.shape[own[path]])
+    for call, own in zip(calls, axes, strict=True):
+        tensors = call_leaves(call)
+        for path in own.queries.keys() & own.keys.keys():
+            tensor = tensors[path]
+            pairs = tensor.shape[own.queries[path]] * tensor.shape[own.keys[path]]
+            found[id(tensor)] = tensor.nbytes / pairs
     return sum(found.values())
 
 
-def cut_call(recording: Recording, index: int, axes: dict[str, int], begin: int, end: int) -> Call:
-    """The call of layer `index` for the tokens [begin, end) of the forward.
+def cut_call(
+    recording: Recording, index: int, axes: CallAxes, begin: int, end: int, keys: int
+) -> Call:
+    """The call of layer `index` for the tokens [begin, end) of the forward, with `keys` keys.
 
     Layers that share a tensor share its slice.
     """
     call = recording.calls[index]
 
     def cut(path: str, tensor: Tensor) -> Tensor:
-        axis = axes.get(path)
-        if axis is None:
+        own, seen = axes.queries.get(path), axes.keys.get(path)
+        if own is None and seen is None:
             return tensor
-        key = (id(tensor), begin, axis)
+        key = (id(tensor), begin, own, seen)
         if key not in recording.cuts:
-            recording.cuts[key] = tensor.narrow(axis, begin, end - begin)
+            part = tensor if own is None else tensor.narrow(own, begin, end - begin)
+            recording.cuts[key] = part if seen is None else part.narrow(seen, 0, keys)
         return recording.cuts[key]
 
     rest, keywords = map_leaves(cut, (call.rest, call.keywords))

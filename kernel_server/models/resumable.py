@@ -32,7 +32,7 @@ from kernel_server.models.anatomy import (
     view,
 )
 from kernel_server.models.learning import learn
-from kernel_server.models.recording import Call, Recording
+from kernel_server.models.recording import Call, CallAxes, Recording
 from kernel_server.models.sites import AdditionsMode, LayerSites, SiteReached, Visit
 from kernel_server.protocol.errors import BadArgument, DjinnError, UnsupportedModel
 
@@ -223,8 +223,8 @@ class ResumableModel:
         self._stock_configs = _copies(configs_of(model))
         self._pass = _Pass()
         self._output_arity: list[int | None] = [None] * self.num_layers
-        #: axis of tokens of each layer argument, by layer and leaf path
-        self.axes: list[dict[str, int]] = []
+        #: axes of tokens and of keys of the layer arguments, by layer
+        self.axes: list[CallAxes] = []
         #: sites inside each layer, as learnt; the load check switches off what fails
         self.sites: list[LayerSites] = []
         #: bytes of a prompt's recorded arguments for each pair of a query and a key (masks)
