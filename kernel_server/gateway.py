@@ -189,8 +189,13 @@ class Gateway:
             case m.SetBreakpoint():
                 self._check_texts(served, request)
             case m.AddEdit():
-                request = self._edit(served, owner, request)
-            case m.ReadValue() | m.ReadLens():
+                request = dataclasses.replace(request, edit=self._edit(served, owner, request.edit))
+            case m.Preview():
+                edits = tuple(self._edit(served, owner, edit) for edit in request.edits)
+                request = dataclasses.replace(request, edits=edits)
+            case m.ReadAttribution():
+                request = self._attribution(served, request)
+            case m.ReadValue() | m.ReadLens() | m.ReadAttention() | m.ReadSites():
                 request = dataclasses.replace(
                     request, tokens=self._selector(served, request.tokens)
                 )
@@ -391,13 +396,23 @@ class Gateway:
                     f" judged by it{self._near(served, text)}"
                 )
 
-    def _edit(self, served: Served, owner: str, request: m.AddEdit) -> m.AddEdit:
-        edit = request.edit
+    def _attribution(self, served: Served, request: m.ReadAttribution) -> m.ReadAttribution:
+        """Fill in the id of a text; one text must be one token."""
+        if request.text is None or request.token_id is not None:
+            return request
+        ids = self._ids_of(served, request.text, "attribution by text", "give a token id")
+        if len(ids) != 1:
+            raise BadArgument(
+                f"{len(ids) or 'no'} tokens have the text {request.text!r}: name one token, by its"
+                f" id if need be{self._near(served, request.text) if not ids else ''}"
+            )
+        return dataclasses.replace(request, token_id=ids[0], text=None)
+
+    def _edit(self, served: Served, owner: str, edit: m.EditSpec) -> m.EditSpec:
         if edit.upload_id is not None:
             value = self.transfers.take(owner, edit.upload_id)
             edit = dataclasses.replace(edit, value=value, upload_id=None)
-        edit = dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
-        return dataclasses.replace(request, edit=edit)
+        return dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
 
 
 def _check_length(characters: int) -> None:
@@ -415,7 +430,7 @@ _STATE_REQUESTS = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
     m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit,
     m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
-    m.ReadStory,
+    m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
