@@ -351,6 +351,7 @@ class Calibration:
 
     layers: the keys and values of one token by layer, once each layer was called.
     windows: sliding window by layer, None without.
+    sinks: layers whose attention weights may sum to less than one.
     needs_eager: whether a layer caps its scores or has sinks, which SDPA would leave out.
     """
 
@@ -360,6 +361,7 @@ class Calibration:
         self.needs_eager = False
         self.layers: dict[int, LayerKV] = {}
         self.windows: dict[int, int | None] = {}
+        self.sinks: set[int] = set()
         self.visit: Visit | None = None
         self._layer = 0
         self._calls = 0
@@ -398,6 +400,8 @@ class Calibration:
             self._refuse(f"layer {layer} drops attention weights at random", "dropout")
         if options.get("softcap") is not None or options.get("s_aux") is not None:
             self.needs_eager = True
+        if options.get("s_aux") is not None:
+            self.sinks.add(layer)
         if (self.eager or self.needs_eager) and eager_function(module) is None:
             self._refuse(
                 f"layer {layer} caps its scores, has sinks or cannot use SDPA, and its family has"

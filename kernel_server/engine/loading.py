@@ -6,7 +6,9 @@ its pool. Reading weights is `models.registry`'s work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -19,6 +21,8 @@ from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
+from kernel_server.models.site_check import LayerRun
+from kernel_server.models.sites import SiteLayout
 from kernel_server.protocol.errors import (
     BadArgument,
     DjinnError,
@@ -42,6 +46,11 @@ class Served:
     segments: Segments
     cache: KVCache
     report: LoadReport
+
+    @property
+    def sites(self) -> tuple[tuple[SiteLayout, ...], ...]:
+        """Layer by layer, the sites inside it that work, with their heads and widths."""
+        return tuple(layer.supported for layer in self.model.sites)
 
     @property
     def max_prompt(self) -> int | None:
@@ -179,6 +188,42 @@ class CheckRunner:
             # the windows are in the masks, which the model makes
             with narrowed(self._model.model):
                 return self.run(prompt, feeds, chunk=chunk, stops=stops)
+        segments, tables = self._fresh(chunk, window)
+        traces, start = [], 0
+        for tokens in [list(prompt), *([token] for token in feeds)]:
+            traces.append(self._forward(segments, segments.begin(tokens, start), tables, stops))
+            start += len(tokens)
+        return traces
+
+    def layers(
+        self, prompt: Sequence[int], feed: int, *, chunk: int, window: int | None = None
+    ) -> Iterator[LayerRun]:
+        """Every layer of the prompt's forward and of one decode, to be visited."""
+        with contextlib.ExitStack() as stack:
+            if window is not None and self._model.cache is not None:
+                stack.enter_context(narrowed(self._model.model))
+                window = None
+            segments, tables = self._fresh(chunk, window)
+            start = 0
+            for number, tokens in enumerate((list(prompt), [feed])):
+                state = segments.begin(tokens, start)
+                segments.advance(state, 0, tables, _go_on)
+                for layer in range(segments.num_layers):
+                    after = state.fork()
+                    segments.advance(after, layer + 1, tables, _go_on)
+                    yield LayerRun(
+                        layer,
+                        number,
+                        start,
+                        state.residual,
+                        after.residual,
+                        functools.partial(segments.visit, state, tables),
+                    )
+                    # Once more as always: visits have left other keys and values in the pages.
+                    segments.advance(state, layer + 1, tables, _go_on)
+                start += len(tokens)
+
+    def _fresh(self, chunk: int, window: int | None) -> tuple[Segments, list[list[int]]]:
         cache = self._cache
         cache.poison(range(cache.num_pages))
         segments = Segments(self._model, cache, prefill_chunk=chunk)
@@ -186,12 +231,7 @@ class CheckRunner:
         self._half = 1 - self._half
         # Ids in falling order, so that neighbours in a table are no neighbours in the pool.
         free = list(range(self._half, cache.num_pages, 2))
-        tables = [[free.pop() for _ in range(self._pages)] for _ in range(self._groups)]
-        traces, start = [], 0
-        for tokens in [list(prompt), *([token] for token in feeds)]:
-            traces.append(self._forward(segments, segments.begin(tokens, start), tables, stops))
-            start += len(tokens)
-        return traces
+        return segments, [[free.pop() for _ in range(self._pages)] for _ in range(self._groups)]
 
     def _forward(
         self, segments: Segments, state: ForwardState, tables: list[list[int]], stops: bool
@@ -210,6 +250,10 @@ class CheckRunner:
                 state = state.fork()
                 state.drop_cache()
         return Trace(points, segments.logits(state))
+
+
+def _go_on(point: Point, state: ForwardState) -> bool:
+    return False
 
 
 def _default_bytes(device: torch.device) -> int:

@@ -93,13 +93,7 @@ class Segments:
         inner = _Inner(state.point, until, visits)
         for point in inner.waiting:
             self.layout(point, state)
-        work: PagedWork = self.model.route.work(
-            self.cache,
-            tables,
-            total=state.start + len(state.token_ids),
-            eager=self.model.eager,
-            window=self.window,
-        )
+        work = self._work(state, tables)
         with torch.inference_mode(), work.serving():
             if state.point == NOT_STARTED and len(state.bounds) == 1:
                 running = self._one_pass(state, until, work, on_point, inner)
@@ -110,6 +104,37 @@ class Segments:
             while running and state.point < until:
                 running = self._one_point(state, work, on_point, inner)
         return state.point
+
+    def visit(
+        self,
+        state: ForwardState,
+        tables: Sequence[Sequence[int]],
+        visits: Sequence[Visit | None],
+    ) -> list[Tensor | None]:
+        """Run the layer that `state` stands before, or in, for a visit of each chunk.
+
+        `state` stays where it is; pages of the layer are written as the visits leave keys and
+        values. None stands for a chunk that is left out, or one whose visit ended inside.
+        """
+        work = self._work(state, tables)
+        index = layer_of(state.point)
+        with torch.inference_mode(), work.serving():
+            return [
+                None
+                if visit is None
+                else self._visit(state, index, chunk, self._call(state, index, chunk), work, visit)
+                for chunk, visit in enumerate(visits)
+            ]
+
+    def _work(self, state: ForwardState, tables: Sequence[Sequence[int]]) -> PagedWork:
+        work: PagedWork = self.model.route.work(
+            self.cache,
+            tables,
+            total=state.start + len(state.token_ids),
+            eager=self.model.eager,
+            window=self.window,
+        )
+        return work
 
     def layout(self, point: Point, state: ForwardState | None = None) -> SiteLayout:
         """The channels at a point inside a layer.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from kernel_server.models.anatomy import configs_of
+from kernel_server.models.findings import Check
 from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.site_check import (
+    LayerRun,
+    SiteSupport,
+    StockValues,
+    check_sites,
+    site_support,
+)
 from kernel_server.protocol.errors import UnsupportedModel
 
 #: Prompt and chunk of the check: two whole chunks and a half.
@@ -63,30 +71,27 @@ class Runner(Protocol):
     ) -> list[Trace]:
         """One trace per forward. stops: stop at every point, and forget what can be recomputed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding: the worst value met, what was allowed, and where it was."""
-
-    name: str
-    value: float
-    tolerance: float
-    where: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.tolerance
+    def layers(
+        self, prompt: Sequence[int], feed: int, *, chunk: int, window: int | None = None
+    ) -> Iterable[LayerRun]:
+        """Every layer of the prompt's forward and of one decode, to be visited."""
 
 
 @dataclass(slots=True)
 class LoadReport:
-    """What the load check found; `notes` says what it could not reach."""
+    """What the load check found; `notes` says what it could not reach.
+
+    sites: by site inside the layers, where it works and why not elsewhere. site_checks: what was
+    found on the way; one that fails costs the model the site, not more.
+    """
 
     family: str
     dtype: str
     attention: str
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sites: dict[str, SiteSupport] = field(default_factory=dict)
+    site_checks: list[Check] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -99,17 +104,10 @@ class LoadReport:
             "family": self.family,
             "dtype": self.dtype,
             "attention": self.attention,
-            "checks": [
-                {
-                    "name": check.name,
-                    "value": check.value,
-                    "tolerance": check.tolerance,
-                    "where": check.where,
-                    "passed": check.passed,
-                }
-                for check in self.checks
-            ],
+            "checks": [check.as_dict() for check in self.checks],
             "notes": list(self.notes),
+            "sites": {site: support.as_dict() for site, support in self.sites.items()},
+            "site_checks": [check.as_dict() for check in self.site_checks],
         }
 
 
@@ -129,11 +127,15 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
     ids = model.sample_ids(PROMPT + DECODES)
     prompt, feeds = ids[:PROMPT], ids[PROMPT:]
     engine = runner.run(prompt, feeds, chunk=CHUNK)
-    _compare_with_stock(model, report, "", engine, prompt, feeds, None)
+    compared = _compare_with_stock(model, report, "", engine, prompt, feeds, None)
+    window = None
     bounded = [name for name in _WINDOW_FIELDS if getattr(model.config, name, None)]
     if bounded or any(windows):
-        narrow = runner.run(prompt, feeds, chunk=CHUNK, window=WINDOW)
-        _compare_with_stock(model, report, f" (window {WINDOW})", narrow, prompt, feeds, _narrow)
+        window = WINDOW
+        narrow = runner.run(prompt, feeds, chunk=CHUNK, window=window)
+        compared = _compare_with_stock(
+            model, report, f" (window {WINDOW})", narrow, prompt, feeds, _narrow
+        )
         widest = max([w for w in windows if w], default=0)
         if widest > PROMPT:
             report.notes.append(
@@ -154,6 +156,9 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
     for check in report.checks:
         if not check.passed:
             _refuse(model, check, report)
+    runs = runner.layers(prompt, feeds[0], chunk=CHUNK, window=window)
+    report.site_checks = check_sites(model, runs, compared.values, compared.tolerance)
+    report.sites = site_support(model.sites)
     return report
 
 
@@ -207,14 +212,16 @@ def _compare_with_stock(
     prompt: Sequence[int],
     feeds: Sequence[int],
     change: Callable[[PretrainedConfig], None] | None,
-) -> None:
+) -> _Compared:
     base = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
     low = model.dtype != torch.float32
     forced = engine if low and _has_experts(model) else None
-    stock, router = _run_stock(model, prompt, feeds, change, forced=forced)
+    ran = _run_stock(model, prompt, feeds, change, forced=forced)
+    stock, router = ran.traces, ran.tied
+    eager = _run_eager(model, prompt, feeds, change, forced)
     spread = 0.0
-    if low and forced is None and not model.eager:
-        spread = _own_spread(model, stock, prompt, feeds, change)
+    if low and forced is None and not model.eager and eager is not None:
+        spread = _own_spread(model, stock, eager.traces)
     tolerance = max(base, _OWN_SPREAD * spread)
     for part, indices in (("prefill", [0]), ("decode", range(1, len(stock)))):
         value, where = 0.0, ""
@@ -230,20 +237,37 @@ def _compare_with_stock(
             f"mixture of experts in {report.dtype}: every layer was compared on the engine's own"
             f" inputs{suffix}; {tied} choices of experts nearer than the tolerance left out"
         )
+    end = len(prompt) + len(feeds)
+    patterns = eager.patterns if eager is not None else []
+    patterns = patterns if len(patterns) == 1 + len(feeds) else []
+    return _Compared(StockValues(*_kept(ran.cache, model.num_layers), end, patterns), tolerance)
 
 
-def _own_spread(
+def _kept(cache: Any, num_layers: int) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Keys and values by layer as stock's cache holds them."""
+    layers = list(getattr(cache, "layers", []))[:num_layers]
+    layers += [None] * (num_layers - len(layers))
+    kinds = ("keys", "values")
+    keys, values = ([getattr(layer, kind, None) for layer in layers] for kind in kinds)
+    return keys, values
+
+
+def _run_eager(
     model: ResumableModel,
-    stock: list[Trace],
     prompt: Sequence[int],
     feeds: Sequence[int],
     change: Callable[[PretrainedConfig], None] | None,
-) -> float:
-    """What stock's eager attention and its SDPA differ by; 0 where a family's eager one fails."""
+    forced: list[Trace] | None,
+) -> _StockRun | None:
+    """The same by stock's eager attention, with its weights; None where a family's eager fails."""
     try:
-        other, _ = _run_stock(model, prompt, feeds, change, eager=True)
+        return _run_stock(model, prompt, feeds, change, eager=True, forced=forced)
     except (RuntimeError, ValueError, TypeError):
-        return 0.0
+        return None
+
+
+def _own_spread(model: ResumableModel, stock: list[Trace], other: list[Trace]) -> float:
+    """What stock's eager attention and its SDPA differ by."""
     spread = max(_worst(model, other[i], stock[i], [])[0] for i in range(len(stock)))
     return spread if math.isfinite(spread) else 0.0
 
@@ -283,6 +307,25 @@ def _differences(ours: Tensor, stock: Tensor) -> Tensor:
     return (left - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-12)
 
 
+@dataclass(slots=True)
+class _StockRun:
+    """Forwards by stock: their traces, its cache, and by forward and layer the tokens at which the
+    choice of experts was nearly a tie, and the attention weights where it was asked for them."""
+
+    traces: list[Trace]
+    cache: Any
+    tied: list[list[set[int]]]
+    patterns: list[list[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What the sites are compared with, and the tolerance that held for the points."""
+
+    values: StockValues
+    tolerance: float
+
+
 @torch.no_grad()
 def _run_stock(
     model: ResumableModel,
@@ -292,11 +335,11 @@ def _run_stock(
     *,
     eager: bool = False,
     forced: list[Trace] | None = None,
-) -> tuple[list[Trace], list[list[set[int]]]]:
+) -> _StockRun:
     """The same forwards by stock transformers with its own cache.
 
-    forced: each layer is given the engine's input instead of its own predecessor's output; then
-    also says, by forward and layer, at which tokens the choice of experts was nearly a tie.
+    eager: by its eager attention, which also gives the weights. forced: each layer is given the
+    engine's input instead of its own predecessor's output.
     """
     twin = model.stock(change)
     if eager:
@@ -331,6 +374,7 @@ def _run_stock(
 
     def ended(_: nn.Module, __: Any, output: Any) -> Any:
         now["points"].append(model.last_hidden_state(output)[0])
+        now["weights"] = getattr(output, "attentions", None) or ()
         if forced is None:
             return None
         return model.with_last_hidden_state(forced[now["forward"]].points[-1][None])
@@ -340,14 +384,18 @@ def _run_stock(
         layer.register_forward_hook(after(index))
     twin.get_submodule(model.entry_path).register_forward_hook(ended)
     cache = DynamicCache(config=twin.config)
-    traces, close = [], []
+    run = _StockRun([], cache, [], [])
+    asked = {"output_attentions": True} if eager else {}
     for number, tokens in enumerate([list(prompt), *([token] for token in feeds)]):
         now["points"], now["forward"] = [], number
         ids = torch.tensor([tokens], device=model.device)
-        output = twin(input_ids=ids, past_key_values=cache, use_cache=True)
-        traces.append(Trace(now["points"], output.logits[0, -1]))
-        close.append(gaps.take() if gaps is not None else [])
-    return traces, close
+        output = twin(input_ids=ids, past_key_values=cache, use_cache=True, **asked)
+        run.traces.append(Trace(now["points"], output.logits[0, -1]))
+        run.tied.append(gaps.take() if gaps is not None else [])
+        weights = now["weights"]
+        if len(weights) == len(layers) and all(isinstance(w, Tensor) for w in weights):
+            run.patterns.append(list(weights))
+    return run
 
 
 class _RouterGaps:
