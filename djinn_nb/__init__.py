@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from djinn_nb import metrics
+    from djinn_nb.alignment import Alignment, Pair, align
     from djinn_nb.connection import connect
     from djinn_nb.handles import Breakpoint, Edit
     from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
@@ -23,31 +25,42 @@ __version__ = "0.1.0"
 
 #: public name -> module that holds it
 _HOMES = {
+    "Alignment": "djinn_nb.alignment",
     "Breakpoint": "djinn_nb.handles",
     "DjinnError": "kernel_server.protocol.errors",
     "Edit": "djinn_nb.handles",
     "Finished": "djinn_nb.stopped",
+    "Pair": "djinn_nb.alignment",
     "Server": "djinn_nb.server",
     "Session": "djinn_nb.session",
     "Stopped": "djinn_nb.stopped",
+    "align": "djinn_nb.alignment",
     "connect": "djinn_nb.connection",
     "errors": "kernel_server.protocol",
     "load_ipython_extension": "djinn_nb.notebook",
+    "metrics": "djinn_nb",
     "unload_ipython_extension": "djinn_nb.notebook",
 }
 
+#: public names that are modules
+_MODULES = ("errors", "metrics")
+
 __all__ = [
+    "Alignment",
     "Breakpoint",
     "DjinnError",
     "Edit",
     "Finished",
+    "Pair",
     "Server",
     "Session",
     "Stopped",
     "__version__",
+    "align",
     "connect",
     "errors",
     "load_ipython_extension",
+    "metrics",
     "unload_ipython_extension",
 ]
 
@@ -57,8 +70,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'djinn_nb' has no attribute {name!r}")
-    module = importlib.import_module(f"{home}.errors" if name == "errors" else home)
-    value = module if name == "errors" else getattr(module, name)
+    if name in _MODULES:
+        value: Any = importlib.import_module(f"{home}.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 
