@@ -50,17 +50,27 @@ selectors = st.one_of(
         lambda ids: m.Selector(kind="text", text="a", token_ids=tuple(ids))
     ),
 )
+#: each kind with what it takes, and now and then something it does not
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "scale": {"factor": 2.0},
+    "add": {"value": Array.from_numpy(np.float32(1)), "alpha": 2.0},
+    "set": {"value": Array.from_numpy(np.float32(1))},
+    "zero": {},
+    "clamp": {"minimum": -1.0},
+    "project_out": {"value": Array.from_numpy(np.ones(8, np.float32))},
+    "mean": {},
+    "swap": {},
+    "force": {"token_ids": (3,)},
+    "ban": {"token_ids": (3, 4)},
+    "replace": {"token_ids": (3, 4)},
+}
 edits = st.builds(
-    lambda kind, sticky, **where: m.EditSpec(
-        kind=kind,
-        sticky=sticky,
-        factor=2.0 if kind == "scale" else None,
-        value=Array.from_numpy(np.float32(1)) if kind in ("add", "set") else None,
-        **where,
-    ),
-    kind=st.sampled_from(["scale", "add", "set", "zero"]),
+    lambda kind, others, **where: m.EditSpec(kind=kind, **ARGUMENTS[others or kind], **where),
+    kind=st.sampled_from(m.EDIT_KINDS),
+    others=st.sampled_from([None] * 9 + ["scale", "clamp", "ban"]),
     location=locations,
     tokens=selectors,
+    heads=st.sampled_from([m.ALL, m.ALL, m.Selector(kind="indices", indices=(1,))]),
     sticky=st.booleans(),
 )
 
@@ -89,7 +99,7 @@ class Clients(RuleBasedStateMachine):
 
     def pick(self, number: int, *wanted: str) -> tuple[str, str, int]:
         """A session with its owner and its stop number, of a wanted status where there is one."""
-        sessions = list(self.world.state.sessions.values())
+        sessions = [s for s in self.world.state.sessions.values() if not s.scratch]
         if number == 23 or not sessions:
             return "nobody", "ada", 0
         sessions = [s for s in sessions if s.status in wanted] or sessions
@@ -197,6 +207,25 @@ class Clients(RuleBasedStateMachine):
         self.send(kind(session_id=session_id, seen=seen, tokens=tokens), owner)
         self.send(m.ReadLogits(session_id=session_id), owner)
         self.send(m.ReadCapture(session_id=session_id), owner)
+
+    @rule(number=picks, edit=edits, here=st.booleans())
+    def preview(self, number: int, edit: m.EditSpec, here: bool) -> None:
+        session_id, owner, seen = self.pick(number, "stopped")
+        session = self.world.state.sessions.get(session_id)
+        if here and session is not None and session.stop is not None:
+            edit = dataclasses.replace(edit, location=session.stop.location)
+        self.send(m.Preview(session_id=session_id, seen=seen, edits=(edit,)), owner)
+
+    @rule(number=picks, location=locations, layer=st.integers(-1, 5))
+    def look_at_what_is_not_kept(self, number: int, location: str, layer: int) -> None:
+        session_id, owner, seen = self.pick(number, "stopped")
+        where = {"session_id": session_id, "seen": seen}
+        if number % 3 == 0:
+            self.send(m.ReadAttention(**where, layer=layer), owner)
+        elif number % 3 == 1:
+            self.send(m.ReadSites(**where, locations=(location, "final_norm")), owner)
+        else:
+            self.send(m.ReadAttribution(**where), owner)
 
     # -- engine -----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kernel_server.protocol import messages as m
-from tests.state.test_random import OWNERS, Clients
+from tests.state.test_random import ARGUMENTS, OWNERS, Clients
 
 STEPS = 400
 PLACES = ["embedding", "layers.0.output", "layers.2.output", "layers.4.output", "final_norm"]
@@ -104,11 +104,15 @@ class Walk:
         )
 
     def edit(self) -> m.EditSpec:
+        kind, location = self.one(["zero", "zero", *m.EDIT_KINDS]), self.one(PLACES)
+        if kind in ("force", "ban", "replace") and self.chance(0.8):
+            location = "logits"
         return m.EditSpec(
-            kind="zero",
-            location=self.one(PLACES),
+            kind=kind,
+            location=location,
             tokens=self.selector(),
             sticky=self.chance(0.5),
+            **ARGUMENTS[kind],
         )
 
 
