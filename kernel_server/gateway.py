@@ -27,6 +27,7 @@ from kernel_server.protocol.conditions import parse_condition
 from kernel_server.protocol.errors import (
     BadArgument,
     BadCondition,
+    BadEdit,
     BadMessage,
     BadPrompt,
     BadSelector,
@@ -412,7 +413,18 @@ class Gateway:
         if edit.upload_id is not None:
             value = self.transfers.take(owner, edit.upload_id)
             edit = dataclasses.replace(edit, value=value, upload_id=None)
+        if edit.vector is not None:
+            edit = self._with_vector(owner, edit, edit.vector)
         return dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
+
+    def _with_vector(self, owner: str, edit: m.EditSpec, name: str) -> m.EditSpec:
+        """The edit with the numbers of a named vector; its name stays, to be shown."""
+        if edit.value is not None:
+            raise BadEdit("an edit takes a value or a named vector, not both")
+        entry = self.vectors.get(owner, name, inexact=edit.inexact)
+        foreign = self.vectors.is_foreign(entry.info)
+        label = f"{name} (of {entry.info.model or 'another model'})" if foreign else name
+        return dataclasses.replace(edit, value=Array.from_numpy(entry.array), vector=label)
 
 
 def _check_length(characters: int) -> None:

@@ -93,6 +93,10 @@ class Vectors:
             require_same_model(entry.info, *self._served)
         return entry
 
+    def is_foreign(self, info: VectorInfo) -> bool:
+        """Whether a vector was made on other weights than those served."""
+        return self._served is not None and info.weights != self._served[1]
+
     def read(self, owner: str, name: str) -> VectorEntry:
         """A vector to be looked at, whatever model it was made on."""
         check_name(name)

@@ -100,6 +100,8 @@ class EditSpec:
     value: Array | None = None
     upload_id: str | None = None
     vector: str | None = None
+    #: take a named vector that was made on another model
+    inexact: bool = False
     source: PatchSource | None = None
     token_ids: tuple[int, ...] = ()
     #: instead of `token_ids`; the server resolves them
