@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from kernel_server.edit_values import with_value
 from kernel_server.event_log import EventLog
 from kernel_server.jobs import JOBS_PER_OWNER, Jobs
 from kernel_server.loop import Loop
@@ -410,21 +411,37 @@ class Gateway:
         return dataclasses.replace(request, token_id=ids[0], text=None)
 
     def _edit(self, served: Served, owner: str, edit: m.EditSpec) -> m.EditSpec:
-        if edit.upload_id is not None:
-            value = self.transfers.take(owner, edit.upload_id)
-            edit = dataclasses.replace(edit, value=value, upload_id=None)
-        if edit.vector is not None:
-            edit = self._with_vector(owner, edit, edit.vector)
-        return dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
+        """The edit in numbers: of texts, uploads, named vectors and values at other stops."""
+        if edit.source is not None:
+            tokens = self._selector(served, edit.source.tokens)
+            source = dataclasses.replace(edit.source, tokens=tokens)
+            edit = dataclasses.replace(edit, source=source)
+        if edit.token_texts:
+            edit = dataclasses.replace(edit, token_ids=self._ids_of_edit(served, edit))
+        edit = dataclasses.replace(edit, tokens=self._selector(served, edit.tokens))
+        return with_value(
+            edit, owner, loop=served.loop, transfers=self.transfers, vectors=self.vectors
+        )
 
-    def _with_vector(self, owner: str, edit: m.EditSpec, name: str) -> m.EditSpec:
-        """The edit with the numbers of a named vector; its name stays, to be shown."""
-        if edit.value is not None:
-            raise BadEdit("an edit takes a value or a named vector, not both")
-        entry = self.vectors.get(owner, name, inexact=edit.inexact)
-        foreign = self.vectors.is_foreign(entry.info)
-        label = f"{name} (of {entry.info.model or 'another model'})" if foreign else name
-        return dataclasses.replace(edit, value=Array.from_numpy(entry.array), vector=label)
+    def _ids_of_edit(self, served: Served, edit: m.EditSpec) -> tuple[int, ...]:
+        """Ids of the tokens that an edit of the next token names by their texts."""
+        if edit.token_ids:
+            raise BadEdit("the tokens are named by ids and by texts: give one of them")
+        found: list[int] = []
+        for text in edit.token_texts:
+            ids = self._ids_of(served, text, f"{edit.kind} by a token's text", "give its id")
+            if not ids:
+                raise BadEdit(
+                    f"no token of this model has the text {text!r}{self._near(served, text)}"
+                )
+            if len(ids) > 1 and edit.kind != "ban":
+                listed = ", ".join(map(str, ids[:8]))
+                raise BadEdit(
+                    f"{len(ids)} tokens have the text {text!r}, and {edit.kind} takes one: give"
+                    f" the id of one of them ({listed})"
+                )
+            found += ids
+        return tuple(found)
 
 
 def _check_length(characters: int) -> None:

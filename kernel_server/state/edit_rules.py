@@ -54,9 +54,14 @@ def _check_value_shape(edit: Edit, stand: Standing, last_only: bool, channels: i
     value = edit.spec.value
     if value is None or not value.shape:
         return
+    name = "the value"
+    if edit.spec.vector is not None:
+        name = f"vector {edit.spec.vector!r}"
+    elif edit.spec.source is not None:
+        name = "the patch"
     if value.shape[-1] != channels:
         raise BadEdit(
-            f"the value has shape {list(value.shape)}, and {channels} channels are selected: its"
+            f"{name} has shape {list(value.shape)}, and {channels} channels are selected: its"
             f" last dimension must be {channels}"
         )
     if edit.sticky and not edit.layout[1] and edit.spec.channels.kind != "indices":
@@ -74,8 +79,9 @@ def _check_value_shape(edit: Edit, stand: Standing, last_only: bool, channels: i
     tokens = len(edit.positions_in(stand, last_only))
     if value.shape[0] != tokens:
         raise BadEdit(
-            f"the value has shape {list(value.shape)}, and {tokens} tokens are selected: it must"
-            f" be [{tokens}, {channels}] or [{channels}]"
+            f"{name} has shape {list(value.shape)}, and {tokens} tokens are selected: it must"
+            f" be [{tokens}, {channels}]"
+            + (f" or [{channels}]" if edit.spec.source is None else "")
         )
 
 

@@ -47,9 +47,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.loop": frozenset(
         {_PROTOCOL, "kernel_server.state", "kernel_server.engine", "kernel_server.event_log"}
     ),
+    "kernel_server.edit_values": frozenset(
+        {_PROTOCOL, "kernel_server.loop", "kernel_server.transfers", "kernel_server.vectors"}
+    ),
     "kernel_server.gateway": frozenset(
         {
             _PROTOCOL,
+            "kernel_server.edit_values",
             "kernel_server.event_log",
             "kernel_server.jobs",
             "kernel_server.loop",
