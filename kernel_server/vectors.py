@@ -8,8 +8,6 @@ by whoever asks for it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -25,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
+from kernel_server.protocol import vector_file
 from kernel_server.protocol.errors import (
     BadArgument,
     BrokenVector,
@@ -33,16 +32,10 @@ from kernel_server.protocol.errors import (
     WrongModel,
 )
 from kernel_server.protocol.messages import VectorInfo
+from kernel_server.protocol.vector_file import MAX_WIDTH
 
-#: Elements of the longest vector: as many as fit into one piece of a transfer.
-MAX_WIDTH = 1 << 18
-#: Longest provenance of one vector, bytes of JSON.
-MAX_PROVENANCE_BYTES = 256 << 10
-#: A larger file is none of ours.
-_MAX_FILE_BYTES = MAX_WIDTH * 4 + 2 * MAX_PROVENANCE_BYTES
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 _.-]{0,98}[A-Za-z0-9_-])?")
 _SUFFIX = ".safetensors"
-_TENSOR = "vector"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +163,7 @@ class Vectors:
         info = VectorInfo(
             name=name,
             width=len(array),
-            norm=float(np.linalg.norm(array.astype(np.float64))),
+            norm=vector_file.norm_of(array),
             location=location,
             model=model,
             weights=weights,
@@ -295,32 +288,12 @@ def _checked(name: str, value: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 def _file_content(info: VectorInfo, array: npt.NDArray[np.float32]) -> bytes:
     from safetensors.numpy import save
 
-    told = {
-        "name": info.name,
-        "location": info.location,
-        "model": info.model,
-        "weights": info.weights,
-        "provenance": info.provenance,
-    }
     try:
-        words = json.dumps(told, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise BadArgument(
-            f"the provenance of {info.name!r} holds what JSON cannot ({error}): give plain texts,"
-            " numbers and lists"
-        ) from None
-    if len(words) > MAX_PROVENANCE_BYTES:
-        raise BadArgument(
-            f"the provenance of {info.name!r} has {len(words)} bytes, more than"
-            f" {MAX_PROVENANCE_BYTES}: keep a hash of the prompts instead"
-        )
-    metadata = {"djinn": words, "sha256": _checksum(words, array)}
-    content: bytes = save({_TENSOR: array}, metadata=metadata)
+        metadata = vector_file.metadata_of(info, array)
+    except ValueError as error:
+        raise BadArgument(str(error)) from None
+    content: bytes = save({vector_file.TENSOR: array}, metadata=metadata)
     return content
-
-
-def _checksum(words: str, array: npt.NDArray[np.float32]) -> str:
-    return hashlib.sha256(words.encode() + array.astype("<f4").tobytes()).hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -359,29 +332,12 @@ def _read_file(path: Path, name: str) -> VectorEntry:
     from safetensors.numpy import load
 
     with path.open("rb") as file:
-        content = file.read(_MAX_FILE_BYTES + 1)
+        content = file.read(vector_file.MAX_FILE_BYTES + 1)
     try:
-        if len(content) > _MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {_MAX_FILE_BYTES} bytes")
-        array = load(content)[_TENSOR]
-        # the library reads a header's own words from files only
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        words = metadata["djinn"]
-        if array.dtype != np.float32 or array.ndim != 1:
-            raise ValueError(f"it holds {array.dtype} {list(array.shape)}")
-        if _checksum(words, array) != metadata["sha256"]:
-            raise ValueError("its checksum does not fit")
-        told = json.loads(words)
-        info = VectorInfo(
-            name=name,
-            width=len(array),
-            norm=float(np.linalg.norm(array.astype(np.float64))),
-            location=str(told["location"]),
-            model=str(told["model"]),
-            weights=str(told["weights"]),
-            provenance=dict(told["provenance"]),
-        )
+        if len(content) > vector_file.MAX_FILE_BYTES:
+            raise ValueError(f"it has more than {vector_file.MAX_FILE_BYTES} bytes")
+        array = load(content)[vector_file.TENSOR]
+        info = vector_file.info_of(name, vector_file.header_of(content), array)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BrokenVector(
             f"the file of vector {name!r} is torn or not one of ours ({error}): remove it and make"
