@@ -43,8 +43,8 @@ from kernel_server.vectors import Vectors
 log = logging.getLogger(__name__)
 
 CAPABILITIES = (
-    "breakpoints", "conditions", "edits", "sticky_edits", "fork", "lens", "capture", "pause",
-    "vectors", "chat",
+    "breakpoints", "conditions", "data_breakpoints", "logpoints", "edits", "sticky_edits", "fork",
+    "lens", "capture", "pause", "vectors", "chat",
 )  # fmt: skip
 
 #: Longest prompt text accepted, characters; the context limits tokens later.
@@ -189,7 +189,7 @@ class Gateway:
             case m.Launch():
                 request = self._launch(served, request)
             case m.SetBreakpoint():
-                self._check_texts(served, request)
+                request = self._breakpoint(served, owner, request)
             case m.AddEdit():
                 request = dataclasses.replace(request, edit=self._edit(served, owner, request.edit))
             case m.Preview():
@@ -386,17 +386,36 @@ class Gateway:
         near = same or difflib.get_close_matches(text, texts[:50_000], n=1, cutoff=0.7)
         return f"; did you mean {near[0]!r}?" if near else ""
 
-    def _check_texts(self, served: Served, request: m.SetBreakpoint) -> None:
-        """A condition on a text no token has would never hold, so it is refused now."""
+    def _breakpoint(self, served: Served, owner: str, request: m.SetBreakpoint) -> m.SetBreakpoint:
+        """Fill in what the texts of a condition stand for. A text that no token has would never
+        hold, so it is refused now."""
+        request = dataclasses.replace(
+            request, tokens=self._selector(served, request.tokens), text_ids=(), vectors=()
+        )
         if request.condition is None:
-            return
-        for text in parse_condition(request.condition).token_texts:
+            return request
+        condition = parse_condition(request.condition)
+        if "top_token" in condition.names:
+            self._words(served, "a condition on top_token", "use entropy or top_token_changed")
+        ids: dict[str, tuple[int, ...]] = {}
+        for text in (*condition.token_texts, *condition.prob_texts):
             what = "a condition on the text of a token"
-            if not self._ids_of(served, text, what, "compare token_id with a number"):
+            ids[text] = self._ids_of(served, text, what, "compare token_id with a number")
+            if not ids[text]:
                 raise BadCondition(
                     f"no token of this model has the text {text!r}, so the condition cannot be"
                     f" judged by it{self._near(served, text)}"
                 )
+        found = [(name, self.vectors.get(owner, name).array) for name in condition.vectors]
+        return dataclasses.replace(
+            request,
+            text_ids=tuple(
+                m.TextIds(text=text, token_ids=ids[text]) for text in condition.prob_texts
+            ),
+            vectors=tuple(
+                m.NamedArray(name=name, value=Array.from_numpy(array)) for name, array in found
+            ),
+        )
 
     def _attribution(self, served: Served, request: m.ReadAttribution) -> m.ReadAttribution:
         """Fill in the id of a text; one text must be one token."""
@@ -459,11 +478,12 @@ _STATE_REQUESTS = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
     m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit,
     m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
-    m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter,
+    m.ReadLog, m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites,
+    m.ReadRouter,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
 #: others are jobs.
 _WAITING = (m.Initialize, m.PollEvents, m.Pause)
 #: Requests that the engine carries out between two layers.
-_ENGINE_READS = (m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits)
+_ENGINE_READS = (m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog)

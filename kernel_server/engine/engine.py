@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from kernel_server.engine import reads
+from kernel_server.engine.checks import evaluate_checks
 from kernel_server.engine.held import SessionTensors
 from kernel_server.engine.kv_cache import KVCache
+from kernel_server.engine.lens_values import Lens
+from kernel_server.engine.logs import StretchLogs
 from kernel_server.engine.sampler import sample
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.engine.tensor_edits import apply_edits
-from kernel_server.engine.variables import evaluate_checks
 from kernel_server.protocol.errors import (
     DjinnError,
     OutOfDeviceMemory,
@@ -42,6 +44,7 @@ from kernel_server.state.events import (
     EditResult,
     EditsApplied,
     EditsFailed,
+    LogResult,
     StateEvent,
     StretchAdvanced,
     StretchDone,
@@ -50,6 +53,7 @@ from kernel_server.state.events import (
 from kernel_server.state.instructions import (
     ApplyEdits,
     Check,
+    DropLog,
     DropTensors,
     EditPlan,
     ForkTensors,
@@ -160,6 +164,9 @@ class Engine:
                     self._sessions[errand.child_id] = parent.fork()
             case DropTensors():
                 self._sessions.pop(errand.session_id, None)
+            case DropLog():
+                if errand.session_id in self._sessions:
+                    self._sessions[errand.session_id].logs.pop(errand.breakpoint_id, None)
             case PoisonPages():
                 self.cache.poison(errand.pages)
             case _:
@@ -173,12 +180,16 @@ class Engine:
         try:
             done = run.go()
         except Exception as error:
-            self._post(self._failure(stretch, held, error))
+            self._post(self._failure(stretch, held, error, run.logs.finish()))
             return
         self._post(done)
 
     def _failure(
-        self, stretch: RunStretch, held: SessionTensors, error: Exception
+        self,
+        stretch: RunStretch,
+        held: SessionTensors,
+        error: Exception,
+        logs: tuple[LogResult, ...],
     ) -> StretchFailed:
         point = held.forward.point if held.forward is not None else NOT_STARTED
         fatal = False
@@ -197,7 +208,11 @@ class Engine:
             fatal = True
         trace = traceback.format_exc() if self._debug else None
         return StretchFailed(
-            session_id=stretch.session_id, point=point, error=error_info(error, trace), fatal=fatal
+            session_id=stretch.session_id,
+            point=point,
+            error=error_info(error, trace),
+            fatal=fatal,
+            logs=logs,
         )
 
     # -- errands --------------------------------------------------------------------------------
@@ -218,6 +233,7 @@ class Engine:
             unedited = held.unedited(self.segments.value(forward))
             value, results = edited(forward, unedited, errand.edits)
             self.segments.set_value(forward, value)
+            held.edited(forward.point, value)
             held.note_value(forward, self.num_layers)
         except Exception as error:
             self._post(
@@ -256,7 +272,17 @@ class _Stretch:
         self.engine = engine
         self.stretch = stretch
         self.held = held
-        self.checks = _by_point(stretch.checks)
+        # a logpoint's condition is judged with the others there
+        conditions = [plan.check for plan in stretch.logs if plan.check is not None]
+        self.checks = _by_point([*stretch.checks, *conditions])
+        self.lens = Lens(engine.segments, held.lens_before)
+        self.logs = StretchLogs(
+            held.logs,
+            stretch.logs,
+            stretch.log_room_bytes,
+            forward=stretch.forward,
+            num_layers=engine.num_layers,
+        )
         self.edits = _by_point(stretch.edits)
         self.results: list[EditResult] = []
         self.told_at = time.monotonic()
@@ -269,6 +295,7 @@ class _Stretch:
             engine.cache.copy_page(source, target)
         if stretch.point == NOT_STARTED:
             held.begin(engine.segments.begin(stretch.token_ids, stretch.first_token))
+            self.lens = Lens(engine.segments, held.lens_before)
         forward = held.standing()
         if forward.point != stretch.point:
             raise RuntimeError(
@@ -290,6 +317,7 @@ class _Stretch:
             point=point,
             held=self.hits,
             edits=tuple(self.results),
+            logs=self.logs.finish(),
             token=token,
             layers_run=layers_executed(point, engine.num_layers)
             - layers_executed(before, engine.num_layers),
@@ -303,14 +331,21 @@ class _Stretch:
         if time.monotonic() - self.told_at > PROGRESS_S:
             self._tell(point)
         held.arrive()
-        if plans := self.edits.get(point):
-            self._edit(forward, plans)
+        if edits := self.edits.get(point):
+            self._edit(forward, edits)
         held.note_value(forward, engine.num_layers)
+        found: dict[int, tuple[int, ...]] = {}
         if checks := self.checks.get(point):
-            self.hits = self._judge(point, forward, checks)
+            found = self._judge(forward, checks)
+        full = False
+        if plans := self.logs.plans(point):
+            full = self.logs.note(forward, engine.segments.value(forward), found)
+            for plan in plans:
+                found.pop(plan.breakpoint_id, None)
+        self.hits = found
         # an interrupt sent for an earlier stretch of this session was cleared when this one came
         interrupted = engine._interrupted == self.stretch.session_id or engine._closing
-        self.halted = bool(self.hits) or interrupted
+        self.halted = bool(self.hits) or full or interrupted
         return self.halted
 
     def _tell(self, point: Point) -> None:
@@ -325,17 +360,21 @@ class _Stretch:
         segments.set_value(forward, after)
         self.results += results
 
-    def _judge(
-        self, point: Point, forward: ForwardState, checks: Sequence[Check]
-    ) -> dict[int, tuple[int, ...]]:
-        return evaluate_checks(
+    def _judge(self, forward: ForwardState, checks: Sequence[Check]) -> dict[int, tuple[int, ...]]:
+        self.lens.stand(forward)
+        held = evaluate_checks(
             checks,
             self.engine.segments.value(forward),
             self.stretch.token_ids,
             self.engine._texts,
             forward.start,
             self.stretch.forward,
+            self.lens,
         )
+        for check in checks:
+            if "top_token_changed" in check.names:
+                self.lens.remember(check.breakpoint_id)
+        return held
 
 
 def edited(

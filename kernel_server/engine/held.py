@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kernel_server.engine.lens_values import LensValues
+from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import ForwardState
 from kernel_server.protocol.errors import NotStopped
 from kernel_server.protocol.location import is_inner
@@ -76,6 +78,10 @@ class SessionTensors:
     history: list[Captured] = field(default_factory=list)
     #: of the last finished forward's last token, [vocabulary]
     last_logits: Tensor | None = None
+    #: breakpoint id -> what the lens read at its last location in this forward
+    lens_before: dict[int, LensValues] = field(default_factory=dict)
+    #: records by logpoint, in host memory
+    logs: dict[int, Log] = field(default_factory=dict)
 
     def standing(self) -> ForwardState:
         """The forward the session stands in, or `NotStopped`."""
@@ -85,8 +91,15 @@ class SessionTensors:
 
     def begin(self, forward: ForwardState) -> None:
         self.forward = forward
+        self.lens_before = {}
         self._unedited = None
         self._kept, self._reduced, self._last_rows = [], [], []
+
+    def edited(self, point: float, value: list[Tensor]) -> None:
+        """The value at the stop was replaced: what the lens read there is out of date."""
+        for key, found in self.lens_before.items():
+            if found.point == point:
+                self.lens_before[key] = found.edited(value)
 
     def arrive(self) -> None:
         """A new point was reached: edits made at the last one are part of the past."""
@@ -141,6 +154,7 @@ class SessionTensors:
             self.history = [*self.history, captured]
         self.last_logits = logits
         self.forward = None
+        self.lens_before = {}
         self._unedited = None
         self._kept, self._reduced, self._last_rows = [], [], []
 
@@ -151,7 +165,7 @@ class SessionTensors:
         return forward + (self.last_logits.nbytes if self.last_logits is not None else 0)
 
     def fork(self) -> SessionTensors:
-        """The same tensors for another session."""
+        """The same tensors for another session; its logs are empty."""
         return SessionTensors(
             forward=self.forward.fork() if self.forward is not None else None,
             _unedited=self._unedited,
@@ -160,4 +174,5 @@ class SessionTensors:
             _last_rows=list(self._last_rows),
             history=list(self.history),
             last_logits=self.last_logits,
+            lens_before=dict(self.lens_before),
         )

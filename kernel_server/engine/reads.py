@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernel_server.engine.held import Captured, SessionTensors
+from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import Segments
 from kernel_server.engine.variables import summarize
 from kernel_server.protocol import messages as m
@@ -96,6 +97,8 @@ class Reader:
                 return self._lens(errand, held)
             case m.ReadCapture():
                 return self._capture(errand, held)
+            case m.ReadLog():
+                return held.logs.get(errand.message.breakpoint_id, Log()).read(errand.message)
             case m.ReadLogits():
                 if held.last_logits is None:
                     raise NotFinished("no forward of this session is finished yet")

@@ -9,12 +9,15 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-Values = Mapping[str, Any]
+from kernel_server.protocol.condition_names import Key
+
+Values = Mapping[Any, Any]
 Run = Callable[[Values], Any]
 #: (sign, operand, what to do when the operand is a zero divisor)
 Step = tuple[str, Run, Callable[[], NoReturn]]
-#: (its name, if it is a variable; its value in a tuple, if it is a literal; its closure)
-Operand = tuple[str | None, tuple[Any] | None, Run]
+#: (how its value is asked for, if it is a variable or a function; its value in a tuple, if it is a
+#: literal; its closure)
+Operand = tuple[Key | None, tuple[Any] | None, Run]
 
 
 def write(value: Any) -> str:

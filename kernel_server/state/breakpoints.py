@@ -1,23 +1,31 @@
 """The breakpoints of a session: where they are, when they count, and when they stop.
 
-A breakpoint is *hit* when its location is reached in a matching forward while it is enabled,
-*holds* when its condition holds for at least one token there (without a condition: always), and
-*stops* the session once it has held more often than its ignore count. Stops of other kinds are
-decided in `stepping`.
+A breakpoint is *hit* when one of its locations is reached in a matching forward while it is
+enabled, *holds* when its condition holds for at least one token there (without a condition:
+always), and *stops* the session once it has held more often than its ignore count. A data
+breakpoint has many locations, a logpoint notes what it finds and never stops. Stops of other kinds
+are decided in `stepping`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
-from kernel_server.protocol.conditions import Condition, parse_condition
+from kernel_server.protocol.conditions import Condition
 from kernel_server.protocol.errors import BadArgument, UnknownBreakpoint
 from kernel_server.protocol.location import Point, location_at
-from kernel_server.protocol.messages import BreakpointInfo, SetBreakpoint, When
-from kernel_server.state.instructions import Check
+from kernel_server.protocol.messages import BreakpointInfo, BreakpointKind, SetBreakpoint, When
+from kernel_server.state.condition_rules import make_condition
+from kernel_server.state.events import LogResult
+from kernel_server.state.instructions import Check, LogPlan, Lookup
+from kernel_server.state.logpoints import Log, make_log
+from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.shape import ModelShape
+
+#: Most locations of one breakpoint.
+MAX_LOCATIONS = 4096
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,11 +33,18 @@ class Breakpoint:
     """One breakpoint with its counts."""
 
     id: int
-    point: Point
+    kind: BreakpointKind
+    points: tuple[Point, ...]
+    locations: tuple[str, ...]
     when: When
     condition: Condition | None
+    lookup: Lookup | None
+    #: the tokens it is about, None for all
+    tokens: TokenSelector | None
     ignore: int
     once: bool
+    #: of a logpoint
+    log: Log | None
     enabled: bool = True
     hits: int = 0
     held: int = 0
@@ -38,17 +53,19 @@ class Breakpoint:
     @property
     def sure(self) -> bool:
         """It stops whenever it is reached, whatever the values are."""
-        return self.condition is None and self.held >= self.ignore
+        return self.condition is None and self.log is None and self.held >= self.ignore
 
-    def check(self) -> Check:
+    def check(self, point: Point, hits: int, rows: tuple[int, ...] | None = None) -> Check:
         """The question put to the engine."""
         assert self.condition is not None
         return Check(
             breakpoint_id=self.id,
-            point=self.point,
+            point=point,
             names=self.condition.names,
             holds=self.condition.holds,
-            hits=self.hits,
+            hits=hits,
+            rows=rows,
+            lookup=self.lookup,
         )
 
     def count(self, holds: bool) -> bool:
@@ -64,11 +81,17 @@ class Breakpoint:
             self.enabled = False
         return True
 
-    def info(self, num_layers: int) -> BreakpointInfo:
-        return BreakpointInfo(
+    def copy(self) -> Breakpoint:
+        """The same with its counts, for a fork; a log starts anew."""
+        return replace(self, log=None if self.log is None else self.log.empty())
+
+    def info(self) -> BreakpointInfo:
+        log = self.log
+        shown = BreakpointInfo(
             id=self.id,
-            location=str(location_at(self.point, num_layers)),
-            locations=(str(location_at(self.point, num_layers)),),
+            location=self.locations[0],
+            locations=self.locations,
+            kind=self.kind,
             when=self.when,
             condition=None if self.condition is None else self.condition.text,
             ignore=self.ignore,
@@ -78,6 +101,23 @@ class Breakpoint:
             held=self.held,
             stops=self.stops,
         )
+        if log is None:
+            return shown
+        return replace(
+            shown,
+            what=log.what,
+            records=len(log.sizes),
+            dropped=log.dropped,
+            log_bytes=log.nbytes,
+            max_bytes=log.max_bytes,
+        )
+
+
+class Place(NamedTuple):
+    """A breakpoint at one of its points."""
+
+    point: Point
+    breakpoint: Breakpoint
 
 
 class Breakpoints:
@@ -87,7 +127,7 @@ class Breakpoints:
         self._all: dict[int, Breakpoint] = {}
         self._next_id = 1
         #: prefill? -> enabled breakpoints of that phase, in the order of their points
-        self._armed: dict[bool, tuple[Breakpoint, ...]] = {}
+        self._armed: dict[bool, tuple[Place, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._all)
@@ -103,15 +143,29 @@ class Breakpoints:
             raise UnknownBreakpoint(f"no breakpoint {breakpoint_id}: the session has {have}")
         return found
 
-    def add(self, request: SetBreakpoint, shape: ModelShape) -> Breakpoint:
+    def add(self, request: SetBreakpoint, shape: ModelShape, num_prompt_tokens: int) -> Breakpoint:
         """Add the breakpoint asked for, or refuse it and change nothing."""
+        points = _points(request, shape)
+        condition, lookup = make_condition(request, points, shape)
+        tokens = None
+        if request.tokens.kind != "all":
+            tokens = TokenSelector(request.tokens, num_prompt_tokens)
+        if request.kind == "data breakpoint" and condition is None:
+            raise BadArgument("a data breakpoint watches a value: give it a condition")
+        if request.kind == "breakpoint" and tokens is not None:
+            raise BadArgument("a breakpoint is about all tokens: choose them in its condition")
         made = Breakpoint(
             id=self._next_id,
-            point=shape.point(_one_location(request)),
+            kind=request.kind,
+            points=points,
+            locations=tuple(str(location_at(point, shape.num_layers)) for point in points),
             when=_known_phase(request.when),
-            condition=None if request.condition is None else parse_condition(request.condition),
+            condition=condition,
+            lookup=lookup,
+            tokens=tokens,
             ignore=_count(request.ignore),
             once=request.once,
+            log=make_log(request),
         )
         self._next_id += 1
         self._all[made.id] = made
@@ -126,23 +180,24 @@ class Breakpoints:
         found.enabled = enabled
         self._armed.clear()
 
-    def armed(self, prefill: bool) -> tuple[Breakpoint, ...]:
+    def armed(self, prefill: bool) -> tuple[Place, ...]:
         """Enabled breakpoints of this phase, in the order of their points, then of their ids."""
         made = self._armed.get(prefill)
         if made is None:
             skipped = "decode" if prefill else "prefill"
-            made = tuple(
-                sorted(
-                    (b for b in self._all.values() if b.enabled and b.when != skipped),
-                    key=lambda b: (b.point, b.id),
-                )
+            places = (
+                Place(point, b)
+                for b in self._all.values()
+                if b.enabled and b.when != skipped
+                for point in b.points
             )
+            made = tuple(sorted(places, key=lambda place: (place.point, place.breakpoint.id)))
             self._armed[prefill] = made
         return made
 
     def reached(
         self,
-        armed: Iterable[Breakpoint],
+        armed: Iterable[Place],
         points: tuple[Point, Point],
         held: Mapping[int, tuple[int, ...]],
     ) -> list[Breakpoint]:
@@ -152,46 +207,129 @@ class Breakpoints:
         held: breakpoint id -> positions at which its condition held, at the last point.
         """
         stopping = []
-        for found in armed:
-            if not points[0] < found.point <= points[1]:
+        for point, found in armed:
+            if not points[0] < point <= points[1]:
                 continue
             if not found.enabled or self._all.get(found.id) is not found:
                 continue  # disabled or removed while the engine was on its way
-            if found.count(found.condition is None or found.id in held):
+            if found.log is not None:
+                found.hits += 1
+                continue
+            holds = point == points[1] and found.id in held
+            if found.count(found.condition is None or holds):
                 # a sure one would have ended the stretch, so nothing that stops was passed
-                assert found.point == points[1], f"breakpoint {found.id} was run past"
+                assert point == points[1], f"breakpoint {found.id} was run past"
                 stopping.append(found)
         if any(not found.enabled for found in stopping):
             self._armed.clear()
         return stopping
 
+    def noted(self, results: Iterable[LogResult]) -> tuple[list[int], list[LogResult]]:
+        """Count what logpoints have noted; returns the ids of those that are gone, and the results
+        of those that ended the stretch for want of room."""
+        gone, full = [], []
+        for result in results:
+            found = self._all.get(result.breakpoint_id)
+            if found is None or found.log is None:
+                gone.append(result.breakpoint_id)
+                continue
+            found.log.take(result)
+            # not more than was counted: it may have been disabled on the way
+            found.held = min(found.held + result.held, found.hits)
+            if result.refused_bytes is not None:
+                full.append(result)
+        return gone, full
+
+    def log_bytes(self) -> int:
+        """Bytes of the records of all its logpoints."""
+        return sum(found.log.nbytes for found in self._all.values() if found.log is not None)
+
+    def num_dropped(self) -> int:
+        """Records its logpoints have lost."""
+        return sum(found.log.dropped for found in self._all.values() if found.log is not None)
+
+    def empty_logs(self) -> None:
+        """The records are gone with the session's tensors."""
+        for found in self._all.values():
+            if found.log is not None:
+                found.log = found.log.empty()
+
     def copy(self) -> Breakpoints:
-        """The same breakpoints with their counts, for a fork."""
+        """The same breakpoints with their counts, for a fork; its logs are empty."""
         made = Breakpoints()
-        made._all = {key: replace(found) for key, found in self._all.items()}
+        made._all = {key: found.copy() for key, found in self._all.items()}
         made._next_id = self._next_id
         return made
 
-    def info(self, num_layers: int) -> tuple[BreakpointInfo, ...]:
-        return tuple(found.info(num_layers) for found in self._all.values())
+    def info(self) -> tuple[BreakpointInfo, ...]:
+        return tuple(found.info() for found in self._all.values())
 
     def check(self) -> None:
         """Assert that counts fit each other and the cache is fresh."""
         for found in self._all.values():
             assert 0 <= found.stops <= found.held <= found.hits, f"counts of {found}"
             assert found.id < self._next_id
+            if found.log is not None:
+                found.log.check()
         for prefill, armed in self._armed.items():
             skipped = "decode" if prefill else "prefill"
             fresh = {b.id for b in self._all.values() if b.enabled and b.when != skipped}
-            assert {b.id for b in armed} == fresh, "armed breakpoints are stale"
+            assert {place.breakpoint.id for place in armed} == fresh, "armed ones are stale"
 
 
-def _one_location(request: SetBreakpoint) -> str:
-    if request.kind != "breakpoint" or len(request.locations) != 1:
-        raise BadArgument(
-            f"a breakpoint has one location, not {len(request.locations)}: set one for each"
+def questions(
+    armed: Iterable[Place], tokens: Sequence[int], first: int, end: int
+) -> tuple[tuple[Check, ...], tuple[LogPlan, ...]]:
+    """What the engine is to judge and to note on its way. Breakpoints without a condition are
+    counted when they are passed.
+
+    armed: in order. tokens: ids of the session's first `end` tokens, or more; those from `first` on
+    are fed in this forward.
+    """
+    checks: list[Check] = []
+    logs: list[LogPlan] = []
+    passed: dict[int, int] = {}
+    for point, found in armed:
+        log = found.log
+        if found.condition is None and log is None:
+            continue
+        hits = found.hits
+        if len(found.points) > 1:
+            hits += passed.get(found.id, 0)
+            passed[found.id] = passed.get(found.id, 0) + 1
+        rows = None
+        if found.tokens is not None:
+            chosen = found.tokens.positions(tokens, first, end)
+            if not chosen:
+                continue
+            rows = tuple(position - first for position in chosen)
+        check = None if found.condition is None else found.check(point, hits, rows)
+        if log is None:
+            assert check is not None
+            checks.append(check)
+            continue
+        logs.append(
+            LogPlan(
+                breakpoint_id=found.id,
+                point=point,
+                check=check,
+                rows=rows,
+                what=log.what,
+                room_bytes=log.room,
+                stop_when_full=log.stop_when_full,
+            )
         )
-    return request.locations[0]
+    return tuple(checks), tuple(logs)
+
+
+def _points(request: SetBreakpoint, shape: ModelShape) -> tuple[Point, ...]:
+    """Its points in the order they are reached, each once."""
+    count = len(request.locations)
+    if request.kind == "breakpoint" and count != 1:
+        raise BadArgument(f"a breakpoint has one location, not {count}: set one for each")
+    if not 1 <= count <= MAX_LOCATIONS:
+        raise BadArgument(f"{count} locations: give 1 to {MAX_LOCATIONS}")
+    return tuple(sorted({shape.point(location) for location in request.locations}))
 
 
 def _known_phase(when: When) -> When:

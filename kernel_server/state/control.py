@@ -16,7 +16,7 @@ from kernel_server.protocol.errors import (
 )
 from kernel_server.protocol.location import NOT_STARTED
 from kernel_server.state.events import Requested
-from kernel_server.state.instructions import ForkTensors
+from kernel_server.state.instructions import DropLog, ForkTensors, ReadTensors
 from kernel_server.state.running import Running
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import (
@@ -140,7 +140,7 @@ class Control(Running):
             )
 
     def _check_quota(self, owner: str) -> None:
-        have = sum(session.owner == owner for session in self.sessions.values())
+        have = sum(s.owner == owner and not s.scratch for s in self.sessions.values())
         most = self.limits.sessions_per_owner
         if have >= most:
             raise QuotaExceeded(
@@ -289,22 +289,24 @@ class Control(Running):
                 have=most,
                 limit=most,
             )
-        found = session.breakpoints.add(request, self.shape)
-        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+        found = session.breakpoints.add(request, self.shape, len(session.prompt))
+        self._breakpoint_changed(event, session, found.info())
 
     def enable_breakpoint(
         self, event: Requested, request: m.EnableBreakpoint, session: Session
     ) -> None:
         found = session.breakpoints.get(request.breakpoint_id)
         session.breakpoints.enable(found, request.enabled)
-        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+        self._breakpoint_changed(event, session, found.info())
 
     def remove_breakpoint(
         self, event: Requested, request: m.RemoveBreakpoint, session: Session
     ) -> None:
         found = session.breakpoints.get(request.breakpoint_id)
         session.breakpoints.remove(found)
-        self._breakpoint_changed(event, session, found.info(self.shape.num_layers))
+        if found.log is not None:
+            self.emit(DropLog(session_id=session.id, breakpoint_id=found.id))
+        self._breakpoint_changed(event, session, found.info())
 
     def _breakpoint_changed(
         self, event: Requested, session: Session, info: m.BreakpointInfo
@@ -313,13 +315,41 @@ class Control(Running):
         self.publish(session, "changed")
         self.reply(event.request_id, m.BreakpointReply(breakpoint=info))
 
+    def read_log(self, event: Requested, request: m.ReadLog, session: Session) -> None:
+        found = session.breakpoints.get(request.breakpoint_id)
+        if found.log is None:
+            raise BadArgument(f"{found.kind} {found.id} keeps no log: session.log_at() makes one")
+        if session.status == "failed":
+            raise NotStopped(
+                f"session {session.id} failed and holds nothing any more, its logs included",
+                status=session.status,
+            )
+        if not 0 <= request.after <= found.log.last_seq:
+            raise BadArgument(
+                f"after is {request.after}: records are numbered 1 to {found.log.last_seq}"
+            )
+        if request.release:
+            found.log.release(request.after)
+        self.emit(
+            ReadTensors(
+                request_id=event.request_id,
+                session_id=session.id,
+                message=request,
+                rows=None,
+                channels=None,
+                first_token=session.first_token,
+                forward=session.forward,
+                owner=session.owner,
+            )
+        )
+
     # -- asking -----------------------------------------------------------------------------
 
     def describe(self, event: Requested, request: m.Describe, session: Session) -> None:
         self.reply(event.request_id, m.SessionReply(session=self.info(session)))
 
     def list_sessions(self, event: Requested, request: m.ListSessions) -> None:
-        mine = [s for s in self.sessions.values() if s.owner == event.owner]
+        mine = [s for s in self.sessions.values() if s.owner == event.owner and not s.scratch]
         self.reply(event.request_id, m.Sessions(sessions=tuple(map(self.info, mine))))
 
     def read_story(self, event: Requested, request: m.ReadStory, session: Session) -> None:

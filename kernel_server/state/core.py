@@ -17,7 +17,7 @@ from kernel_server.protocol.messages import (
     SessionInfo,
     StopInfo,
 )
-from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.state.breakpoints import Place
 from kernel_server.state.edits import Edit
 from kernel_server.state.instructions import (
     DropTensors,
@@ -47,7 +47,7 @@ class Slot:
     forward: int
     start: Point
     until: Point
-    armed: tuple[Breakpoint, ...]
+    armed: tuple[Place, ...]
     #: edits ahead, with the positions each changes
     edits: list[tuple[Edit, tuple[int, ...]]]
     #: pages that are copied first: owned until the engine has answered, so that nobody frees them
@@ -98,6 +98,8 @@ class Core:
         self, session: Session, kind: EventKind, *, done: int = 0, total: int = 0, text: str = ""
     ) -> None:
         """Append an event to the owner's log; it carries the session unless that has no news."""
+        if session.scratch:
+            return
         seq = self.event_seq.get(session.owner, 0) + 1
         self.event_seq[session.owner] = seq
         session.revision += 1
@@ -124,7 +126,7 @@ class Core:
     def own(self, owner: str, session_id: str) -> Session:
         """The owner's session, or `UnknownSession`; others' do not exist for them."""
         session = self.sessions.get(session_id)
-        if session is None or session.owner != owner:
+        if session is None or session.owner != owner or session.scratch:
             raise UnknownSession(
                 f"no session {session_id[:80]!r}: it was terminated or never was; sessions() lists"
                 " those there are"
@@ -209,6 +211,7 @@ class Core:
         self._rest(session)
         session.stop = None
         session.error = error
+        session.breakpoints.empty_logs()
         self.free(session)
         self.publish(session, "failed")
 

@@ -34,7 +34,7 @@ from kernel_server.state.edits import Edit, at_stop, positions_here
 from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import ApplyEdits, ReadTensors
 from kernel_server.state.quotas import require_room
-from kernel_server.state.selectors import TokenSelector, resolve_elements
+from kernel_server.state.selectors import TokenSelector, count_heads, resolve_elements
 from kernel_server.state.sessions import PendingEdits, Session
 
 #: Most entries per row a lens answers.
@@ -240,13 +240,11 @@ class Editing(Control):
         rows = self._rows(session, request.tokens)
         layout = self.shape.layout(session.point, session.end_token)
         channels = resolve_elements(request.heads, request.channels, layout)
-        self._read(event, session, rows, channels)
+        self._read(event, session, rows, channels, count_heads(request.heads, layout))
 
     def read_lens(self, event: Requested, request: m.ReadLens, session: Session) -> None:
         self.require_stop(session, request.seen)
-        most = min(self.shape.vocab_size, MAX_TOP_K)
-        if not 1 <= request.top_k <= most:
-            raise BadArgument(f"top_k is {request.top_k}: give 1 to {most}")
+        self._check_top_k(request.top_k)
         rows = None
         if request.layers is None and not request.every_layer:
             self._check_residual(session.point)
@@ -256,6 +254,11 @@ class Editing(Control):
         for layer in request.layers or ():
             self._check_layer_ran(session, layer)
         self._read(event, session, rows, None)
+
+    def _check_top_k(self, top_k: int) -> None:
+        most = min(self.shape.vocab_size, MAX_TOP_K)
+        if not 1 <= top_k <= most:
+            raise BadArgument(f"top_k is {top_k}: give 1 to {most}")
 
     def _check_residual(self, point: Point) -> None:
         """The lens reads what is as wide as the residual stream."""
@@ -327,6 +330,7 @@ class Editing(Control):
         session: Session,
         rows: tuple[int, ...] | None,
         channels: tuple[int, ...] | None,
+        heads: int | None = None,
     ) -> None:
         self.emit(
             ReadTensors(
@@ -337,5 +341,7 @@ class Editing(Control):
                 channels=channels,
                 first_token=session.first_token,
                 forward=session.forward,
+                owner=session.owner,
+                heads=heads,
             )
         )

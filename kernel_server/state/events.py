@@ -39,6 +39,21 @@ class EditResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogResult:
+    """What a logpoint noted in one stretch."""
+
+    breakpoint_id: int
+    #: points at which it had tokens to note
+    held: int
+    #: bytes of each record kept, in order; they are numbered on from the last one
+    sizes: tuple[int, ...] = ()
+    #: records that found no room
+    dropped: int = 0
+    #: bytes of the record that ended the stretch for want of room
+    refused_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StretchDone:
     """The engine stands at `point`: as told, because a check held, or because it was interrupted.
 
@@ -50,6 +65,7 @@ class StretchDone:
     #: breakpoint id -> absolute positions at which its condition held, at `point` only
     held: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     edits: tuple[EditResult, ...] = ()
+    logs: tuple[LogResult, ...] = ()
     token: int | None = None
     layers_run: int = 0
 
@@ -71,6 +87,7 @@ class StretchFailed:
     error: ErrorInfo
     #: False: the same stretch may be tried again (memory), True: the session is lost to a fault
     fatal: bool
+    logs: tuple[LogResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,19 @@
 """What is to be done: the only things that come out of the state machine. Imperatives.
 
 The loop carries them out in order. `RunStretch` goes to the engine's one work slot; `ApplyEdits`,
-`ForkTensors`, `DropTensors`, `PoisonPages` and `ReadTensors` are errands the engine does between
-two layers of whatever it runs; `Interrupt`, `Reply` and `Publish` take effect at once.
+`ForkTensors`, `DropTensors`, `DropLog`, `PoisonPages` and `ReadTensors` are errands the engine does
+between two layers of whatever it runs; `Interrupt`, `Reply` and `Publish` take effect at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.location import Point
-from kernel_server.protocol.messages import EditSpec
+from kernel_server.protocol.messages import EditSpec, LogContent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +41,60 @@ class EditPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """What the texts of a condition stand for: tokens of `prob`, vectors float32 of `cosine`."""
+
+    token_ids: Mapping[str, tuple[int, ...]]
+    vectors: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """A breakpoint to be judged when its point is reached.
 
-    `holds` gets, per token fed, the variables named in `names`; None holds for every token.
+    `holds` gets, per token fed, the variables and functions named in `names`; None holds for every
+    token. rows: the tokens it is judged for (0 is the forward's first), None for all.
     """
 
     breakpoint_id: int
     point: Point
     names: frozenset[str]
-    holds: Callable[[Mapping[str, Any]], bool] | None
+    holds: Callable[[Mapping[Any, Any]], bool] | None
     hits: int
+    rows: tuple[int, ...] | None = None
+    lookup: Lookup | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogPlan:
+    """A logpoint at a point: what is noted there, of the tokens its check holds at, or of `rows`.
+
+    room_bytes: how much it may note in this stretch. stop_when_full: end the stretch where a record
+    finds no room, instead of dropping it.
+    """
+
+    breakpoint_id: int
+    point: Point
+    check: Check | None
+    rows: tuple[int, ...] | None
+    what: LogContent
+    room_bytes: int
+    stop_when_full: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captures:
+    """Values to be caught on the way, with the edits there: of a scratch fork.
+
+    `summary` and `tensor`: the value at each of `points`; `router`: which experts the layer that
+    follows the point chooses.
+    """
+
+    points: tuple[Point, ...]
+    what: Literal["summary", "tensor", "router"]
+    #: rows of this forward and elements of a row, None for all
+    rows: tuple[int, ...] | None
+    elements: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +118,10 @@ class RunStretch:
     #: (from, to): pages to copy first, written by two sessions otherwise
     copies: tuple[tuple[int, int], ...]
     sampling: Sampling
+    captures: Captures | None = None
+    logs: tuple[LogPlan, ...] = ()
+    #: how much all logs together may note in this stretch
+    log_room_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +154,14 @@ class DropTensors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DropLog:
+    """Free the records of a logpoint; those noted by a stretch that still runs come after it."""
+
+    session_id: str
+    breakpoint_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoisonPages:
     """Fill freed pages with NaN (with --check), so that a wrong read shows."""
 
@@ -114,7 +170,7 @@ class PoisonPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTensors:
-    """Answer a read request (`ReadValue`, `ReadLens`, `ReadCapture`, `ReadLogits`)."""
+    """Answer a read request, or a question for which scratch forks were run."""
 
     request_id: int
     session_id: str
@@ -125,6 +181,13 @@ class ReadTensors:
     #: absolute position of the forward's first token, and the forward's number
     first_token: int
     forward: int
+    owner: str
+    #: heads among the elements of a row, None where the tensor has none
+    heads: int | None = None
+    #: other sessions the answer is about: of a preview, the fork without the edits
+    beside: tuple[str, ...] = ()
+    #: elements changed by each previewed edit
+    changed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +212,7 @@ Instruction = (
     | ApplyEdits
     | ForkTensors
     | DropTensors
+    | DropLog
     | PoisonPages
     | ReadTensors
     | Reply

@@ -18,12 +18,18 @@ from kernel_server.protocol.location import (
     layers_begun,
     layers_executed,
 )
-from kernel_server.protocol.messages import ErrorReply, error_info
-from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.protocol.messages import ErrorReply, Reason, error_info
+from kernel_server.state.breakpoints import Breakpoint, questions
 from kernel_server.state.core import Core, Slot
 from kernel_server.state.edits import plans_beyond
-from kernel_server.state.events import EditResult, StretchAdvanced, StretchDone, StretchFailed
-from kernel_server.state.instructions import Check, RunStretch
+from kernel_server.state.events import (
+    EditResult,
+    LogResult,
+    StretchAdvanced,
+    StretchDone,
+    StretchFailed,
+)
+from kernel_server.state.instructions import DropLog, RunStretch
 from kernel_server.state.pages import WritePlan, plan_writes
 from kernel_server.state.sessions import MOVES, Session
 from kernel_server.state.stepping import Target, furthest
@@ -78,7 +84,7 @@ class Running(Core):
         if long and self.scheduler:
             until = min(until, self._slice_end(session))
         point = session.point
-        armed = tuple(b for b in session.breakpoints.armed(prefill) if point < b.point <= until)
+        armed = tuple(p for p in session.breakpoints.armed(prefill) if point < p.point <= until)
         edits = []
         if len(session.edits):
             edits = [
@@ -87,6 +93,7 @@ class Running(Core):
                 if entry[0].point <= until
             ]
         first, end = session.first_token, session.end_token
+        checks, logs = questions(armed, session.tokens, first, end)
         groups = shape.groups_begun(layers_begun(until, shape.num_layers))
         stretch = RunStretch(
             session_id=session.id,
@@ -95,7 +102,7 @@ class Running(Core):
             first_token=first,
             point=point,
             until=until,
-            checks=_checks(armed),
+            checks=checks,
             edits=tuple(
                 edit.plan(positions, first, end, edit.point == shape.logits)
                 for edit, positions in edits
@@ -104,6 +111,9 @@ class Running(Core):
             tables=tuple(session.tables[:groups]),
             copies=copies,
             sampling=session.sampling(),
+            captures=session.captures,
+            logs=logs,
+            log_room_bytes=self.log_room(session.owner) if logs else 0,
         )
         self.slot = Slot(
             session=session,
@@ -161,9 +171,12 @@ class Running(Core):
             return
         self.note(session, "StretchDone", event)
         stopping = self._arrive(slot, event.point, event.held, event.edits, event.layers_run)
+        full = self._noted(session, event.logs)
         if event.point == self.shape.sampled:
             assert event.token is not None, "a forward was finished without a token"
             self._drawn(session, event.token)
+        elif full:
+            self._stop_for_room(session, full, stopping)
         elif stopping:
             self._stop_at_breakpoints(session, stopping, event)
         elif (
@@ -195,6 +208,7 @@ class Running(Core):
             edits_until = event.point - (event.error.code == "BadEdit")
             slot.edits = [entry for entry in slot.edits if entry[0].point <= edits_until]
             stopping = self._arrive(slot, event.point, {}, (), 0)
+            self._noted(session, event.logs)
             if event.point == NOT_STARTED:
                 self.wait(session, event.error)
             else:
@@ -272,7 +286,37 @@ class Running(Core):
         for found in stopping:
             hit.update(everywhere if found.condition is None else event.held[found.id])
         ids = tuple(found.id for found in stopping)
-        self.stop(session, "breakpoint", hit_tokens=tuple(sorted(hit)), hit_breakpoints=ids)
+        watched = all(found.kind == "data breakpoint" for found in stopping)
+        reason: Reason = "data breakpoint" if watched else "breakpoint"
+        self.stop(session, reason, hit_tokens=tuple(sorted(hit)), hit_breakpoints=ids)
+
+    def log_room(self, owner: str) -> int:
+        """Bytes that logs of this owner may still take."""
+        mine = (s for s in self.sessions.values() if s.owner == owner)
+        held = sum(session.breakpoints.log_bytes() for session in mine)
+        return max(0, self.limits.capture_bytes_per_owner - held)
+
+    def _noted(self, session: Session, results: tuple[LogResult, ...]) -> list[LogResult]:
+        """Count what logpoints have noted; returns those that found no room and are to stop."""
+        if not results:
+            return []
+        before = session.breakpoints.num_dropped()
+        gone, full = session.breakpoints.noted(results)
+        for breakpoint_id in gone:
+            self.emit(DropLog(session_id=session.id, breakpoint_id=breakpoint_id))
+        if not before and session.breakpoints.num_dropped():
+            self.publish(session, "changed")
+        return full
+
+    def _stop_for_room(
+        self, session: Session, full: list[LogResult], stopping: list[Breakpoint]
+    ) -> None:
+        """A log that was to lose nothing has no room for its next record."""
+        first = session.breakpoints.get(full[0].breakpoint_id)
+        assert first.log is not None and full[0].refused_bytes is not None
+        error = first.log.full(first.id, full[0].refused_bytes, self.limits.capture_bytes_per_owner)
+        ids = {found.id for found in stopping} | {result.breakpoint_id for result in full}
+        self.stop(session, "exception", hit_breakpoints=tuple(sorted(ids)), error=error_info(error))
 
     def _drawn(self, session: Session, token: int) -> None:
         """A token was drawn: the session is finished, or its next forward is queued."""
@@ -290,8 +334,3 @@ class Running(Core):
         session.point = NOT_STARTED
         session.layers_replayed = 0
         self.queue(session)
-
-
-def _checks(armed: tuple[Breakpoint, ...]) -> tuple[Check, ...]:
-    """Only conditions are put to the engine; the others are counted when they are passed."""
-    return tuple([found.check() for found in armed if found.condition is not None])

@@ -40,7 +40,7 @@ from kernel_server.state.instructions import (
     ForkTensors,
     ReadTensors,
 )
-from kernel_server.state.selectors import TokenSelector, resolve_elements
+from kernel_server.state.selectors import TokenSelector, count_heads, resolve_elements
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import Target
 
@@ -61,7 +61,10 @@ class Question:
     under_way: set[str] = field(default_factory=set)
     rows: tuple[int, ...] | None = None
     elements: tuple[int, ...] | None = None
-    #: previewed edits: what each changed, by id
+    #: heads among the elements
+    heads: int | None = None
+    #: the previewed edits, and what each changed, by id
+    edit_ids: tuple[int, ...] = ()
     changed: dict[int, int] = field(default_factory=dict)
 
 
@@ -92,7 +95,9 @@ class Scratching(Editing):
                 stop_number=session.stop_number,
             )
             after.edits.add(edit)
-        self._ask(event, session, self.shape.logits, before, after)
+        question = self._ask(event, session, self.shape.logits, before, after)
+        new = len(request.edits)
+        question.edit_ids = tuple(range(after.edits.next_id - new, after.edits.next_id))
         self._run(before)
         here = at_stop(after.edits, session.standing(), self.shape.logits)
         if not here:
@@ -118,7 +123,8 @@ class Scratching(Editing):
         layout = self.shape.layout(point, session.end_token)
         elements = resolve_elements(request.heads, m.ALL, layout)
         rows = self._rows_fed(session, request.tokens, point)
-        self._catch(event, session, (point,), "tensor", rows, elements)
+        question = self._catch(event, session, (point,), "tensor", rows, elements)
+        question.heads = count_heads(request.heads, layout)
 
     def read_attribution(
         self, event: Requested, request: m.ReadAttribution, session: Session
@@ -219,13 +225,14 @@ class Scratching(Editing):
         rows: tuple[int, ...] | None,
         elements: tuple[int, ...] | None,
         until: Point | None = None,
-    ) -> None:
+    ) -> Question:
         """Run this forward again from its start, and catch the values at `points`."""
         fork = self._fork(session, from_start=True)
         fork.captures = Captures(points=points, what=what, rows=rows, elements=elements)
         question = self._ask(event, session, points[-1] if until is None else until, fork)
         question.rows, question.elements = rows, elements
         self._run(fork)
+        return question
 
     def _fork(self, parent: Session, *, from_start: bool = False) -> Session:
         """A copy that is in no list; from the start of the forward, or from the stop."""
@@ -367,8 +374,6 @@ class Scratching(Editing):
         self._leave(fork)
         if question.under_way:
             return
-        new = len(getattr(question.message, "edits", ()))
-        last = fork.edits.next_id
         self.emit(
             ReadTensors(
                 request_id=question.request_id,
@@ -378,8 +383,10 @@ class Scratching(Editing):
                 channels=question.elements,
                 first_token=question.first_token,
                 forward=question.forward,
+                owner=question.owner,
+                heads=question.heads,
                 beside=question.forks[:-1],
-                changed=tuple(question.changed.get(i, 0) for i in range(last - new, last)),
+                changed=tuple(question.changed.get(i, 0) for i in question.edit_ids),
             )
         )
         self._forget(question)

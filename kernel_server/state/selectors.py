@@ -121,6 +121,14 @@ def resolve_elements(
     return tuple(h * width + c for h in (range(count) if which is None else which) for c in inside)
 
 
+def count_heads(heads: Selector, layout: tuple[int | None, int]) -> int | None:
+    """How many heads are meant, None where the tensor has none."""
+    if layout[0] is None:
+        return None
+    which = resolve_indexes(heads, layout[0], "head")
+    return layout[0] if which is None else len(which)
+
+
 def resolve_indexes(selector: Selector, count: int, what: str) -> tuple[int, ...] | None:
     """Indexes below `count` in the order named, None for all, or `BadSelector`.
 

@@ -14,7 +14,6 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadMessage, DjinnError, QuotaExceeded, ServerFault
 from kernel_server.protocol.location import layers_begun, layers_executed
 from kernel_server.protocol.messages import error_info
-from kernel_server.state.editing import Editing
 from kernel_server.state.events import (
     EditsApplied,
     EditsFailed,
@@ -25,6 +24,7 @@ from kernel_server.state.events import (
     StretchFailed,
 )
 from kernel_server.state.instructions import Instruction, Reply
+from kernel_server.state.scratch import Scratching
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.state.story import brief
@@ -35,7 +35,7 @@ __all__ = ["Limits", "ModelShape", "ServerState"]
 _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
 
-class ServerState(Editing):
+class ServerState(Scratching):
     """All sessions of a server, and what is to be done next."""
 
     def __init__(
@@ -71,7 +71,13 @@ class ServerState(Editing):
             m.ReadLens: self.read_lens,
             m.ReadCapture: self.read_capture,
             m.ReadLogits: self.read_logits,
+            m.ReadLog: self.read_log,
             m.ReadStory: self.read_story,
+            m.Preview: self.preview,
+            m.ReadAttention: self.read_attention,
+            m.ReadAttribution: self.read_attribution,
+            m.ReadSites: self.read_sites,
+            m.ReadRouter: self.read_router,
         }
 
     def handle(self, event: StateEvent) -> list[Instruction]:

@@ -30,7 +30,7 @@ from kernel_server.protocol.messages import (
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edit, Edits, Standing, positions_here
 from kernel_server.state.events import Requested
-from kernel_server.state.instructions import Sampling
+from kernel_server.state.instructions import Captures, Sampling
 from kernel_server.state.pages import PageTable
 from kernel_server.state.shape import ModelShape
 from kernel_server.state.stepping import Target
@@ -96,6 +96,9 @@ class Session:
     error: ErrorInfo | None = None
     target: Target | None = None
     pausing: bool = False
+    #: a scratch fork: in no list, publishes nothing
+    scratch: bool = False
+    captures: Captures | None = None
     #: counts every change a client could see
     revision: int = 0
     breakpoints: Breakpoints = field(default_factory=Breakpoints)
@@ -192,7 +195,7 @@ class Session:
             kv_bytes=num_pages * shape.page_bytes,
             revision=self.revision,
             event_seq=event_seq,
-            breakpoints=self.breakpoints.info(shape.num_layers),
+            breakpoints=self.breakpoints.info(),
             edits=self.edit_infos(shape.num_layers),
         )
 

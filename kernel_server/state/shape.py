@@ -122,6 +122,10 @@ class Limits:
     #: requests that wait while edits are being applied
     deferred_per_session: int = 64
     name_length: int = 200
+    #: questions about stops that are being computed
+    scratch_per_owner: int = 4
+    #: of one capture, in float32
+    captured_bytes: int = 1 << 30
     #: a prefill beside which others wait is handed over after this many (chunk, layer) steps
     prefill_slice: int = 8
     #: entries of a session's story that are kept

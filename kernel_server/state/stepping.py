@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kernel_server.protocol.location import EMBEDDING, Point, inner_point, layer_of
 from kernel_server.protocol.messages import Reason
-from kernel_server.state.breakpoints import Breakpoint
+from kernel_server.state.breakpoints import Place
 from kernel_server.state.shape import ModelShape
 
 
@@ -69,7 +69,7 @@ def furthest(
     point: Point,
     target: Target | None,
     pausing: bool,
-    armed: Iterable[Breakpoint],
+    armed: Iterable[Place],
 ) -> Point:
     """How far the session's current forward may run without asking: the nearest sure stop.
 
@@ -80,9 +80,9 @@ def furthest(
         until = EMBEDDING
     if target is not None and target.forward == forward and point < target.point < until:
         until = target.point
-    for found in armed:
-        if found.point >= until:
+    for place, found in armed:
+        if place >= until:
             break
-        if found.point > point and found.sure:
-            return found.point
+        if place > point and found.sure:
+            return place
     return until

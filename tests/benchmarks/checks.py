@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from kernel_server.engine.variables import evaluate_checks, token_norms
+from kernel_server.engine.checks import evaluate_checks
+from kernel_server.engine.variables import token_norms
 from kernel_server.protocol.conditions import parse_condition
 from kernel_server.state.instructions import Check
 

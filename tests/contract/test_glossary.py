@@ -63,7 +63,7 @@ def test_the_requests_are_found():
         ("Requests", tuple(request_names())),
         ("Events", event_kinds()),
         ("Values and edits", messages.EDIT_KINDS),
-        ("Variables of a condition", (*conditions.NAMES, *conditions.PLANNED_NAMES)),
+        ("Variables of a condition", (*conditions.NAMES, *conditions.FUNCTIONS)),
     ],
 )
 def test_every_word_of_the_contract_has_an_entry(heading, words):

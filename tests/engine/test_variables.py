@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_server.engine.variables import evaluate_checks, summarize, token_norms
+from kernel_server.engine.checks import evaluate_checks
+from kernel_server.engine.variables import summarize, token_norms
 from kernel_server.protocol.conditions import parse_condition
 from kernel_server.protocol.errors import BadCondition
 from kernel_server.state.instructions import Check

@@ -15,10 +15,9 @@ from kernel_server.protocol.conditions import (
     MAX_DEPTH,
     MAX_LENGTH,
     NAMES,
-    PLANNED_NAMES,
     parse_condition,
 )
-from kernel_server.protocol.errors import BadCondition, NotSupported
+from kernel_server.protocol.errors import BadCondition
 
 VALUES = {"token": " to", "token_id": 7, "position": 11, "forward": 0, "norm": 31.5, "hits": 2}
 
@@ -110,7 +109,7 @@ def test_a_condition_prints_canonically_and_survives_copy_and_pickle():
 
 def test_every_name_can_be_used():
     for name, kind in NAMES.items():
-        text = f"{name} == 'a'" if kind == "text" else f"{name} == 1"
+        text = {"text": f"{name} == 'a'", "number": f"{name} == 1", "truth value": name}[kind]
 
         assert parse_condition(text).names == {name}
 
@@ -247,13 +246,67 @@ def test_code_in_a_condition_is_refused_with_a_caret(text):
     assert "^" in refusal(text).splitlines()[2]
 
 
-@pytest.mark.parametrize("text", ['prob(" a") > 0.5', "entropy < 1", 'top_token == " a"'])
-def test_the_names_of_the_lens_are_refused_as_planned(text):
-    with pytest.raises(NotSupported, match="planned") as caught:
-        parse_condition(text)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('prob(" Mary") > 0.5', True),
+        ('prob(" Mary") + prob(" John") == 0.875', True),
+        ('cosine("joy") < -0.5 and prob( " John" ) < 0.5', True),
+        ('top_token == " Mary" and not top_token_changed', True),
+        ("top_token_changed or entropy > 2", False),
+        ('top_token in (" John", " Mary")', True),
+        ("num_nan > 0 or num_inf == 2", True),
+        ("top_token != token", True),
+    ],
+)
+def test_the_lens_and_named_vectors_are_read_by_name_and_text(text, expected):
+    values = {
+        ("prob", " Mary"): 0.75,
+        ("prob", " John"): 0.125,
+        ("cosine", "joy"): -0.7,
+        "top_token": " Mary",
+        "top_token_changed": False,
+        "entropy": 1.5,
+        "num_nan": 0,
+        "num_inf": 2,
+    }
 
-    assert caught.value.details["name"] in PLANNED_NAMES
-    assert "^" in str(caught.value)
+    assert parse_condition(text).holds(VALUES | values) is expected
+
+
+def test_a_condition_tells_which_texts_and_vectors_it_needs():
+    condition = parse_condition(
+        'prob(" a") > prob(" b") and (top_token == " c" or token in (" d", " e"))'
+        ' and cosine("joy") > prob(" a")'
+    )
+
+    assert condition.prob_texts == (" a", " b")
+    assert condition.vectors == ("joy",)
+    assert condition.token_texts == (" c", " d", " e")
+    assert condition.names == {"prob", "cosine", "top_token", "token"}
+    assert str(parse_condition(str(condition))) == str(condition)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prob > 0.5", "'prob' is a function"),
+        ('prob(" a", " b") > 0', "takes one text"),
+        ("prob(token) > 0", "one text in quotes"),
+        ("cosine(3) > 0", "one text in quotes"),
+        ('prob("") > 0', "empty text"),
+        ('cosine("joy" > 0', "not closed"),
+        ('entropy("a") > 0', "'entropy' cannot be called"),
+        ("top_token > 3", "cannot compare a text with a number"),
+        ("top_token_changed == 1", "cannot compare a truth value with a number"),
+        ("top_tokn == 'a'", "did you mean 'top_token'"),
+    ],
+)
+def test_a_function_or_lens_name_used_wrongly_is_refused_with_a_caret(text, words):
+    line = refusal(text)
+
+    assert words in line
+    assert "^" in line
 
 
 @pytest.mark.parametrize("value", [None, 3, b"norm > 3", True])
@@ -439,7 +492,8 @@ def test_a_random_condition_means_what_its_tree_means(tree):
 # --- garbage ------------------------------------------------------------------------------------
 
 _pieces = st.sampled_from(
-    [*NAMES, "and", "or", "not", "in", "(", ")", ",", "==", "<", "-", "+", "*", "/", "%", "1",
+    [*NAMES, "prob(' a')", "cosine(",
+     "and", "or", "not", "in", "(", ")", ",", "==", "<", "-", "+", "*", "/", "%", "1",
      "2.5", "'a'", '"', "'", "\\", "true", "false", ".", "prob", "x", " ", "\n", "中", "1e9", "["]
 )  # fmt: skip
 
@@ -448,7 +502,7 @@ _pieces = st.sampled_from(
 def test_garbage_is_refused_with_a_typed_error_or_is_a_condition(text):
     try:
         condition = parse_condition(text)
-    except (BadCondition, NotSupported) as error:
+    except BadCondition as error:
         assert error.message
         return
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from kernel_server.protocol import messages as m
+from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.errors import (
     BadArgument,
     BadCondition,
@@ -13,6 +17,7 @@ from kernel_server.protocol.errors import (
     QuotaExceeded,
     UnknownBreakpoint,
     UnknownLocation,
+    UnknownVector,
 )
 from kernel_server.state.server_state import Limits
 from tests.state.world import SAMPLED, World, snapshot
@@ -213,7 +218,13 @@ def test_a_breakpoint_set_during_a_decode_counts_from_the_next_forward(world: Wo
         ({"location": "layer.2"}, UnknownLocation, "unknown location"),
         ({"location": "layers.4.mlp.neurons"}, NotSupported, "a mixture of experts"),
         ({"condition": "norm >"}, BadCondition, "norm >"),
-        ({"condition": "top_token == 'a'"}, NotSupported, "top_token"),
+        ({"condition": "entropy < 1", "location": "layers.2.mlp.neurons"}, BadCondition, "as wide"),
+        ({"condition": "prob(' a') > 0"}, BadCondition, "no token of this model"),
+        ({"condition": "cosine('joy') > 0"}, UnknownVector, "no vector named 'joy'"),
+        ({"tokens": m.Selector(kind="prompt")}, BadArgument, "about all tokens"),
+        ({"kind": "data breakpoint"}, BadArgument, "give it a condition"),
+        ({"kind": "logpoint", "ignore": 1}, BadArgument, "never stops"),
+        ({"kind": "logpoint", "max_bytes": 10}, BadArgument, "at least 4096 bytes"),
         ({"ignore": -1}, BadArgument, "ignore is -1"),
         ({"when": "sometimes"}, BadArgument, "sometimes"),
     ],
@@ -253,4 +264,102 @@ def test_a_fork_goes_on_counting_from_its_parents_counts(world: World):
 
     assert counts(child.breakpoints[0]) == (2, 2, 1)
     assert counts(world.breakpoint(child.id)) == (3, 3, 2)
+    assert counts(world.breakpoint(sid)) == (2, 2, 1)
+
+
+# --- the lens and named vectors -------------------------------------------------------------------
+
+
+def test_a_vector_of_another_width_is_refused_with_both_numbers(world: World):
+    sid = world.launch()
+    joy = m.NamedArray(name="joy", value=Array.from_numpy(np.ones(8, np.float32)))
+    world.break_at(sid, "layers.2.output", condition='cosine("joy") > 0.5', vectors=(joy,))
+    world.break_at(sid, "layers.2.attention.q", condition='cosine("joy") > 0.5', vectors=(joy,))
+
+    for place, words in [("logits", "logits is 50 wide"), ("layers.2.attention.pattern", "keys")]:
+        with pytest.raises(BadCondition, match=words):
+            world.break_at(sid, place, condition='cosine("joy") > 0.5', vectors=(joy,))
+
+
+def test_a_check_carries_what_its_texts_stand_for(world: World):
+    sid = world.launch()
+    texts = (m.TextIds(text=" a", token_ids=(3, 9)),)
+    world.break_at(sid, "logits", condition='prob(" a") > 0.5', text_ids=texts)
+    world.go(sid)
+    (check,) = world.stretch.checks
+
+    assert check.names == {"prob"}
+    assert check.lookup is not None and check.lookup.token_ids == {" a": (3, 9)}
+
+
+# --- data breakpoints -----------------------------------------------------------------------------
+
+WATCH = ("layers.3.output", "embedding", "layers.1.middle", "layers.3.output")
+
+
+def watch(world: World, sid: str, **options: Any) -> m.BreakpointInfo:
+    message = m.SetBreakpoint(
+        session_id=sid,
+        locations=WATCH,
+        kind="data breakpoint",
+        **{"condition": "num_nan > 0", **options},
+    )
+    return world.ask(message).breakpoint
+
+
+def test_a_data_breakpoint_watches_each_location_once_in_the_order_they_are_reached(world: World):
+    sid = world.launch()
+    info = watch(world, sid)
+    world.go(sid)
+
+    assert info.locations == ("embedding", "layers.1.middle", "layers.3.output")
+    assert [check.point for check in world.stretch.checks] == [0, 1 + 7 / 16, 4]
+    assert [check.hits for check in world.stretch.checks] == [0, 1, 2]
+
+
+def test_a_data_breakpoint_stops_where_it_holds_and_counts_every_location(world: World):
+    sid = world.launch(max_new_tokens=2)
+    watch(world, sid)
+    world.judge = lambda check: (4, 5) if check.hits in (1, 3) else ()
+    first, second = world.run(sid).stop, world.run(sid).stop
+
+    assert first is not None and second is not None
+    assert (first.reason, first.location) == ("data breakpoint", "layers.1.middle")
+    assert (first.hit_tokens, first.hit_breakpoints) == ((4, 5), (1,))
+    assert (second.location, second.forward) == ("embedding", 1)
+    world.run(sid)
+    assert counts(world.breakpoint(sid)) == (6, 2, 2)
+
+
+def test_a_breakpoint_beside_a_data_breakpoint_gives_the_reason(world: World):
+    sid = world.launch()
+    watch(world, sid)
+    world.break_at(sid, "layers.1.middle")
+    world.judge = lambda check: (0,) if check.point > 1 else ()
+    stop = world.run(sid).stop
+
+    assert stop is not None
+    assert (stop.reason, stop.hit_breakpoints) == ("breakpoint", (1, 2))
+
+
+def test_a_data_breakpoint_may_be_about_some_tokens(world: World):
+    sid = world.launch(max_new_tokens=3)
+    watch(world, sid, tokens=m.Selector(kind="indices", indices=(1, -2)))
+    world.go(sid)
+
+    assert {check.rows for check in world.stretch.checks} == {(1, 4)}
+    world.done()
+    assert world.stretch.checks == ()  # a decode feeds neither
+    world.work()
+    assert counts(world.breakpoint(sid)) == (9, 0, 0)
+
+
+def test_once_and_ignore_count_over_all_locations(world: World):
+    sid = world.launch()
+    watch(world, sid, ignore=1, once=True)
+    world.judge = lambda check: (0,)
+    stop = world.run(sid).stop
+
+    assert stop is not None and stop.location == "layers.1.middle"
+    assert world.run(sid).status == "finished"
     assert counts(world.breakpoint(sid)) == (2, 2, 1)

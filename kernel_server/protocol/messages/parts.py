@@ -19,6 +19,7 @@ When = Literal["any", "prefill", "decode"]
 FinishReason = Literal["eos", "max_new_tokens"]
 BreakpointKind = Literal["breakpoint", "data breakpoint", "logpoint"]
 BREAKPOINT_KINDS: tuple[BreakpointKind, ...] = ("breakpoint", "data breakpoint", "logpoint")
+LogContent = Literal["summary", "tensor"]
 EditKind = Literal[
     "scale", "add", "set", "zero", "clamp", "project_out", "mean", "swap",
     "force", "ban", "replace",
@@ -155,10 +156,13 @@ class BreakpointInfo:
     held: int = 0
     #: of these, times the session stopped
     stops: int = 0
-    #: of a logpoint: records kept, those lost because there was no room, and bytes they take
+    #: of a logpoint: what it notes, records kept, those lost because there was no room, bytes that
+    #: the kept ones take, and bytes they may take
+    what: LogContent = "summary"
     records: int = 0
     dropped: int = 0
     log_bytes: int = 0
+    max_bytes: int = 0
 
 
 @message
@@ -261,10 +265,10 @@ class ChatMessage:
 
 @message
 class LogRecord:
-    """What a logpoint noted at one location of one forward.
+    """What a logpoint noted at one location of one forward, of one token or several.
 
-    `per_token`: float32 [tokens, 2], norm and largest magnitude. `value`: the tensor of the tokens
-    chosen, when the logpoint records tensors.
+    per_token: float32 [tokens, 2], norm and largest magnitude. num_nan: int32 [tokens]. value: the
+    tensor `[tokens, channels]`, when the logpoint notes tensors. Many tokens take several records.
     """
 
     seq: int
@@ -273,8 +277,24 @@ class LogRecord:
     positions: tuple[int, ...]
     token_ids: tuple[int, ...]
     per_token: Array
-    num_nan: int
+    num_nan: Array
     value: Array | None = None
+
+
+@message
+class TextIds:
+    """A text of a condition, and the ids of the tokens that read so."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@message
+class NamedArray:
+    """The numbers of a named vector, float32 [width], as they were when they were asked for."""
+
+    name: str
+    value: Array
 
 
 @message

@@ -16,7 +16,10 @@ from kernel_server.protocol.messages.parts import (
     BreakpointKind,
     ChatMessage,
     EditSpec,
+    LogContent,
+    NamedArray,
     Selector,
+    TextIds,
     When,
 )
 
@@ -136,9 +139,10 @@ class Terminate:
 class SetBreakpoint:
     """Add a breakpoint, data breakpoint or logpoint to a session.
 
-    locations: one, or several for a data breakpoint or logpoint. A logpoint notes a `summary` or
-    the `tensor` of `tokens`, up to `max_bytes`; when they are full it drops new records and counts
-    them, or stops the session (`on_full`).
+    locations: one, or several for a data breakpoint or logpoint. tokens: those that its condition
+    is judged for, or that a logpoint notes. A logpoint notes a `summary` or the `tensor`, up to
+    `max_bytes`; when they are full it drops new records and counts them, or stops the session
+    (`on_full`). Named vectors are taken as they are now: replacing one changes no breakpoint.
     """
 
     session_id: str
@@ -148,10 +152,13 @@ class SetBreakpoint:
     condition: str | None = None
     ignore: int = 0
     once: bool = False
-    what: Literal["summary", "tensor"] = "summary"
+    what: LogContent = "summary"
     tokens: Selector = ALL
     max_bytes: int = 16 << 20
     on_full: Literal["drop", "stop"] = "drop"
+    #: filled in by the server: the texts of `prob` as ids, and the vectors of `cosine`
+    text_ids: tuple[TextIds, ...] = ()
+    vectors: tuple[NamedArray, ...] = ()
 
 
 @message
@@ -249,11 +256,15 @@ class ReadLogits:
 
 @message
 class ReadLog:
-    """Records of a logpoint after sequence number `after`, oldest first, some at a time."""
+    """Records of a logpoint after sequence number `after`, oldest first, some at a time.
+
+    release: those up to `after` are safe with the caller; the server frees them.
+    """
 
     session_id: str
     breakpoint_id: int
     after: int = 0
+    release: bool = False
 
 
 @message
