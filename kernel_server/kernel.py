@@ -11,7 +11,6 @@ import platform
 import secrets
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
@@ -27,8 +26,9 @@ from kernel_server.gateway import Gateway, Served
 from kernel_server.loop import Loop
 from kernel_server.models import registry
 from kernel_server.models.registry import LoadedModel, open_model
+from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.vocabulary import Vocabulary
-from kernel_server.protocol.messages import ModelInfo
+from kernel_server.protocol.messages import ModelInfo, SiteLayout
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, process_rows
@@ -145,10 +145,9 @@ class Kernel:
             *process_rows(self.info.device),
         )
 
-    def _offer(self, session_id: str, source: TensorSource) -> str:
-        """Open a download for the session's owner."""
-        owner: Any = self.state.sessions[session_id].owner
-        return self.gateway.transfers.offer(str(owner), source)
+    def _offer(self, owner: str, source: TensorSource) -> str:
+        """Open a download for an owner."""
+        return self.gateway.transfers.offer(owner, source)
 
 
 def _limits(quotas: Quotas, shape: ModelShape, owners: int) -> Limits:
@@ -202,8 +201,27 @@ def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelI
         config=registry.describe_config(stock),
         modules=registry.module_tree(stock),
         load_check=ready.report.as_dict(),
+        sites=_sites(model),
+        sites_off=_sites_off(model),
         max_prompt=ready.max_prompt,
     )
+
+
+def _sites(model: ResumableModel) -> tuple[tuple[SiteLayout, ...], ...]:
+    """What can be seen inside each layer, as the contract says it."""
+    return tuple(
+        tuple(SiteLayout(site=s.site, heads=s.heads, width=s.width) for s in layer.supported)
+        for layer in model.sites
+    )
+
+
+def _sites_off(model: ResumableModel) -> dict[str, str]:
+    """Site -> why it is missing, in the first layer that misses it."""
+    reasons: dict[str, str] = {}
+    for layer in model.sites:
+        for site, reason in layer.off.items():
+            reasons.setdefault(site, reason)
+    return reasons
 
 
 def _device_name(device: torch.device) -> str:
@@ -227,4 +245,6 @@ def _shape(info: ModelInfo, ready: Ready) -> ModelShape:
         max_prompt=info.max_prompt,
         eos_token_ids=info.eos_token_ids,
         prefill_chunk=ready.segments.prefill_chunk,
+        sites=info.sites,
+        sites_off=info.sites_off,
     )

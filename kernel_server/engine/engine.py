@@ -27,6 +27,7 @@ from kernel_server.engine.logs import StretchLogs
 from kernel_server.engine.sampler import sample
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.engine.tensor_edits import apply_edits
+from kernel_server.engine.variables import summarize
 from kernel_server.protocol.errors import (
     DjinnError,
     OutOfDeviceMemory,
@@ -35,7 +36,8 @@ from kernel_server.protocol.errors import (
 from kernel_server.protocol.location import (
     NOT_STARTED,
     Point,
-    layers_executed,
+    is_inner,
+    location_at,
     logits_point,
     sampled_point,
 )
@@ -52,6 +54,7 @@ from kernel_server.state.events import (
 )
 from kernel_server.state.instructions import (
     ApplyEdits,
+    Captures,
     Check,
     DropLog,
     DropTensors,
@@ -220,7 +223,8 @@ class Engine:
     def _read(self, errand: ReadTensors) -> None:
         try:
             held = self._sessions.get(errand.session_id, SessionTensors())
-            answer = self._reader.read(errand, held)
+            beside = [self._sessions[session_id] for session_id in errand.beside]
+            answer = self._reader.read(errand, held, beside)
         except Exception as error:
             answer = ErrorReply(error=self._told(error, "a read"))
         self._reply(errand.request_id, answer)
@@ -284,6 +288,11 @@ class _Stretch:
             num_layers=engine.num_layers,
         )
         self.edits = _by_point(stretch.edits)
+        self.captures = stretch.captures
+        caught = stretch.captures.points if stretch.captures is not None else ()
+        #: the points inside layers that have to be shown on the way
+        shown = (*self.checks, *self.logs.points, *self.edits, *caught)
+        self.visits = sorted({point for point in shown if is_inner(point)})
         self.results: list[EditResult] = []
         self.told_at = time.monotonic()
         self.hits: dict[int, tuple[int, ...]] = {}
@@ -302,10 +311,10 @@ class _Stretch:
                 f"the state places session {stretch.session_id} at point {stretch.point},"
                 f" the engine at {forward.point}"
             )
-        before = forward.point
+        runs = forward.layer_runs
         if forward.point < min(stretch.until, logits_point(engine.num_layers)):
             until = min(stretch.until, logits_point(engine.num_layers))
-            engine.segments.advance(forward, until, stretch.tables, self.on_point)
+            engine.segments.advance(forward, until, stretch.tables, self.on_point, self.visits)
         point, token = forward.point, None
         if stretch.until == sampled_point(engine.num_layers) and not self.halted:
             logits = engine.segments.logits(forward)
@@ -319,8 +328,7 @@ class _Stretch:
             edits=tuple(self.results),
             logs=self.logs.finish(),
             token=token,
-            layers_run=layers_executed(point, engine.num_layers)
-            - layers_executed(before, engine.num_layers),
+            layers_run=forward.layer_runs - runs,
         )
 
     def on_point(self, point: Point, forward: ForwardState) -> bool:
@@ -334,6 +342,8 @@ class _Stretch:
         if edits := self.edits.get(point):
             self._edit(forward, edits)
         held.note_value(forward, engine.num_layers)
+        if self.captures is not None and point in self.captures.points:
+            self._catch(point, forward, self.captures)
         found: dict[int, tuple[int, ...]] = {}
         if checks := self.checks.get(point):
             found = self._judge(forward, checks)
@@ -359,6 +369,18 @@ class _Stretch:
         self.held.unedited(before)
         segments.set_value(forward, after)
         self.results += results
+
+    def _catch(self, point: Point, forward: ForwardState, captures: Captures) -> None:
+        """Keep the value here for the question that this scratch fork is run for."""
+        rows = [chunk[0] for chunk in self.engine.segments.value(forward)]
+        if point != logits_point(self.engine.num_layers):
+            rows = reads.select(rows, captures.rows, captures.elements)
+        if captures.what == "summary":
+            name = str(location_at(point, self.engine.num_layers))
+            self.held.caught[point] = summarize(rows, name)
+        else:
+            # copies: a view would keep the whole tensor of every location alive
+            self.held.caught[point] = [row.clone() for row in rows]
 
     def _judge(self, forward: ForwardState, checks: Sequence[Check]) -> dict[int, tuple[int, ...]]:
         self.lens.stand(forward)

@@ -6,6 +6,7 @@ All tensors are immutable by convention (an edit makes new ones), so a fork shar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from kernel_server.engine.lens_values import LensValues
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import ForwardState
 from kernel_server.protocol.errors import NotStopped
-from kernel_server.protocol.location import is_inner
+from kernel_server.protocol.location import Point, is_inner
 
 #: Up to this many tokens a forward's layer outputs are kept and reduced once, at its end; three
 #: small operations per layer would cost 5 % of a decode.
@@ -82,6 +83,8 @@ class SessionTensors:
     lens_before: dict[int, LensValues] = field(default_factory=dict)
     #: records by logpoint, in host memory
     logs: dict[int, Log] = field(default_factory=dict)
+    #: of a scratch fork: by point, rows `[tokens, elements]` by chunk, or their summary
+    caught: dict[Point, Any] = field(default_factory=dict)
 
     def standing(self) -> ForwardState:
         """The forward the session stands in, or `NotStopped`."""

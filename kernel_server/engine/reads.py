@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernel_server.engine.attribution import attribute
 from kernel_server.engine.held import Captured, SessionTensors
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import Segments
@@ -25,8 +27,10 @@ from kernel_server.protocol.errors import (
 from kernel_server.protocol.location import (
     EMBEDDING,
     final_norm_point,
+    is_inner,
     location_at,
     logits_point,
+    parse_location,
 )
 from kernel_server.state.instructions import ReadTensors
 
@@ -38,7 +42,7 @@ LENS_ROWS = 64
 MAX_LENS_ROWS = 4096
 MAX_TOP_K = 1000
 
-#: Opens a download for the session's owner: (session_id, source) -> transfer id.
+#: Opens a download for an owner: (owner, source) -> transfer id.
 Offer = Callable[[str, "TensorSource"], str]
 
 
@@ -88,9 +92,19 @@ class Reader:
         self._offer = offer
         self._texts = texts
 
-    def read(self, errand: ReadTensors, held: SessionTensors) -> Any:
-        """The response to a read request."""
+    def read(
+        self, errand: ReadTensors, held: SessionTensors, beside: Sequence[SessionTensors] = ()
+    ) -> Any:
+        """The response to a read request, or to a question for which scratch forks were run."""
         match errand.message:
+            case m.Preview():
+                return self._preview(errand, held, beside[0])
+            case m.ReadAttention():
+                return self._attention(errand, held)
+            case m.ReadSites():
+                return self._sites(errand, held)
+            case m.ReadAttribution():
+                return self._attribution(errand, held)
             case m.ReadValue():
                 return self._value(errand, held)
             case m.ReadLens():
@@ -102,7 +116,7 @@ class Reader:
             case m.ReadLogits():
                 if held.last_logits is None:
                     raise NotFinished("no forward of this session is finished yet")
-                return self._tensor(errand.session_id, [held.last_logits.float()[None]], flat=True)
+                return self._tensor(errand.owner, [held.last_logits.float()[None]], flat=True)
         raise BadMessage(f"{type(errand.message).__name__} is not a read request")
 
     # -- the tensor at the stop -----------------------------------------------------------------
@@ -110,19 +124,19 @@ class Reader:
     def _value(self, errand: ReadTensors, held: SessionTensors) -> Any:
         forward = held.standing()
         rows = [chunk[0] for chunk in self._segments.value(forward)]
-        rows = _select(rows, errand.rows, errand.channels)
+        rows = select(rows, errand.rows, errand.channels)
         if errand.message.what == "summary":
             location = str(location_at(forward.point, self._num_layers))
-            return summarize(rows, location)
-        return self._tensor(errand.session_id, rows)
+            return _with_heads(summarize(rows, location), errand.heads)
+        return self._tensor(errand.owner, _by_head(rows, errand.heads))
 
-    def _tensor(self, session_id: str, rows: list[Tensor], flat: bool = False) -> m.TensorReply:
+    def _tensor(self, owner: str, rows: list[Tensor], flat: bool = False) -> m.TensorReply:
         source = TensorSource([row.flatten() for row in rows] if flat else rows)
         inline, transfer_id = None, None
         if source.nbytes <= INLINE_BYTES:
             inline = Array(source.dtype, source.shape, source.read(0, source.nbytes))
         else:
-            transfer_id = self._offer(session_id, source)
+            transfer_id = self._offer(owner, source)
         return m.TensorReply(
             dtype=source.dtype,
             shape=source.shape,
@@ -142,8 +156,13 @@ class Reader:
             names, positions, logits = self._lens_of_layers(request, held)
         else:
             names, positions, logits = self._lens_of_stop(errand, held)
-        logits = logits.float()
-        top_k = min(request.top_k, logits.shape[-1])
+        return self._distributions(logits.float(), request.top_k, names, positions)
+
+    def _distributions(
+        self, logits: Tensor, top_k: int, names: Sequence[str], positions: Sequence[int]
+    ) -> m.LensReply:
+        """The most probable tokens of each row of logits `[rows, vocabulary]`, float32."""
+        top_k = min(top_k, logits.shape[-1])
         log_probabilities = logits.log_softmax(-1)
         top = log_probabilities.topk(top_k, -1)
         # 0 * -inf is nan: tokens the model excludes add nothing to the entropy
@@ -164,7 +183,7 @@ class Reader:
     ) -> tuple[list[str], list[int], Tensor]:
         forward = held.standing()
         point = forward.point
-        rows = torch.cat(_select([c[0] for c in self._segments.value(forward)], errand.rows, None))
+        rows = torch.cat(select([c[0] for c in self._segments.value(forward)], errand.rows, None))
         if rows.shape[0] > MAX_LENS_ROWS:
             raise BadArgument(
                 f"the lens of {rows.shape[0]} tokens is more than {MAX_LENS_ROWS} at a time:"
@@ -212,6 +231,80 @@ class Reader:
         pieces = [self._segments.lens(piece, normed=normed) for piece in rows.split(LENS_ROWS)]
         return torch.cat(pieces)
 
+    # -- answers from scratch forks ---------------------------------------------------------------
+
+    def _preview(
+        self, errand: ReadTensors, after: SessionTensors, before: SessionTensors
+    ) -> m.PreviewReply:
+        request: m.Preview = errand.message
+        arms = [self._segments.logits(held.standing()).float() for held in (before, after)]
+        position = errand.first_token + len(after.standing().token_ids) - 1
+        rows = [
+            self._distributions(arm[None], request.top_k, ("logits",), (position,)) for arm in arms
+        ]
+        plain, edited = (arm.log_softmax(-1) for arm in arms)
+        # a token banned in both has no part in it, and 0 * -inf would be nan
+        terms = edited.exp() * (edited.clamp_min(-1e30) - plain.clamp_min(-1e30))
+        return m.PreviewReply(
+            before=rows[0],
+            after=rows[1],
+            kl=max(float(terms.sum()), 0.0),
+            logits_before=self._tensor(errand.owner, [arms[0][None]], flat=True),
+            logits_after=self._tensor(errand.owner, [arms[1][None]], flat=True),
+            elements_changed=errand.changed,
+        )
+
+    def _attention(self, errand: ReadTensors, held: SessionTensors) -> m.AttentionReply:
+        ((_, rows),) = held.caught.items()
+        count, heads = sum(row.shape[0] for row in rows), errand.heads
+        assert heads is not None
+        chosen = errand.rows if errand.rows is not None else range(count)
+        keys = rows[0].shape[1] // heads
+        elements = errand.channels if errand.channels is not None else range(heads * keys)
+        return m.AttentionReply(
+            heads=tuple(elements[i] // keys for i in range(0, heads * keys, keys)),
+            positions=tuple(errand.first_token + row for row in chosen),
+            weights=self._tensor(errand.owner, _by_head(rows, heads)),
+        )
+
+    def _sites(self, errand: ReadTensors, held: SessionTensors) -> m.SitesReply:
+        request: m.ReadSites = errand.message
+        values = []
+        for point, found in sorted(held.caught.items()):
+            name = str(location_at(point, self._num_layers))
+            heads = self._segments.layout(point).heads if is_inner(point) else None
+            if isinstance(found, m.Summary):
+                values.append(m.SiteValue(location=name, summary=_with_heads(found, heads)))
+            else:
+                tensor = self._tensor(errand.owner, _by_head(found, heads))
+                values.append(m.SiteValue(location=name, tensor=tensor))
+        asked = {
+            str(parse_location(name, self._num_layers)): i
+            for i, name in enumerate(request.locations)
+        }
+        values.sort(key=lambda value: asked[value.location])
+        count = len(held.standing().token_ids)
+        rows = errand.rows if errand.rows is not None else range(count)
+        return m.SitesReply(
+            values=tuple(values), positions=tuple(errand.first_token + row for row in rows)
+        )
+
+    def _attribution(self, errand: ReadTensors, held: SessionTensors) -> m.AttributionReply:
+        vectors = {point: torch.cat(rows)[0] for point, rows in held.caught.items()}
+        parts = attribute(self._segments, vectors, errand.message.token_id)
+        text = self._texts(parts.token_id) if self._texts is not None else ""
+        return m.AttributionReply(
+            token_id=parts.token_id,
+            text=text,
+            kinds=parts.kinds,
+            layers=parts.layers,
+            heads=parts.heads,
+            values=to_array(parts.values),
+            logit=parts.logit,
+            rest=parts.logit - float(parts.values.sum()),
+            note=parts.note,
+        )
+
     # -- capture -------------------------------------------------------------------------------
 
     def _capture(self, errand: ReadTensors, held: SessionTensors) -> m.CaptureReply:
@@ -248,6 +341,20 @@ class Reader:
         )
 
 
+def _by_head(rows: list[Tensor], heads: int | None) -> list[Tensor]:
+    """Rows `[tokens, elements]` as `[tokens, heads, channels]`."""
+    if heads is None:
+        return rows
+    return [chunk.reshape(chunk.shape[0], heads, -1) for chunk in rows]
+
+
+def _with_heads(summary: m.Summary, heads: int | None) -> m.Summary:
+    if heads is None:
+        return summary
+    tokens, elements = summary.shape
+    return dataclasses.replace(summary, shape=(tokens, heads, elements // heads))
+
+
 def _padded(values: Tensor, points: int, fill: float = math.nan) -> Tensor:
     """`values` [reached, tokens] with rows of `fill` for the points not reached."""
     missing = points - values.shape[0]
@@ -256,7 +363,7 @@ def _padded(values: Tensor, points: int, fill: float = math.nan) -> Tensor:
     return torch.cat([values, values.new_full((missing, values.shape[1]), fill)])
 
 
-def _select(
+def select(
     chunks: list[Tensor], rows: tuple[int, ...] | None, channels: tuple[int, ...] | None
 ) -> list[Tensor]:
     """The chosen rows and channels of `[tokens, width]` chunks."""

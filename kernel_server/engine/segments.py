@@ -22,6 +22,7 @@ from kernel_server.engine.forward_state import ForwardState
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.routers import RouterReading, reading_router
 from kernel_server.models.sites import SiteLayout, Visit
 from kernel_server.protocol.errors import (
     BadArgument,
@@ -125,6 +126,42 @@ class Segments:
                 else self._visit(state, index, chunk, self._call(state, index, chunk), work, visit)
                 for chunk, visit in enumerate(visits)
             ]
+
+    def router(
+        self, state: ForwardState, layer: int, tables: Sequence[Sequence[int]]
+    ) -> RouterReading:
+        """What the router of `layer` decides in a forward that stands before that layer or in it.
+
+        Edits made inside the layer so far are part of it. Raises NotSupported where the layer has
+        no mixture of experts, or one whose router is not understood.
+        """
+        router = self.model.sites[layer].router
+        if router is None:
+            raise NotSupported(
+                f"layer {layer} of this {self.model.family} model has no router that returns its"
+                " logits, experts and weights: look at its mlp.output instead",
+                layer=layer,
+            )
+        if layer_of(state.point) != layer:
+            raise ServerFault(
+                f"the forward stands at point {state.point}, not before or in layer {layer}"
+            )
+        readings = []
+        for chunk, (begin, end) in enumerate(state.bounds):
+            put = {site: chunks[chunk] for site, chunks in state.injected.items()}
+            visits: list[Visit | None] = [None] * len(state.bounds)
+            visits[chunk] = Visit(put)
+            with reading_router(router, end - begin) as taken:
+                self.visit(state, tables, visits)
+            if len(taken) != 1:
+                raise ServerFault(f"the router of layer {layer} ran {len(taken)} times")
+            readings += taken
+        state.layer_runs += 1
+        return RouterReading(
+            torch.cat([reading.logits for reading in readings]),
+            torch.cat([reading.experts for reading in readings]),
+            torch.cat([reading.weights for reading in readings]),
+        )
 
     def _work(self, state: ForwardState, tables: Sequence[Sequence[int]]) -> PagedWork:
         work: PagedWork = self.model.route.work(

@@ -169,6 +169,32 @@ class Clients(RuleBasedStateMachine):
         session_id, owner, _ = self.pick(number)
         self.send(m.SetBreakpoint(session_id=session_id, locations=(location,), **what), owner)
 
+    @rule(
+        number=picks,
+        places=st.lists(locations, min_size=1, max_size=4),
+        kind=st.sampled_from(["data breakpoint", "logpoint"]),
+        when=st.sampled_from(["any", "prefill", "decode"]),
+        condition=conditions,
+        tokens=selectors,
+        on_full=st.sampled_from(["drop", "stop"]),
+    )
+    def watch(self, number: int, places: list[str], **what: Any) -> None:
+        session_id, owner, _ = self.pick(number)
+        message = m.SetBreakpoint(
+            session_id=session_id, locations=tuple(places), max_bytes=5000, **what
+        )
+        self.send(message, owner)
+
+    @rule(
+        number=picks, logpoint=st.integers(1, 4), after=st.integers(0, 4), release=st.booleans()
+    )
+    def read_log(self, number: int, logpoint: int, after: int, release: bool) -> None:
+        session_id, owner, _ = self.pick(number)
+        message = m.ReadLog(
+            session_id=session_id, breakpoint_id=logpoint, after=after, release=release
+        )
+        self.send(message, owner)
+
     @rule(number=picks, breakpoint_id=st.integers(1, 4), enabled=st.none() | st.booleans())
     def change_breakpoint(self, number: int, breakpoint_id: int, enabled: bool | None) -> None:
         session_id, owner, _ = self.pick(number)

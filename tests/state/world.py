@@ -14,13 +14,14 @@ from typing import Any
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
-from kernel_server.protocol.location import NOT_STARTED, layers_begun, layers_executed
+from kernel_server.protocol.location import NOT_STARTED, Point, layers_begun, layers_executed
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edits
 from kernel_server.state.events import (
     EditResult,
     EditsApplied,
     EditsFailed,
+    LogResult,
     Requested,
     StretchDone,
     StretchFailed,
@@ -161,6 +162,41 @@ def result_of(plan: EditPlan) -> EditResult:
     )
 
 
+#: bytes of every record
+RECORD = 1000
+
+
+def noted(stretch: RunStretch, point: Point) -> tuple[tuple[LogResult, ...], Point]:
+    """A record at every point of a logpoint up to `point`, or to where one must stop for room."""
+    sizes: dict[int, list[int]] = {}
+    dropped: dict[int, int] = {}
+    refused: dict[int, int] = {}
+    room = stretch.log_room_bytes
+    for plan in stretch.logs:
+        key = plan.breakpoint_id
+        kept = sizes.setdefault(key, [])
+        if plan.point > point:
+            continue
+        if room >= RECORD and plan.room_bytes >= RECORD * (len(kept) + 1):
+            kept.append(RECORD)
+            room -= RECORD
+            continue
+        dropped[key] = dropped.get(key, 0) + 1
+        if plan.stop_when_full:
+            refused[key], point = RECORD, plan.point
+    results = [
+        LogResult(
+            breakpoint_id=key,
+            held=len(kept) + dropped.get(key, 0),
+            sizes=tuple(kept),
+            dropped=dropped.get(key, 0),
+            refused_bytes=refused.get(key),
+        )
+        for key, kept in sizes.items()
+    ]
+    return tuple(results), point
+
+
 class World:
     """Clients, state and engine, one event at a time."""
 
@@ -261,6 +297,7 @@ class World:
             if check.point <= point and (positions := self.judge(check)):
                 point = check.point
                 holding.append((check, positions))
+        logs, point = noted(stretch, point)
         token = self.draw(stretch.sampling.position) if point == SAMPLED else None
         self.engine.answer(point)
         self.handle(
@@ -269,6 +306,7 @@ class World:
                 point=point,
                 held={c.breakpoint_id: where for c, where in holding if c.point == point},
                 edits=tuple(result_of(plan) for plan in stretch.edits if plan.point <= point),
+                logs=logs,
                 token=token,
             )
         )
@@ -276,9 +314,14 @@ class World:
     def fail(self, point: int, fatal: bool = False, code: str = "OutOfDeviceMemory") -> None:
         """Let the engine fail after `point`."""
         session_id = self.stretch.session_id
+        logs, point = noted(self.stretch, point)
         self.engine.answer(point)
         error = m.ErrorInfo(code=code, message="it broke")
-        self.handle(StretchFailed(session_id=session_id, point=point, error=error, fatal=fatal))
+        self.handle(
+            StretchFailed(
+                session_id=session_id, point=point, error=error, fatal=fatal, logs=logs
+            )
+        )
 
     def apply_edits(self, fail: bool = False) -> None:
         """Carry out the oldest edits asked for."""

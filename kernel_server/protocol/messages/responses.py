@@ -159,6 +159,7 @@ class AttributionReply:
     values: Array
     logit: float
     rest: float
+    note: str | None = None
 
 
 @message
