@@ -19,7 +19,7 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
 from kernel_server.state.events import StretchDone
 from kernel_server.state.server_state import Limits, ServerState
-from tests.state.world import SAMPLED, SHAPE, World, result_of, snapshot
+from tests.state.world import SAMPLED, SHAPE, World, noted, result_of, snapshot
 
 POOL = dataclasses.replace(SHAPE, num_pages=22)
 LIMITS = Limits(
@@ -185,9 +185,7 @@ class Clients(RuleBasedStateMachine):
         )
         self.send(message, owner)
 
-    @rule(
-        number=picks, logpoint=st.integers(1, 4), after=st.integers(0, 4), release=st.booleans()
-    )
+    @rule(number=picks, logpoint=st.integers(1, 4), after=st.integers(0, 4), release=st.booleans())
     def read_log(self, number: int, logpoint: int, after: int, release: bool) -> None:
         session_id, owner, _ = self.pick(number)
         message = m.ReadLog(
@@ -272,7 +270,7 @@ class Clients(RuleBasedStateMachine):
     @rule(how_far=st.integers(0, 9), holds=st.booleans())
     def be_cut_short(self, how_far: int, holds: bool) -> None:
         stretch = self.world.stretch
-        point = min(stretch.point + how_far, stretch.until)
+        logs, point = noted(stretch, min(stretch.point + how_far, stretch.until))
         reached = [c for c in stretch.checks if c.point == point] if how_far else []
         self.count_turn()
         self.world.engine.answer(point)
@@ -282,6 +280,7 @@ class Clients(RuleBasedStateMachine):
                 point=point,
                 held={c.breakpoint_id: (stretch.first_token,) for c in reached if holds},
                 edits=tuple(result_of(p) for p in stretch.edits if p.point <= point),
+                logs=logs,
                 token=3 if point == SAMPLED else None,
                 layers_run=how_far,
             )

@@ -42,6 +42,8 @@ class Walk:
             (1, lambda: clients.run_on_too_late(pick, m.Continue)),
             (4, lambda: clients.pause(pick)),
             (4, lambda: clients.set_breakpoint(pick, **self.breakpoint())),
+            (1, lambda: clients.watch(pick, **self.watch())),
+            (2, lambda: clients.read_log(pick, self.small(), self.small(), self.chance(0.5))),
             (
                 2,
                 lambda: clients.change_breakpoint(
@@ -89,6 +91,16 @@ class Walk:
             "condition": self.one([None, "norm > 3"]),
             "ignore": self.one([0, 0, 1, 2]),
             "once": self.chance(0.3),
+        }
+
+    def watch(self) -> dict[str, Any]:
+        return {
+            "places": [self.one(PLACES) for _ in range(self.small())],
+            "kind": self.one(["data breakpoint", "logpoint"]),
+            "when": self.one(["any", "any", "prefill", "decode"]),
+            "condition": self.one(["norm > 3", None]),
+            "tokens": self.selector(),
+            "on_full": self.one(["drop", "drop", "drop", "stop"]),
         }
 
     def selector(self) -> m.Selector:

@@ -318,9 +318,7 @@ class World:
         self.engine.answer(point)
         error = m.ErrorInfo(code=code, message="it broke")
         self.handle(
-            StretchFailed(
-                session_id=session_id, point=point, error=error, fatal=fatal, logs=logs
-            )
+            StretchFailed(session_id=session_id, point=point, error=error, fatal=fatal, logs=logs)
         )
 
     def apply_edits(self, fail: bool = False) -> None:
