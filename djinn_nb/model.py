@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from djinn_nb import sites
 from djinn_nb.checks import flag, shown, whole
 from djinn_nb.selectors import plain_array
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NoTokenizer
-from kernel_server.protocol.location import known_names
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from djinn_nb.client import Client
 
 
@@ -99,8 +101,17 @@ class Model:
 
     @property
     def locations(self) -> list[str]:
-        """Every name a stop can have."""
-        return known_names(self.info.num_layers)
+        """Every name a stop can have with this model, in the order of a forward."""
+        return sites.locations(self.info)
+
+    @property
+    def sites(self) -> pd.DataFrame:
+        """What can be stopped at, seen and edited inside each layer, and why a site is off.
+
+        One row per (layer, site): heads, width of the last axis ("keys": one for each key), and
+        off (why; empty where it works).
+        """
+        return sites.frame(self.info)
 
     @property
     def modules(self) -> Modules:

@@ -17,7 +17,6 @@ PLANNED: dict[str, dict[str, str]] = {
         "launch_many": "many prompts at once; launch() them one by one today",
     },
     "Session": {
-        "step_in": "stopping at sites inside a layer; next() goes layer by layer today",
         "step_back": "going back to the previous stop; fork() before you go on today",
         "rewind": "going back to an earlier forward; fork() before you go on today",
         "evict": "moving a session's pages off the device by hand",

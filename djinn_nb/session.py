@@ -229,6 +229,18 @@ class Session(Planned):
         """Run to the next layer's output; past the last layer to `final_norm`, then `logits`."""
         return self._run(m.Next(session_id=self.id, seen=self._seen), timeout)
 
+    def step_in(self, timeout: float | None = None) -> Stopped | Finished:
+        """Run to the next site: inside the layer, or at its end.
+
+        Sites are those of `server.model.sites`. Going on from inside a layer runs the layer again
+        from its input, with its edits; `session.newest.layers_replayed` counts that.
+
+            stop = session.step_in()
+            stop.value                              # [tokens, heads, head_dim], say
+            session.step_in().location
+        """
+        return self._run(m.StepIn(session_id=self.id, seen=self._seen), timeout)
+
     def step_out(self, timeout: float | None = None) -> Stopped | Finished:
         """Run to this forward's `logits`, before the next token is sampled."""
         return self._run(m.StepOut(session_id=self.id, seen=self._seen), timeout)

@@ -1,6 +1,6 @@
 """A tensor at a stop that stays on the server: summary first, elements when asked for, by slice.
 
-`Variable` decides which rows and channels to ask for; the bytes are fetched by the client.
+`Variable` decides which rows, heads and channels to ask for; the bytes are fetched by the client.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ class Summary:
         )
 
 
+#: What the axes of a tensor are called, in messages: without heads, with heads, attention weights.
+PLAIN, HEADED, WEIGHTS = (
+    ("token", "channel"),
+    ("token", "head", "channel"),
+    ("token", "head", "key"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a variable's elements come from: one tensor at one stop."""
@@ -80,6 +88,7 @@ class Source:
     #: absolute position of row 0
     first_token: int
     texts: Callable[[], Sequence[str]]
+    axes: tuple[str, ...] = PLAIN
 
     @property
     def client(self) -> Client:
@@ -92,31 +101,32 @@ class Source:
 
 
 class Variable:
-    """A tensor at a stop, `[tokens, hidden]`, or a part of one; its elements stay on the server.
+    """A tensor at a stop, or a part of one; its elements stay on the server.
 
-    Indexing works as in numpy and fetches nothing: row `r` is the `r`-th token of this forward.
-    A text selects the rows of that token. `numpy()` fetches, as float32, exactly.
+    Its shape is `[tokens, hidden]`; at a site with heads `[tokens, heads, head_dim]`, of attention
+    weights `[tokens, heads, keys]`. Indexing works as in numpy and fetches nothing: row `r` is the
+    `r`-th token of this forward. A text selects the rows of that token. `numpy()` fetches, as
+    float32, exactly.
 
     Raises StaleStop when the session has moved on since the stop.
 
-        stop.hidden_states                      # a summary
-        stop.hidden_states[-1].numpy()          # [hidden]
-        stop.hidden_states[3:7, :64].numpy()    # [4, 64]
+        stop.value                              # a summary
+        stop.value[-1].numpy()                  # [hidden]
+        stop.value[3:7, 2].numpy()              # [4, head_dim] of head 2, at attention.heads
     """
 
     def __init__(
         self,
         source: Source,
-        rows: _Indexes | None = None,
-        channels: _Indexes | None = None,
-        keep: tuple[bool, bool] = (True, True),
-        size: tuple[int, int] | None = None,
+        chosen: tuple[_Indexes | None, ...] | None = None,
+        keep: tuple[bool, ...] | None = None,
+        size: tuple[int, ...] | None = None,
         dtype: str | None = None,
     ) -> None:
         self._source = source
-        self._rows = rows
-        self._channels = channels
-        self._keep = keep
+        #: per axis of the whole tensor: the indexes chosen (None: all), and whether it is kept
+        self._chosen = chosen or (None,) * len(source.axes)
+        self._keep = keep or (True,) * len(source.axes)
         self._size = size
         self._dtype = dtype
         self._summary: Summary | None = None
@@ -128,8 +138,7 @@ class Variable:
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape, as numpy's would be."""
-        rows, channels = self._selected()
-        return tuple(n for n, kept in zip((rows, channels), self._keep, strict=True) if kept)
+        return tuple(n for n, kept in zip(self._selected(), self._keep, strict=True) if kept)
 
     @property
     def dtype(self) -> str:
@@ -160,9 +169,9 @@ class Variable:
     # -- parts ----------------------------------------------------------------------------
 
     def __getitem__(self, key: object) -> Variable:
-        """A part, by numpy's rules for rows and channels; a text selects the rows of that token."""
+        """A part, by numpy's rules along each axis; a text selects the rows of that token."""
         keys = key if isinstance(key, tuple) else (key,)
-        axes = [axis for axis in (0, 1) if self._keep[axis]]
+        axes = [axis for axis, kept in enumerate(self._keep) if kept]
         if Ellipsis in [k for k in keys if not isinstance(k, np.ndarray)]:
             at = next(i for i, k in enumerate(keys) if k is Ellipsis)
             keys = (*keys[:at], *[slice(None)] * (len(axes) - len(keys) + 1), *keys[at + 1 :])
@@ -170,8 +179,7 @@ class Variable:
             raise BadSelector(
                 f"{len(keys)} indexes for a tensor of {len(axes)} dimensions {list(self.shape)}"
             )
-        chosen = [self._rows, self._channels]
-        keep = list(self._keep)
+        chosen, keep = list(self._chosen), list(self._keep)
         total = self._full_size()
         for axis, one in zip(axes, keys, strict=False):
             indexes = chosen[axis]
@@ -179,11 +187,8 @@ class Variable:
                 indexes = np.arange(total[axis])
             if axis == 0 and isinstance(one, str):
                 one = self._rows_of(one, indexes)
-            chosen[axis], kept = _take(indexes, one, ("token", "channel")[axis])
-            keep[axis] = kept
-        return Variable(
-            self._source, chosen[0], chosen[1], (keep[0], keep[1]), self._size, self._dtype
-        )
+            chosen[axis], keep[axis] = _take(indexes, one, self._source.axes[axis])
+        return Variable(self._source, tuple(chosen), tuple(keep), self._size, self._dtype)
 
     def _rows_of(self, text: str, rows: _Indexes) -> list[int]:
         texts = self._source.texts()
@@ -201,14 +206,13 @@ class Variable:
         """
         self._forget_if_edited()
         if self._values is None:
-            rows, channels = self._selected()
-            if rows and channels:
+            selected = self._selected()
+            if all(selected):
                 label = f"{self._source.location} {list(self.shape)}"
                 found = self._source.client.read_tensor(self._request("tensor"), label)
-                values = found.astype(np.float32, copy=False)
-                values = _in_order(values, self._rows, self._channels)
+                values = _in_order(found.astype(np.float32, copy=False), self._chosen)
             else:
-                values = np.zeros((rows, channels), np.float32)
+                values = np.zeros(selected, np.float32)
             self._values = values.reshape(self.shape)
         return self._values.copy()
 
@@ -230,37 +234,63 @@ class Variable:
 
     # -- asking ---------------------------------------------------------------------------
 
+    @property
+    def selectors(self) -> tuple[m.Selector, m.Selector, m.Selector]:
+        """Its tokens, heads and channels as requests name them: each once, in rising order."""
+        tokens, *heads, channels = self._chosen
+        return (
+            _as_selector(tokens, self._source.first_token),
+            _as_selector(heads[0], 0) if heads else m.ALL,
+            _as_selector(channels, 0),
+        )
+
+    def as_patch(self) -> m.PatchSource:
+        """Where the server finds it, to take it as the value of an edit without it coming here.
+
+        Raises BadSelector for parts in another order than the tensor's, or listed twice.
+        """
+        for axis, indexes in zip(self._source.axes, self._chosen, strict=True):
+            if indexes is not None and (np.diff(indexes) <= 0).any():
+                raise BadSelector(
+                    f"a patch takes {axis}s in rising order and each once; for another order give"
+                    " the values themselves: variable.numpy()"
+                )
+        tokens, heads, channels = self.selectors
+        return m.PatchSource(
+            session_id=self._source.session_id, seen=self._source.seen,
+            tokens=tokens, heads=heads, channels=channels,
+        )  # fmt: skip
+
     def _request(self, what: str) -> m.ReadValue:
+        tokens, heads, channels = self.selectors
         return m.ReadValue(
             session_id=self._source.session_id,
             seen=self._source.seen,
             what="summary" if what == "summary" else "tensor",
-            tokens=_as_selector(self._rows, self._source.first_token),
-            channels=_as_selector(self._channels, 0),
+            tokens=tokens,
+            heads=heads,
+            channels=channels,
         )
 
     def _learn(self) -> None:
         """Size and dtype of the whole tensor, from its summary."""
-        if self._rows is None and self._channels is None:
-            summary = self.summary()
-        else:
-            whole = Variable(self._source)
-            summary = whole.summary()
-        self._size = (summary.shape[0], summary.shape[1])
-        self._dtype = summary.dtype
+        entire = all(indexes is None for indexes in self._chosen)
+        summary = self.summary() if entire else Variable(self._source).summary()
+        self._size, self._dtype = summary.shape, summary.dtype
 
-    def _full_size(self) -> tuple[int, int]:
+    def _full_size(self) -> tuple[int, ...]:
         if self._size is None:
             self._learn()
         assert self._size is not None
         return self._size
 
-    def _selected(self) -> tuple[int, int]:
-        rows, channels = self._rows, self._channels
-        full = (0, 0) if rows is not None and channels is not None else self._full_size()
-        return (
-            full[0] if rows is None else len(rows),
-            full[1] if channels is None else len(channels),
+    def _selected(self) -> tuple[int, ...]:
+        """How many of each axis of the whole tensor it has."""
+        if all(indexes is not None for indexes in self._chosen):
+            return tuple(len(indexes) for indexes in self._chosen if indexes is not None)
+        return tuple(
+            count if indexes is None else len(indexes)
+            for count, indexes in zip(self._full_size(), self._chosen, strict=True)
         )
 
     def _forget_if_edited(self) -> None:
@@ -288,7 +318,7 @@ def _take(indexes: _Indexes, key: object, axis: str) -> tuple[_Indexes, bool]:
 
 
 def _as_selector(indexes: _Indexes | None, first: int) -> m.Selector:
-    """Indexes of rows or channels as the contract's selector, each once and in rising order."""
+    """Indexes along an axis as the contract's selector, each once and in rising order."""
     if indexes is None:
         return m.ALL
     wanted = np.unique(indexes)
@@ -299,10 +329,10 @@ def _as_selector(indexes: _Indexes | None, first: int) -> m.Selector:
 
 
 def _in_order(
-    values: npt.NDArray[np.float32], rows: _Indexes | None, channels: _Indexes | None
+    values: npt.NDArray[np.float32], chosen: tuple[_Indexes | None, ...]
 ) -> npt.NDArray[np.float32]:
     """`values`, which came in rising order, as the indexes asked for them, repeats included."""
-    for axis, indexes in enumerate((rows, channels)):
+    for axis, indexes in enumerate(chosen):
         if indexes is not None:
             wanted, places = np.unique(indexes, return_inverse=True)
             if len(wanted) != len(indexes) or not np.array_equal(wanted, indexes):
