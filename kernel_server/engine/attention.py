@@ -95,7 +95,7 @@ class PagedAttentionRoute:
     """Registers the attention function; the route a `ResumableModel` is built on."""
 
     name = implementation = "djinn_pages"
-    title = "attention function"
+    title = "function"
 
     def __init__(self) -> None:
         # No mask function is registered under this name, so transformers builds no mask.

@@ -128,11 +128,17 @@ class PagedCache(Cache):
 
 
 class CacheRoute:
-    """Attention as the family computes it, over a `Cache` of Djinn's pages."""
+    """Attention as the family computes it, over a `Cache` of Djinn's pages.
 
-    name = "djinn_cache"
-    title = "cache"
-    implementation = "eager"
+    implementation: `eager`, which never goes without a mask; `sdpa` where stock's eager attention
+    is not what stock runs by default (Falcon with ALiBi adds its bias twice there).
+    """
+
+    title = "Cache"
+
+    def __init__(self, implementation: str = "eager") -> None:
+        self.implementation = implementation
+        self.name = f"djinn_cache_{implementation}"
 
     def cache(self, num_layers: int) -> PagedCache:
         """What every forward is given as `past_key_values`."""

@@ -19,7 +19,7 @@ from kernel_server.engine.attention import Calibration, PagedAttentionRoute
 from kernel_server.engine.cache_route import CacheCalibration, CacheRoute, longest_prompt
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
-from kernel_server.models.resumable import ResumableModel
+from kernel_server.models.resumable import AttentionRoute, ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
 from kernel_server.models.site_check import LayerRun
 from kernel_server.models.sites import SiteLayout
@@ -103,11 +103,15 @@ def resume(
 ) -> tuple[ResumableModel, PageShape, LoadReport]:
     """Make a stock model resumable by the first route that passes the load check.
 
-    The attention function is tried before the Cache route, which costs more and bounds the prompt.
+    The attention function is tried before the Cache route, which costs more and bounds the prompt;
+    that one runs eager attention, or stock's own where eager is not what stock computes.
     Raises UnsupportedModel with the reasons of both if neither passes.
     """
     refusals: list[UnsupportedModel] = []
-    for route in (PagedAttentionRoute(), CacheRoute()):
+    routes: list[AttentionRoute] = [PagedAttentionRoute(), CacheRoute()]
+    if model.config._attn_implementation == "sdpa":
+        routes.append(CacheRoute("sdpa"))
+    for route in routes:
         resumable = None
         try:
             resumable = ResumableModel(model, route)
@@ -117,9 +121,12 @@ def resume(
             if resumable is not None:
                 resumable.release()
             refusals.append(refusal)
-            if refusal.details.get("feature") in _NOT_THE_ROUTE_S:
+            feature = str(refusal.details.get("feature"))
+            if feature in _NOT_THE_ROUTE_S or (
+                isinstance(route, CacheRoute) and not feature.endswith(" against stock")
+            ):
                 break
-    raise _joined(refusals)
+    raise _joined(refusals[:2])
 
 
 def _checked(model: ResumableModel, shape: PageShape) -> LoadReport:

@@ -47,6 +47,8 @@ def attention_weights(
     function = eager_function(module)
     if function is not None:
         added = added_mask(mask, query.dtype)
+        if added is None:  # some families' eager functions do not go without
+            added = query.new_zeros((1, 1, tokens, keys))
         weights = function(module, query, key, value, added, **options)[1]
         if isinstance(weights, Tensor) and weights.shape == (1, heads, tokens, keys):
             return weights

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, WINDOW = 6, 64, 4, 2, 16, 97, 8
 
@@ -231,8 +231,15 @@ def build(
     kind: str, fields: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
     """A random model of this configuration, norms and biases included."""
+    return random_model(AutoConfig.for_model(kind, **fields), dtype, seed)
+
+
+def random_model(
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """The same for a configuration."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
