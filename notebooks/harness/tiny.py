@@ -36,6 +36,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "opt": _ALL_HEADS | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt2": {"n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 256, "n_inner": 128},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neox": {"use_parallel_residual": True},
 }
 #: family -> dtypes it is run in. Experts chosen by nearly equal scores: in bfloat16 rounding alone
 #: may choose others than stock's, which no tolerance on residual streams can hold.

@@ -91,7 +91,7 @@ def random_walks_end_alike(local: Local, seed: int, steps: int = 60) -> None:
 
 def _random_move(rng: random.Random, session: Session, local: Local) -> Any:
     layers = local.num_layers
-    move = rng.randrange(6)
+    move = rng.randrange(8)
     if move == 0:
         session.break_at(rng.randrange(layers), once=True)
         return session.continue_()
@@ -104,6 +104,12 @@ def _random_move(rng: random.Random, session: Session, local: Local) -> Any:
     if move == 4:
         session.break_at(rng.randrange(layers), condition="position % 3 == 1 and norm > 0")
         return session.continue_()
+    if move == 5:
+        return session.step_in()
+    if move == 6:
+        layer = rng.randrange(layers)
+        site = rng.choice(local.kernel.info.sites[layer]).site
+        return session.run_to(f"layers.{layer}.{site}")
     for point in session.breakpoints:
         point.disable()
     return session.next()
@@ -112,15 +118,14 @@ def _random_move(rng: random.Random, session: Session, local: Local) -> Any:
 def _look(rng: random.Random, stop: Stopped) -> None:
     """Look, and edit in ways that change no bit or are taken back."""
     choice = rng.randrange(6)
-    if choice == 0:
+    if choice == 0 and "attention." not in stop.location and "neurons" not in stop.location:
         _ = stop.lens(top_k=2)
     elif choice == 1:
         _ = stop.value.numpy()
     elif choice == 2:
         assert stop.edit(scale=1.0).elements_changed == 0
     elif choice == 3:
-        width = stop.value.shape[-1]
-        vector = np.ones(width, np.float32)
+        vector = np.ones(int(np.prod(stop.value.shape[1:])), np.float32)
         assert stop.edit(add=vector, alpha=0.0).elements_changed == 0
     elif choice == 4:
         stop.edit(scale=0.5, tokens=-1)

@@ -175,6 +175,7 @@ def edits_equal_hooks(local: Local, tolerance: float) -> None:
     info = local.kernel.info
     vector = np.random.default_rng(1).standard_normal(info.hidden_size).astype(np.float32)
     width = info.sites[layer][0].width
+    neurons = next(s.width for s in info.sites[layer] if s.site == "mlp.neurons") // 2
     changes: dict[str, tuple[dict[str, Any], str, Callable[[torch.Tensor], torch.Tensor]]] = {
         "attention.output": (
             {"add": vector, "alpha": 0.3},
@@ -188,9 +189,9 @@ def edits_equal_hooks(local: Local, tolerance: float) -> None:
             lambda x: torch.cat([torch.zeros_like(x[..., :width]), x[..., width:]], -1),
         ),
         "mlp.neurons": (
-            {"zero": True, "channels": slice(0, 9)},
+            {"zero": True, "channels": slice(0, neurons)},
             "mlp.down_proj",
-            lambda x: torch.cat([torch.zeros_like(x[..., :9]), x[..., 9:]], -1),
+            lambda x: torch.cat([torch.zeros_like(x[..., :neurons]), x[..., neurons:]], -1),
         ),
     }
     for site, (edit, path, change) in changes.items():
@@ -206,7 +207,7 @@ def edits_equal_hooks(local: Local, tolerance: float) -> None:
         scale = float(np.std(expected))
 
         assert np.abs(logits - expected).max() / scale < tolerance, site
-        assert np.abs(plain - expected).max() / scale > 3 * tolerance, f"{site}: nothing changed"
+        assert np.abs(plain - expected).max() / scale > 2 * tolerance, f"{site}: nothing changed"
         session.terminate()
 
 
