@@ -245,12 +245,16 @@ class Reader:
         plain, edited = (arm.log_softmax(-1) for arm in arms)
         # a token banned in both has no part in it, and 0 * -inf would be nan
         terms = edited.exp() * (edited.clamp_min(-1e30) - plain.clamp_min(-1e30))
+        sent = [
+            self._tensor(errand.owner, [arm[None]], flat=True) if request.logits else None
+            for arm in arms
+        ]
         return m.PreviewReply(
             before=rows[0],
             after=rows[1],
             kl=max(float(terms.sum()), 0.0),
-            logits_before=self._tensor(errand.owner, [arms[0][None]], flat=True),
-            logits_after=self._tensor(errand.owner, [arms[1][None]], flat=True),
+            logits_before=sent[0],
+            logits_after=sent[1],
             elements_changed=errand.changed,
         )
 

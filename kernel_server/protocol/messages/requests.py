@@ -272,12 +272,14 @@ class Preview:
     """What the next token would be with these edits, and without them; nothing is changed.
 
     Both arms run on scratch forks from this stop to the logits, with the session's own edits.
+    `logits`: answer with all of them too, besides the `top_k` most probable tokens.
     """
 
     session_id: str
     seen: int
     edits: tuple[EditSpec, ...]
     top_k: int = 10
+    logits: bool = True
 
 
 @message

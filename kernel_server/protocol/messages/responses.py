@@ -122,13 +122,13 @@ class CaptureReply:
 @message
 class PreviewReply:
     """The next token's distribution without the edits and with them; `kl` in nats, of the second
-    from the first. The logits are float32 [vocabulary]."""
+    from the first. The logits are float32 [vocabulary], None unless they were asked for."""
 
     before: LensReply
     after: LensReply
     kl: float
-    logits_before: TensorReply
-    logits_after: TensorReply
+    logits_before: TensorReply | None
+    logits_after: TensorReply | None
     #: elements that each edit changed in this forward
     elements_changed: tuple[int, ...] = ()
 
