@@ -19,6 +19,7 @@ from kernel_server.engine.attention import Calibration, PagedAttentionRoute
 from kernel_server.engine.cache_route import CacheCalibration, CacheRoute, longest_prompt
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
+from kernel_server.models.altered import refuse_quantised_model
 from kernel_server.models.resumable import AttentionRoute, ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
 from kernel_server.models.site_check import LayerRun
@@ -107,6 +108,7 @@ def resume(
     that one runs eager attention, or stock's own where eager is not what stock computes.
     Raises UnsupportedModel with the reasons of both if neither passes.
     """
+    refuse_quantised_model(model)
     refusals: list[UnsupportedModel] = []
     routes: list[AttentionRoute] = [PagedAttentionRoute(), CacheRoute()]
     if model.config._attn_implementation == "sdpa":
@@ -123,7 +125,7 @@ def resume(
             refusals.append(refusal)
             feature = str(refusal.details.get("feature"))
             if feature in _NOT_THE_ROUTE_S or (
-                isinstance(route, CacheRoute) and not feature.endswith(" against stock")
+                isinstance(route, CacheRoute) and " against stock" not in feature
             ):
                 break
     raise _joined(refusals[:2])

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kernel_server.models.altered import refuse_adapter, refuse_quantised
 from kernel_server.models.geometry import Progress
 from kernel_server.protocol.errors import BrokenModel, ModelNotFound, UnsupportedModel
 
@@ -64,6 +65,7 @@ def find_folder(source: str, *, trust_remote_code: bool = False) -> Path:
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration; BrokenModel or UnsupportedModel says what is wrong with it."""
+    refuse_adapter(folder)
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -106,14 +108,7 @@ def _refuse_kinds(raw: dict[str, Any]) -> None:
             family=kind,
             feature="encoder-decoder",
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(
-            f"{kind}: the weights are quantised ({method}); use a float16, bfloat16 or float32"
-            " checkpoint",
-            family=kind,
-            feature="quantised weights",
-        )
+    refuse_quantised(raw)
 
 
 def refuse_unless_decoder(config: PretrainedConfig) -> None:
