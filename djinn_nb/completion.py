@@ -15,6 +15,7 @@ from IPython.core.completer import (
     context_matcher,
 )
 
+from djinn_nb.edits import KINDS, OPTIONS
 from kernel_server.protocol.errors import DjinnError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ _OURS = "from_djinn"
 #: What the words of a magic are
 _LOCATION = ("djinn_break", "djinn_run_to")
 _SESSION = ("djinn_attach",)
-_EDIT_WORDS = ("scale=", "add=", "set=", "zero=True", "alpha=", "tokens=", "channels=",
-               "sticky=True", "location=")  # fmt: skip
+_SWITCHES = ("zero", "mean", "swap", "sticky", "inexact")
+_EDIT_WORDS = (*(f"{name}=" for name in (*KINDS, *OPTIONS) if name not in _SWITCHES),
+               *(f"{name}=True" for name in _SWITCHES))  # fmt: skip
 
 
 class Completer:

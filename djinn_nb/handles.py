@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Breakpoint:
-    """A place where a session stops; made by `session.break_at()`.
+    """A place where a session stops; made by `session.break_at()` and `session.break_when()`.
 
     point = session.break_at(20, condition='token == " to"')
     point.disable()
@@ -41,7 +41,18 @@ class Breakpoint:
 
     @property
     def location(self) -> str:
+        """Its location, the first of several."""
         return self._last.location
+
+    @property
+    def locations(self) -> list[str]:
+        """All its locations, in the order of a forward."""
+        return list(self._last.locations)
+
+    @property
+    def kind(self) -> str:
+        """`breakpoint`, `data breakpoint` or `logpoint`."""
+        return self._last.kind
 
     @property
     def when(self) -> str:
@@ -119,7 +130,8 @@ class Edit:
 
     @property
     def kind(self) -> str:
-        """`scale`, `add`, `set` or `zero`."""
+        """`scale`, `add`, `set`, `zero`, `clamp`, `project_out`, `mean`, `swap`, `force`, `ban` or
+        `replace`; a patch is a `set`, an ablation a `zero` or a `mean`."""
         return self._last.kind
 
     @property
@@ -142,12 +154,13 @@ class Edit:
 
     @property
     def norm_before(self) -> float | None:
-        """L2 norm of the elements selected, before it was last applied."""
+        """L2 norm of the elements selected, before it was last applied; of the finite logits for
+        `force`, `ban` and `replace`."""
         return self.info.norm_before
 
     @property
     def norm_after(self) -> float | None:
-        """L2 norm of the elements selected, after it was last applied."""
+        """L2 norm of the same elements, after it was last applied."""
         return self.info.norm_after
 
     @property
@@ -210,8 +223,10 @@ class Edit:
 
 
 def breakpoint_line(info: m.BreakpointInfo) -> str:
-    """A breakpoint in one line."""
-    parts = [f"breakpoint {info.id}: {info.location}"]
+    """A breakpoint, data breakpoint or logpoint in one line."""
+    count = len(info.locations)
+    place = info.location if count <= 1 else f"{count} locations from {info.location}"
+    parts = [f"{info.kind} {info.id}: {place}"]
     if info.when != "any":
         parts.append(f"in {info.when}")
     if info.condition:
@@ -223,6 +238,12 @@ def breakpoint_line(info: m.BreakpointInfo) -> str:
     if not info.enabled:
         parts.append("disabled")
     hits = "1 hit" if info.hits == 1 else f"{info.hits} hits"
+    if info.kind == "logpoint":
+        records = "1 record" if info.records == 1 else f"{info.records} records"
+        lost = f", {info.dropped} lost: the log is full" if info.dropped else ""
+        parts.append(f"notes the {info.what}")
+        room = f"{info.log_bytes} of {info.max_bytes} bytes"
+        return f"{', '.join(parts)} · {hits}, {records}, {room}{lost}"
     stops = "1 stop" if info.stops == 1 else f"{info.stops} stops"
     return f"{', '.join(parts)} · {hits}, {stops}"
 

@@ -20,6 +20,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from djinn_nb import arguments
 from djinn_nb.connection import connect
 from djinn_nb.current import Current, Pending
+from djinn_nb.edits import KINDS, OPTIONS
 from djinn_nb.handles import Breakpoint
 from djinn_nb.notebook import debugging, set_debugging
 from djinn_nb.selectors import PHASES
@@ -294,15 +295,15 @@ class DjinnMagics(Current):
 
     @line_magic
     def djinn_edit(self, line: str) -> None:
-        """Edit at the stop: scale=0.9 tokens=-1, or add=VARIABLE alpha=4, set=, zero=True.
+        """Edit at the stop: scale=0.9 tokens=-1, or add=VARIABLE alpha=4, set=, zero=True, …
 
-        Values are literals or names of variables; tokens= and channels= also take slices (3:7),
-        tokens= also prompt, generated, all or a quoted token text. sticky=True, location=.
+        All that stop.edit() takes: also clamp=(-1,1), project_out=, mean=True, swap=True, patch=,
+        vector="name"; of the next token force=" Mary", ban=, replace=. Values are literals or names
+        of variables; tokens=, heads= and channels= also take slices (3:7), tokens= also prompt,
+        generated, all or a quoted token text. sticky=True, location=.
         """
         given = arguments.assignments(line)
-        known = (
-            "scale", "add", "set", "zero", "alpha", "tokens", "channels", "sticky", "location",
-        )  # fmt: skip
+        known = (*KINDS, *OPTIONS)
         if unknown := [name for name in given if name not in known]:
             raise BadArgument(f"%djinn_edit has no {unknown[0]}=; known: {', '.join(known)}")
         values = {

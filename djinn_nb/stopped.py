@@ -7,22 +7,21 @@ the number of that stop, so once the session has moved on it gets StaleStop inst
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from djinn_nb.checks import flag, shown, whole
-from djinn_nb.client import CHUNK_BYTES, COMPUTE_S, Opened
-from djinn_nb.handles import Edit
+from djinn_nb.checks import shown, whole
+from djinn_nb.client import COMPUTE_S
+from djinn_nb.edits import Editing
 from djinn_nb.planned import PLANNED, Planned
-from djinn_nb.selectors import number, selector, value_array
+from djinn_nb.selectors import selector
 from djinn_nb.variables import Source, Variable
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import (
     BadArgument,
-    BadEdit,
     DjinnError,
     NotStopped,
     NotSupported,
@@ -63,7 +62,7 @@ class Capture:
         return f"Capture of {rows} locations × {columns} tokens, {nans} NaN (.norm, .largest)"
 
 
-class Stopped(Planned):
+class Stopped(Editing, Planned):
     """Where a session stands, and the values there; returned by `continue_()` and the steps.
 
     stop = session.continue_()
@@ -242,92 +241,6 @@ class Stopped(Planned):
             every_layer=every,
         )
         return self.session.client.call(message, m.LensReply, timeout_s=COMPUTE_S)
-
-    # -- changing it ----------------------------------------------------------------------
-
-    def edit(
-        self,
-        *,
-        scale: object = None,
-        add: object = None,
-        set: object = None,
-        zero: bool = False,
-        alpha: float = 1.0,
-        tokens: object = "all",
-        channels: object = None,
-        sticky: bool = False,
-        location: int | str | None = None,
-    ) -> Edit:
-        """Change the value here, or at a `location` still ahead; exactly one of the four kinds.
-
-        scale: a factor. add: a number, vector `[hidden]` or `[tokens, hidden]`, times `alpha`.
-        set: likewise, instead of the value. zero: True. tokens: absolute positions (integer, slice,
-        list; negative from the end), "prompt", "generated", "all" or a token's text. channels:
-        integer, slice or list. sticky: apply in later forwards too, without stopping.
-
-        Computed in float32 and rounded once. Raises BadEdit, BadSelector, StaleStop; nothing is
-        changed then.
-
-            stop.edit(scale=0.9, tokens=-1)
-            stop.edit(add=vector, alpha=4, tokens=" Mary", sticky=True)
-        """
-        kinds = {"scale": scale, "add": add, "set": set, "zero": None if zero is False else zero}
-        with Opened(self.session.client) as opened:
-            spec = self._edit_spec(kinds, alpha, tokens, channels, sticky, location, opened)
-            message = m.AddEdit(session_id=self.session.id, seen=self.number, edit=spec)
-            reply = self.session.edit_call(message)
-        assert reply.edit is not None
-        return Edit(self.session, reply.edit)
-
-    def _edit_spec(
-        self,
-        kinds: dict[str, object],
-        alpha: float,
-        tokens: object,
-        channels: object,
-        sticky: bool,
-        location: int | str | None,
-        opened: Opened,
-    ) -> m.EditSpec:
-        given = [kind for kind, value in kinds.items() if value is not None]
-        if len(given) != 1:
-            raise BadEdit(
-                "an edit is exactly one of scale=, add=, set=, zero=True; "
-                + (f"got {' and '.join(given)}" if given else "none was given")
-            )
-        kind = given[0]
-        if kind != "add" and number(alpha, name="alpha") != 1.0:
-            raise BadEdit(f"alpha goes with add=; {kind} takes none")
-        array = factor = None
-        if kind == "scale":
-            factor = number(kinds[kind], name="scale")
-        elif kind in ("add", "set"):
-            array = value_array(kinds[kind], name=kind)
-        elif kinds[kind] is not True:
-            raise BadEdit(f"zero is True or left out, not {shown(kinds[kind])}")
-        spec = m.EditSpec(
-            kind=kind,  # type: ignore[arg-type]
-            location=self.location if location is None else self._place(location),
-            tokens=selector(tokens),
-            channels=selector(channels, name="channels"),
-            factor=factor,
-            alpha=number(alpha, name="alpha"),
-            sticky=flag(sticky, "sticky"),
-        )
-        if array is None or array.nbytes <= CHUNK_BYTES:
-            return replace(spec, value=array)
-        # sent ahead in chunks, and only now that the rest is known to be in order
-        label = f"{kind} {list(array.shape)}"
-        upload_id = self.session.client.upload(array, label, opened)
-        return replace(spec, upload_id=upload_id)
-
-    def _place(self, location: int | str) -> str:
-        return str(parse_location(location, self.session.client.model.num_layers))
-
-    def undo(self) -> None:
-        """Undo the last edit made at this stop, exactly; raises UndoRefused when there is none."""
-        message = m.UndoEdit(session_id=self.session.id, seen=self.number)
-        self.session.edit_call(message)
 
     # -- how it shows itself --------------------------------------------------------------
 
