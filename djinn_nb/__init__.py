@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from djinn_nb.server import Server
     from djinn_nb.session import Session
     from djinn_nb.stopped import Finished, Stopped
+    from djinn_nb.vectors import Vector
     from kernel_server.protocol import errors
     from kernel_server.protocol.errors import DjinnError
 
@@ -34,6 +35,7 @@ _HOMES = {
     "Server": "djinn_nb.server",
     "Session": "djinn_nb.session",
     "Stopped": "djinn_nb.stopped",
+    "Vector": "djinn_nb.vectors",
     "align": "djinn_nb.alignment",
     "connect": "djinn_nb.connection",
     "errors": "kernel_server.protocol",
@@ -55,6 +57,7 @@ __all__ = [
     "Server",
     "Session",
     "Stopped",
+    "Vector",
     "__version__",
     "align",
     "connect",

@@ -12,7 +12,6 @@ from kernel_server.protocol.errors import NotSupported
 #: class -> name -> what it will do, and what to use today
 PLANNED: dict[str, dict[str, str]] = {
     "Server": {
-        "vectors": "a store of named directions; keep them as arrays in the notebook today",
         "load": "another model in the same server; connect(model=...) starts one beside it today",
         "launch_many": "many prompts at once; launch() them one by one today",
     },

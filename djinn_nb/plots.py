@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,38 @@ def norm_heat_map(
     _label_axis(axes.yaxis, [_short(name) for name in locations])
     note = f", the last {columns} of {columns + hidden} tokens" if hidden else ""
     axes.set_xlabel(f"token{note}", size=8)
+    axes.set_title(title, size=9, parse_math=False)
+    return figure
+
+
+def strength_plot(
+    lines: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], *, label: str, title: str = ""
+) -> Figure:
+    """A metric over strength: for each line its mean over the prompts, and each prompt faintly.
+
+    lines: name -> (strengths `[alphas]`, values `[alphas, prompts]`); the first is the direction,
+    the others are its controls. NaN values are left out.
+
+        strength_plot({"joy": (alphas, values), "random": (alphas, others)}, label="probability")
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 3.2), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="0.8", linewidth=0.8)
+    for number, (name, (strengths, values)) in enumerate(lines.items()):
+        colour, style = f"C{number}", "-" if number == 0 else "--"
+        axes.plot(strengths, values, color=colour, alpha=0.18, linewidth=0.7)
+        counted = np.isfinite(values)
+        sums = np.where(counted, values, 0.0).sum(1)
+        mean = np.divide(sums, counted.sum(1), out=np.full(len(sums), np.nan), where=counted.any(1))
+        axes.plot(
+            strengths, mean, color=colour, linestyle=style, marker="o", markersize=3.5, label=name
+        )
+    axes.set_xlabel("strength (alpha)", size=8)
+    axes.set_ylabel(label, size=8, parse_math=False)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7)
     axes.set_title(title, size=9, parse_math=False)
     return figure
 

@@ -11,6 +11,7 @@ from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
 from djinn_nb.session import Session
+from djinn_nb.vector_store import VectorStore
 from djinn_nb.waiting import Interrupted
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, BadPrompt, UnknownSession
@@ -44,6 +45,15 @@ class Server(Planned):
     def model(self) -> Model:
         """The model it serves: config, tokenizer, module tree; no weights."""
         return self._model
+
+    @property
+    def vectors(self) -> VectorStore:
+        """The named vectors you keep on this server; it makes them too.
+
+        server.vectors.from_prompts("joy", positive=good, negative=bad, location=16)
+        server.vectors["joy"].apply(session, alpha=2)
+        """
+        return VectorStore(self, self._client)
 
     def launch(
         self,

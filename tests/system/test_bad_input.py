@@ -175,7 +175,7 @@ SESSIONS: Cases = {
     "wait timeout": (lambda o: o.x.wait(timeout=NAN), e.BadArgument),
     "planned of a session": (lambda o: o.x.step_back(), e.NotSupported),
     "planned of a stop": (lambda o: o.s.attention(0), e.NotSupported),
-    "planned of a server": (lambda o: o.server.vectors, e.NotSupported),
+    "planned of a server": (lambda o: o.server.load, e.NotSupported),
     "decode": (lambda o: o.server.model.tokenizer.decode([VOCABULARY]), e.BadArgument),
     "decode -1": (lambda o: o.server.model.tokenizer.decode([-1]), e.BadArgument),
     "decode float": (lambda o: o.server.model.tokenizer.decode([1.0]), e.BadArgument),
