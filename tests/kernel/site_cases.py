@@ -178,11 +178,11 @@ def edits_equal_hooks(local: Local, tolerance: float) -> None:
     neurons = next(s.width for s in info.sites[layer] if s.site == "mlp.neurons") // 2
     changes: dict[str, tuple[dict[str, Any], str, Callable[[torch.Tensor], torch.Tensor]]] = {
         "attention.output": (
-            {"add": vector, "alpha": 0.3},
+            {"add": vector, "alpha": 0.6},
             "self_attn",
-            lambda x: x + 0.3 * torch.tensor(vector, device=x.device).to(x.dtype),
+            lambda x: x + 0.6 * torch.tensor(vector, device=x.device).to(x.dtype),
         ),
-        "mlp.output": ({"scale": 0.5}, "mlp", lambda x: x * 0.5),
+        "mlp.output": ({"scale": -2.0}, "mlp", lambda x: x * -2.0),
         "attention.heads": (
             {"zero": True, "channels": slice(0, width)},
             "self_attn.o_proj",
