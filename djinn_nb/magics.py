@@ -263,6 +263,13 @@ class DjinnMagics(Current):
 
     @magic_arguments()
     @line_magic
+    def djinn_in(self, line: str) -> None:
+        """Run to the next site, inside the layer or at its end."""
+        self._parse(self.djinn_in, line)
+        self.arrived(self.need_session().step_in())
+
+    @magic_arguments()
+    @line_magic
     def djinn_out(self, line: str) -> None:
         """Run to this forward's logits, before the next token is sampled."""
         self._parse(self.djinn_out, line)

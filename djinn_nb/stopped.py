@@ -17,6 +17,7 @@ from djinn_nb.client import COMPUTE_S
 from djinn_nb.edits import Editing
 from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import selector
+from djinn_nb.sites import axes_at, is_residual, shape_at
 from djinn_nb.variables import Source, Variable
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
@@ -32,8 +33,8 @@ from kernel_server.protocol.location import final_norm_point, is_inner, parse_lo
 if TYPE_CHECKING:
     import pandas as pd
 
-    from djinn_nb.display import StopView
     from djinn_nb.session import Session
+    from djinn_nb.view import StopView
 
 
 class Token(NamedTuple):
@@ -139,7 +140,8 @@ class Stopped(Editing, Planned):
 
     @property
     def value(self) -> Variable:
-        """The tensor here: `[tokens, hidden]`, or `[1, vocabulary]` at `logits`."""
+        """The tensor here: `[tokens, hidden]`; `[tokens, heads, head_dim]` at a site with heads,
+        `[tokens, heads, keys]` at attention weights, `[1, vocabulary]` at `logits`."""
         if self._variable is None:
             first = self._stop.first_token
             if self.location == "logits":
@@ -151,17 +153,26 @@ class Stopped(Editing, Planned):
                 location=self.location,
                 first_token=first,
                 texts=lambda: texts,
+                axes=axes_at(self.session.client.model, self.location),
             )
             self._variable = Variable(source)
         return self._variable
 
     @property
     def hidden_states(self) -> Variable:
-        """The residual stream here, `[tokens, hidden]`: a summary until you ask for elements."""
-        if self.location == "logits":
+        """The residual stream here, `[tokens, hidden]`: a summary until you ask for elements.
+
+        Raises NotSupported where the tensor is another; `value` is the tensor here everywhere.
+        """
+        model = self.session.client.model
+        if not is_residual(self.location, model.num_layers):
+            instead = "stop one step earlier, at 'final_norm', for hidden states"
+            if self.location != "logits":
+                layer = ".".join(self.location.split(".")[:2])
+                instead = f"session.run_to('{layer}.output') goes on to hidden states"
             raise NotSupported(
-                "stopped at logits: the tensor here is [1, vocabulary], use stop.value; stop one"
-                " step earlier, at 'final_norm', for hidden states"
+                f"stopped at {self.location}: the tensor here is"
+                f" {shape_at(model, self.location)}, use stop.value; {instead}"
             )
         return self.value
 
@@ -246,7 +257,7 @@ class Stopped(Editing, Planned):
 
     def view(self) -> StopView:
         """All that a display of this stop needs, fetched once and again after an edit."""
-        from djinn_nb.display import stop_view
+        from djinn_nb.view import stop_view
 
         version = self.session.client.mirror.values_version(self.session.id)
         if self._view is None or self._view[0] != version:
@@ -261,7 +272,7 @@ class Stopped(Editing, Planned):
 
     def __repr__(self) -> str:
         """In words, from what is known here."""
-        from djinn_nb.display import stop_line, stop_text
+        from djinn_nb.lines import stop_line, stop_text
 
         if self._view is not None:
             return stop_text(self._view[1])
@@ -332,7 +343,7 @@ class Finished:
             raise AttributeError(f"'Finished' object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        from djinn_nb.display import finished_text
+        from djinn_nb.lines import finished_text
 
         return finished_text(self.session.client.model, self._info, self._parts)
 

@@ -10,16 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from djinn_nb.display import (
-    LensRow,
-    StopView,
-    finished_html,
-    finished_text,
-    session_text,
-    stop_html,
-    stop_text,
-)
+from djinn_nb.display import finished_html, stop_html
+from djinn_nb.lines import finished_text, session_text, stop_line, stop_text
 from djinn_nb.plots import MAX_TOKENS, norm_heat_map, png, visible
+from djinn_nb.view import LensRow, StopView
 from kernel_server.protocol import messages as m
 
 MODEL = m.ModelInfo(
@@ -157,6 +151,24 @@ def test_the_panel_holds_no_script_and_fetches_nothing():
     assert "<script" not in html
     assert "http" not in html
     assert "src='data:image/png;base64," in html
+
+
+def test_a_stop_inside_a_layer_says_what_it_has_and_what_going_on_does():
+    layout = m.SiteLayout(site="attention.heads", heads=4, width=8)
+    stop = replace(STOP, location="layers.3.attention.heads")
+    inside = replace(
+        VIEW,
+        model=replace(MODEL, sites=((layout,),) * 6),
+        stop=stop,
+        session=replace(SESSION, layers_replayed=2, stop=stop),
+    )
+
+    reader = _read(stop_html(inside))
+    for shown in (stop_text(inside), reader.text, stop_line(inside.model, inside.session, TEXTS)):
+        assert "inside layer 3, attention.heads [tokens, 4 heads, 8]" in shown
+        assert "runs the layer again from its input, 2 layers replayed so far" in shown
+    assert "dashed: run in part" in reader.text
+    assert "inside" not in stop_text(VIEW) + _read(stop_html(VIEW)).text
 
 
 def test_an_error_and_a_refused_lens_are_shown():

@@ -51,8 +51,8 @@ LOCATIONS: Cases = {
         ("layers.1.output\x00", e.UnknownLocation),
         ("x" * 100_000, e.UnknownLocation),
         ("\ud800", e.BadMessage),
-        ("layers.1.mlp.output", e.NotSupported),
-        ("layers.1.attention.pattern", e.NotSupported),
+        ("layers.1.attention.pattrn", e.UnknownLocation),
+        ("blocks.1.attn.hook_attn_scores", e.NotSupported),
     ]
 }
 
@@ -98,7 +98,7 @@ BREAKPOINTS: Cases = {
     "once None": (lambda o: o.x.break_at(1, once=None), e.BadArgument),
     "run_to 99": (lambda o: o.x.run_to(99), e.UnknownLocation),
     "run_to None": (lambda o: o.x.run_to(None), e.UnknownLocation),
-    "run_to site": (lambda o: o.x.run_to("layers.5.mlp.output"), e.NotSupported),
+    "run_to site": (lambda o: o.x.run_to("blocks.5.mlp.hook_pre"), e.NotSupported),
     "removed": (lambda o: o.gone_breakpoint.remove(), e.UnknownBreakpoint),
     "removed, enabled": (lambda o: o.gone_breakpoint.enable(), e.UnknownBreakpoint),
 }
@@ -256,7 +256,7 @@ EDITS: Cases = {
             {"channels": Selector(kind="text", text="a")},
         ],
         e.UnknownLocation: [{"location": 99}, {"location": True}, {"location": 1.5}],
-        e.NotSupported: [{"location": "layers.5.mlp.output"}],
+        e.NotSupported: [{"location": "blocks.5.mlp.hook_pre"}],
         e.BadArgument: [{"sticky": "no"}, {"sticky": None}],
         e.BadMessage: [{"tokens": "\ud800"}],
     }.items()

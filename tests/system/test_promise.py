@@ -31,6 +31,7 @@ SIGNATURES = {
     "Session.break_at": "(self, location, *, when='any', condition=None, ignore=0, once=False)",
     "Session.continue_": "(self, timeout=None)",
     "Session.next": "(self, timeout=None)",
+    "Session.step_in": "(self, timeout=None)",
     "Session.step_out": "(self, timeout=None)",
     "Session.run_to": "(self, location, timeout=None)",
     "Session.pause": "(self)",
@@ -52,11 +53,11 @@ PROPERTIES = {
     "Stopped": ["location", "reason", "forward", "hit_tokens", "tokens", "hidden_states", "value"],
 }  # fmt: skip
 PLANNED = {
-    "Session": ["step_in", "step_back", "evict", "save"],
+    "Session": ["step_back", "evict", "save"],
     "Stopped": ["attention", "preview"],
 }
 LINE_MAGICS = [
-    "connect", "load", "break", "breaks", "continue", "next", "out", "pause", "edit", "lens",
+    "connect", "load", "break", "breaks", "continue", "next", "in", "out", "pause", "edit", "lens",
     "fork", "sessions", "memory", "help",
 ]  # fmt: skip
 
