@@ -343,7 +343,7 @@ class Session(Planned):
         raise UnknownSession(f"{self._label} is {info.status}: look at it with attach()")
 
     def __repr__(self) -> str:
-        from djinn_nb.display import session_text
+        from djinn_nb.lines import session_text
 
         if self._is_elsewhere:
             return f"{self._label}: {self.client.transport.address} is another server now"
