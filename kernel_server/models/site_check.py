@@ -22,6 +22,7 @@ from kernel_server.models.sites import RESIDUAL_SITES, LayerSites, Visit
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.location import INNER_SITES
 
+_PARTS = ("attention.output", "mlp.output")
 _PATTERN, _HEADS = "attention.pattern", "attention.heads"
 #: Roundings allowed to the sum of three vectors, in units of the dtype's precision.
 _SUM_ROUNDINGS = 4.0
@@ -166,12 +167,11 @@ class _Judge:
         self, run: LayerRun, sites: LayerSites, taken: Sequence[dict[str, Tensor]]
     ) -> None:
         """Input, attention's part and the MLP's, in the family's order, are the output."""
-        parts = ("attention.output", "mlp.output")
-        if sites.additions is None or any(part not in sites.layouts for part in parts):
+        if sites.additions is None or any(part not in sites.layouts for part in _PARTS):
             return
         worst = middle = 0.0
         for chunk, (before, after) in enumerate(zip(run.inputs, run.outputs, strict=True)):
-            attention, mlp = (taken[chunk][part] for part in parts)
+            attention, mlp = (taken[chunk][part] for part in _PARTS)
             total = sites.additions.total(before, attention, mlp)
             worst = max(worst, _distance(total, after))
             if "middle" in sites.layouts:
@@ -215,15 +215,32 @@ class _Judge:
         """Another value at the site gives another output; asked of the last chunk."""
         missing = 0.0
         for site in list(sites.layouts):
+            if site not in sites.layouts:
+                continue
             value = taken[-1][site]
             # Uneven, for a norm after the site would undo a scale; a masked weight stays none.
             ramp = torch.linspace(0.5, 1.5, value.shape[-1], dtype=value.dtype, device=value.device)
             other = value * ramp + (0.0 if site == _PATTERN else 0.25)
-            outputs = run.visit([*(None for _ in taken[:-1]), Visit({site: other})])
+            parts = _PARTS if site == "attention.v" and set(_PARTS) <= set(sites.layouts) else ()
+            visit = Visit({site: other}, takes=parts)
+            outputs = run.visit([*(None for _ in taken[:-1]), visit])
+            if parts:
+                self._whose(run, sites, taken[-1], visit.taken)
             if not _differing(outputs[-1:], run.outputs[-1:]):
                 missing += 1
                 sites.switch_off(site, "an edit there changes nothing: it is not on the path")
         self._note("edits arrive", missing, 0.0, run)
+
+    def _whose(
+        self, run: LayerRun, sites: LayerSites, plain: dict[str, Tensor], other: dict[str, Tensor]
+    ) -> None:
+        """Other values in attention move attention's part; the MLP's only if it reads the sum."""
+        assert sites.additions is not None
+        moved = [not torch.equal(plain[part], other[part]) for part in _PARTS]
+        wrong = not moved[0] or (moved[1] and sites.additions.form != "sequential")
+        if not self._note("parts are whose they are", float(wrong), 0.0, run):
+            for site in RESIDUAL_SITES:
+                sites.switch_off(site, "attention's part and the MLP's are taken for each other")
 
     def _kept(self, run: LayerRun, sites: LayerSites, taken: Sequence[dict[str, Tensor]]) -> None:
         """Keys and values are those that stock transformers keeps."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kernel_server.models.recording import Call
+from kernel_server.models.routers import finding_routers
 from kernel_server.models.sites import (
     ATTENTION_SITES,
     RESIDUAL_SITES,
@@ -156,7 +157,10 @@ class _Learning:
     def sites(self) -> LayerSites:
         found = LayerSites()
         visit = Visit(takes=_STATES)
-        trace, self.output, stream = self._traced(visit)
+        layer = self._model.layers[self._index]
+        with finding_routers(layer, self._hidden.shape[1]) as routers:
+            trace, self.output, stream = self._traced(visit)
+        found.router = routers[0] if len(routers) == 1 else None
         for site in ATTENTION_SITES:
             if site not in visit.asked:
                 found.switch_off(site, _NOT_OFFERED)
@@ -177,6 +181,7 @@ class _Learning:
             found.additions = found.down_projection = found.attention_weight = None
             for site in RESIDUAL_SITES:
                 found.switch_off(site, reason.splitlines()[0])
+        found.layouts = {layout.site: layout for layout in found.supported}
         return found
 
     # -- runs ----------------------------------------------------------------------------------

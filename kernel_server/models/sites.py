@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
@@ -99,6 +99,7 @@ class LayerSites:
     down_projection: weight whose input the neurons are. output_projection: of attention, None where
     heads do not reach the residual stream through one linear map. attention_weight: of the map that
     gives attention's part as it is added; it is met there where the MLP would else run before.
+    router: of a mixture of experts, None where there is none or none that is understood.
     """
 
     layouts: dict[str, SiteLayout] = field(default_factory=dict)
@@ -107,6 +108,7 @@ class LayerSites:
     down_projection: Tensor | None = None
     output_projection: Projection | None = None
     attention_weight: Tensor | None = None
+    router: nn.Module | None = None
 
     @property
     def supported(self) -> tuple[SiteLayout, ...]:
