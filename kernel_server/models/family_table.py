@@ -116,6 +116,12 @@ def render(rows: Iterable[Row], versions: str, unbuilt: Mapping[str, str]) -> st
     return "\n".join(out) + "\n"
 
 
+def versions_of(text: str) -> str:
+    """The versions a rendered file was made with."""
+    found = re.search(r"with ([^,]+), never by hand", text)
+    return found[1] if found else ""
+
+
 def read(text: str) -> dict[str, Row]:
     """The rows of a rendered file by family; `read(render(rows, …))` gives them back."""
     notes = dict(re.findall(r"(?m)^(\d+)\. (.*)$", text))
