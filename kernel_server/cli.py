@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     selftest = commands.add_parser("selftest", help="compare a model with stock transformers")
     _add_model(selftest)
     selftest.add_argument("--json", action="store_true", help="print the report as JSON")
+    selftest.add_argument(
+        "--families", action="store_true", help="print what is known of every family, load nothing"
+    )
     selftest.set_defaults(run=_selftest)
 
     for command in (serve, status, sessions, selftest):
@@ -216,9 +219,15 @@ def _sessions(options: argparse.Namespace) -> int:
 
 
 def _selftest(options: argparse.Namespace) -> int:
+    if options.families:
+        print(
+            (Path(__file__).parent / "models" / "FAMILIES.md").read_text(encoding="utf-8"), end=""
+        )
+        return 0
     _limit_threads(options.threads)
     from kernel_server.engine.loading import serve
     from kernel_server.kernel import load
+    from kernel_server.models.family_table import row
 
     config = ServerConfig(model=model_config(options), threads=options.threads)
     loaded = load(config, lambda text, fraction: None)
@@ -234,5 +243,6 @@ def _selftest(options: argparse.Namespace) -> int:
         print(f"  {verdict}  {check.name:<40} {check.value:.3g} (allowed {check.tolerance:.3g})")
     for note in report.notes:
         print(f"  note  {note}")
+    print("\n".join(row(report.family, report).describe()))
     print("every check passed")
     return 0
