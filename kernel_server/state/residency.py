@@ -1,0 +1,265 @@
+"""Where each page is: in which slot of the device, the host or the disk, and which copies are good.
+
+A *page* is logical: page tables name it, whoever owns it. Its content lies in a *slot* of one tier
+or of several; a page on the device may have a copy below that is as good, and then leaving the
+device costs nothing. Slots are counted here and nowhere else. Which pages are to move, and when, is
+decided by the callers; the bytes are moved by the engine, and a move counts only when it has told
+of it::
+
+    new page          device, no copy             write()     the copies below are good no more
+    copied out        device + host (clean)       drop()      the device slot is free at once
+    left the device   host, or disk               arrive()    on the device again, still clean
+
+Rules from others' faults: a slot that a copy reads or writes is not given to anyone until the copy
+is told done; a copy made while its page was written is no good; a page is never dropped where no
+good copy remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Tier = Literal["device", "host", "disk"]
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")
+
+
+@dataclass(slots=True)
+class Slots:
+    """The slots of one tier: free ones on a stack, lowest on top."""
+
+    capacity: int
+    _free: list[int] = field(default_factory=list)
+    _made: int = 0
+
+    def __post_init__(self) -> None:
+        self.grow(self.capacity)
+
+    def grow(self, capacity: int) -> None:
+        """Make slots up to `capacity`; the pool behind them must have them already."""
+        if capacity > self._made:
+            self._free[:0] = range(capacity - 1, self._made - 1, -1)
+            self._made = capacity
+        self.capacity = capacity
+
+    @property
+    def used(self) -> int:
+        return self._made - len(self._free)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that may be taken: fewer than are empty when the capacity was lowered."""
+        return max(0, self.capacity - self.used)
+
+    def take(self) -> int:
+        assert self.num_free > 0, "no slot is free"
+        return self._free.pop()
+
+    def give_back(self, slot: int) -> None:
+        assert slot not in self._free, f"slot {slot} is free already"
+        self._free.append(slot)
+
+
+@dataclass(slots=True)
+class Place:
+    """Where one page is. A slot is None where the page has none in that tier."""
+
+    device: int | None = None
+    host: int | None = None
+    disk: int | None = None
+    #: the copies below hold what the device holds
+    clean: bool = False
+    #: counts the writes, so that a copy begun before one is known to be stale
+    version: int = 0
+    #: copies under way that read or write its slots
+    moving: int = 0
+
+    def slot(self, tier: Tier) -> int | None:
+        found: int | None = getattr(self, tier)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One copy of one page under way."""
+
+    page: int
+    source: Tier
+    target: Tier
+    source_slot: int
+    target_slot: int
+    version: int
+
+
+class Residency:
+    """The places of all pages.
+
+    device, host, disk: slots of each tier.
+
+        residency = Residency(device=4, host=8)
+        residency.create(7)
+        move = residency.begin(7, "device", "host")
+        residency.done(move)
+        residency.drop(7, "device")
+    """
+
+    def __init__(self, device: int, host: int = 0, disk: int = 0) -> None:
+        self.slots: dict[Tier, Slots] = {
+            "device": Slots(device), "host": Slots(host), "disk": Slots(disk),
+        }  # fmt: skip
+        self._places: dict[int, Place] = {}
+        #: slots of pages that were forgotten while a copy still used them
+        self._dying: dict[int, Place] = {}
+        self._next_dead = -1
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def place(self, page: int) -> Place:
+        return self._places[page]
+
+    def device_slot(self, page: int) -> int:
+        """The page's slot on the device, where it must be."""
+        slot = self._places[page].device
+        assert slot is not None, f"page {page} is not on the device"
+        return slot
+
+    def is_resident(self, page: int) -> bool:
+        return self._places[page].device is not None
+
+    def can_drop(self, page: int) -> bool:
+        """Whether it may leave the device at once: a good copy is below, and nothing reads it."""
+        place = self._places[page]
+        below = place.host is not None or place.disk is not None
+        return place.device is not None and place.clean and below and not place.moving
+
+    def free(self, tier: Tier) -> int:
+        return self.slots[tier].num_free
+
+    # -- changing -----------------------------------------------------------------------------
+
+    def create(self, page: int) -> int:
+        """Give a new page a slot on the device; nothing of it is copied."""
+        assert page not in self._places, f"page {page} has a place already"
+        slot = self.slots["device"].take()
+        self._places[page] = Place(device=slot)
+        return slot
+
+    def forget(self, page: int) -> None:
+        """The page is nobody's: its slots are free, once no copy uses them."""
+        place = self._places.pop(page)
+        if place.moving:
+            self._dying[self._next_dead] = place
+            self._next_dead -= 1
+            return
+        self._release(place)
+
+    def write(self, page: int) -> None:
+        """The page on the device is about to be written: its copies are stale, and let go."""
+        place = self._places[page]
+        assert place.device is not None, f"page {page} is written and not on the device"
+        place.version += 1
+        place.clean = False
+        if not place.moving:
+            self._let_copies_go(place)
+
+    def begin(self, page: int, source: Tier, target: Tier) -> Move:
+        """Take a slot in `target` for a copy from `source`; tell `done` or `failed` later."""
+        place = self._places[page]
+        slot = place.slot(source)
+        assert slot is not None, f"page {page} is not in {source}"
+        assert source == "device" or place.clean or place.device is None, "a stale copy is read"
+        there = place.slot(target)
+        if there is None:
+            there = self.slots[target].take()
+            setattr(place, target, there)
+        else:
+            # only a copy to below that has gone stale is made again in its slot
+            assert source == "device" and not place.clean and not place.moving
+        place.moving += 1
+        return Move(page, source, target, slot, there, place.version)
+
+    def done(self, move: Move) -> bool:
+        """The copy was made; False when it is worth nothing (written or forgotten meanwhile)."""
+        place = self._found(move)
+        place.moving -= 1
+        if move.page not in self._places or self._places[move.page] is not place:
+            self._bury(place)
+            return False
+        if move.target == "device":
+            place.clean = True  # a copy of what is below
+        elif move.source == "device":
+            place.clean = place.version == move.version
+        good = place.version == move.version
+        if not good and not place.moving:
+            self._let_copies_go(place)
+        return good
+
+    def failed(self, move: Move) -> None:
+        """The copy was not made: its slot is free again, the page is where it was."""
+        place = self._found(move)
+        place.moving -= 1
+        if move.page not in self._places or self._places[move.page] is not place:
+            self._bury(place)
+            return
+        setattr(place, move.target, None)
+        self.slots[move.target].give_back(move.target_slot)
+        if place.version != move.version and not place.moving:
+            self._let_copies_go(place)
+
+    def drop(self, page: int, tier: Tier) -> None:
+        """Give up the page's slot in one tier; a good copy must remain in another."""
+        place = self._places[page]
+        slot = place.slot(tier)
+        assert slot is not None and not place.moving, f"page {page} cannot leave {tier}"
+        others = [t for t in TIERS if t != tier and place.slot(t) is not None]
+        if tier == "device":
+            assert place.clean and others, f"page {page} would be lost"
+        elif place.device is None:
+            assert others, f"page {page} would be lost"
+        setattr(place, tier, None)
+        self.slots[tier].give_back(slot)
+        if place.device is not None and place.host is None and place.disk is None:
+            place.clean = False
+
+    # -- checking -----------------------------------------------------------------------------
+
+    def check(self, pages: Iterable[int]) -> None:
+        """Assert that exactly these pages have places, every slot one page, and none is lost."""
+        wanted = set(pages)
+        assert set(self._places) == wanted, "pages with a place differ from those there are"
+        for tier in TIERS:
+            taken = [p.slot(tier) for p in (*self._places.values(), *self._dying.values())]
+            used = [slot for slot in taken if slot is not None]
+            assert len(used) == len(set(used)) == self.slots[tier].used, f"slots of {tier} leak"
+        for page, place in self._places.items():
+            below = place.host is not None or place.disk is not None
+            assert place.device is not None or below, f"page {page} is nowhere"
+            assert not place.clean or below, f"page {page} is clean without a copy"
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _found(self, move: Move) -> Place:
+        for place in (self._places.get(move.page), *self._dying.values()):
+            if place is not None and place.slot(move.target) == move.target_slot:
+                return place
+        raise AssertionError(f"no page has the slot of {move}")
+
+    def _bury(self, place: Place) -> None:
+        if not place.moving:
+            key = next(key for key, dead in self._dying.items() if dead is place)
+            del self._dying[key]
+            self._release(place)
+
+    def _let_copies_go(self, place: Place) -> None:
+        for tier in ("host", "disk"):
+            slot = place.slot(tier)
+            if slot is not None:
+                setattr(place, tier, None)
+                self.slots[tier].give_back(slot)
+
+    def _release(self, place: Place) -> None:
+        for tier in TIERS:
+            slot = place.slot(tier)
+            if slot is not None:
+                self.slots[tier].give_back(slot)
