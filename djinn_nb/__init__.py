@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from djinn_nb.connection import connect
     from djinn_nb.handles import Breakpoint, Edit
     from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
+    from djinn_nb.prompts import Sessions
     from djinn_nb.server import Server
     from djinn_nb.session import Session
     from djinn_nb.stopped import Finished, Stopped
@@ -34,6 +35,7 @@ _HOMES = {
     "Pair": "djinn_nb.alignment",
     "Server": "djinn_nb.server",
     "Session": "djinn_nb.session",
+    "Sessions": "djinn_nb.prompts",
     "Stopped": "djinn_nb.stopped",
     "Vector": "djinn_nb.vectors",
     "align": "djinn_nb.alignment",
@@ -56,6 +58,7 @@ __all__ = [
     "Pair",
     "Server",
     "Session",
+    "Sessions",
     "Stopped",
     "Vector",
     "__version__",

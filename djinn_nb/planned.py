@@ -13,7 +13,6 @@ from kernel_server.protocol.errors import NotSupported
 PLANNED: dict[str, dict[str, str]] = {
     "Server": {
         "load": "another model in the same server; connect(model=...) starts one beside it today",
-        "launch_many": "many prompts at once; launch() them one by one today",
     },
     "Session": {
         "step_back": "going back to the previous stop; fork() before you go on today",

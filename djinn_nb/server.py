@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from djinn_nb.checks import flag, real, shown, text_or_none, whole
 from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
+from djinn_nb.prompts import Sessions, is_list_of_prompts
 from djinn_nb.session import Session
 from djinn_nb.vector_store import VectorStore
 from djinn_nb.waiting import Interrupted
@@ -55,9 +57,38 @@ class Server(Planned):
         """
         return VectorStore(self, self._client)
 
+    @overload
     def launch(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+        stop_on_entry: bool = ...,
+        add_special_tokens: bool = ...,
+        name: str | None = ...,
+        messages: Sequence[Mapping[str, str]] | None = ...,
+    ) -> Session: ...
+
+    @overload
+    def launch(
+        self,
+        prompt: list[str] | list[list[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float = ...,
+        top_p: float = ...,
+        seed: int | None = ...,
+        stop_on_entry: bool = ...,
+        add_special_tokens: bool = ...,
+        name: str | None = ...,
+    ) -> Sessions: ...
+
+    def launch(
+        self,
+        prompt: Any = None,
         *,
         max_new_tokens: int,
         temperature: float = 0,
@@ -66,21 +97,25 @@ class Server(Planned):
         stop_on_entry: bool = False,
         add_special_tokens: bool = True,
         name: str | None = None,
-    ) -> Session:
+        messages: Sequence[Mapping[str, str]] | None = None,
+    ) -> Session | Sessions:
         """Make a session; it waits until `continue_()`, or stops at once with `stop_on_entry`.
 
-        prompt: a text, or token ids. temperature 0 takes the most probable token; otherwise the
-        sampler draws by (seed, position) from the smallest set of tokens with probability `top_p`.
+        prompt: a text, or token ids. A list of prompts makes `Sessions`, one for each. messages: a
+        conversation instead, each a `role` and `content`, written by the model's own chat template;
+        an assistant's message at the end is gone on with. temperature 0 takes the most probable
+        token; otherwise the sampler draws by (seed, position) from the smallest set of tokens with
+        probability `top_p`.
 
-        Raises BadPrompt, PromptTooLong, NoTokenizer, QuotaExceeded, BadArgument.
+        Raises BadPrompt, PromptTooLong, NoTokenizer, QuotaExceeded, BadArgument, and NotSupported
+        for a conversation where the model has no chat template.
 
             session = server.launch("When Mary and John", max_new_tokens=24)
             session = server.launch([1, 15, 8], max_new_tokens=8, temperature=0.8, seed=1)
+            sessions = server.launch(["Mary went", "John went"], max_new_tokens=8)
+            server.launch(messages=[{"role": "user", "content": "Hello"}], max_new_tokens=8)
         """
-        text, ids = _prompt(prompt)
-        message = m.Launch(
-            prompt=text,
-            token_ids=ids,
+        wishes = m.Launch(
             max_new_tokens=whole(max_new_tokens, "max_new_tokens"),
             temperature=real(temperature, "temperature"),
             top_p=real(top_p, "top_p"),
@@ -89,6 +124,20 @@ class Server(Planned):
             add_special_tokens=flag(add_special_tokens, "add_special_tokens"),
             name=text_or_none(name, "name"),
         )
+        if messages is not None:
+            if prompt is not None:
+                raise BadPrompt("give a prompt or messages, not both")
+            return self._launch_one(replace(wishes, messages=_messages(messages)))
+        if not is_list_of_prompts(prompt):
+            return self._launch_one(_with_prompt(wishes, prompt))
+
+        def launch_numbered(number: int, one: Any) -> Session:
+            named = wishes if name is None else replace(wishes, name=f"{name} {number}")
+            return self._launch_one(_with_prompt(named, one))
+
+        return Sessions(self, list(prompt), launch_numbered)
+
+    def _launch_one(self, message: m.Launch) -> Session:
         try:
             session = Session(self._client, self._client.control(message))
         except KeyboardInterrupt:
@@ -96,7 +145,7 @@ class Server(Planned):
                 "the launch may have made a session, which runs nothing but its entry:"
                 " server.sessions() lists it, server.attach(id) gives it"
             ) from None
-        if stop_on_entry:
+        if message.stop_on_entry:
             session.wait()
         return session
 
@@ -195,6 +244,25 @@ class Server(Planned):
     def __repr__(self) -> str:
         closed = " · disconnected" if self.closed else ""
         return f"Server {self.address}{closed}\n  {model_line(self._client.model)}"
+
+
+def _with_prompt(wishes: m.Launch, prompt: object) -> m.Launch:
+    text, ids = _prompt(prompt)
+    return replace(wishes, prompt=text, token_ids=ids)
+
+
+def _messages(messages: object) -> tuple[m.ChatMessage, ...]:
+    form = "messages are a list of {'role': 'user', 'content': '…'}"
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise BadPrompt(f"{form}, not {shown(messages)}")
+    found = []
+    for number, one in enumerate(messages):
+        if not isinstance(one, Mapping) or set(one) != {"role", "content"}:
+            raise BadPrompt(f"{form}; number {number} is {shown(one)}")
+        if not all(isinstance(value, str) for value in one.values()):
+            raise BadPrompt(f"{form}: role and content are texts, number {number} is {shown(one)}")
+        found.append(m.ChatMessage(role=one["role"], content=one["content"]))
+    return tuple(found)
 
 
 def _prompt(prompt: object) -> tuple[str | None, tuple[int, ...] | None]:

@@ -22,8 +22,8 @@ from tests.system.conftest import PROMPT, World
 
 SIGNATURES = {
     "connect": "(address=None, *, token=None, model=None, device=None, dtype=None, **options)",
-    "Server.launch": "(self, prompt, *, max_new_tokens, temperature=0, top_p=1, seed=None,"
-    " stop_on_entry=False, add_special_tokens=True, name=None)",
+    "Server.launch": "(self, prompt=None, *, max_new_tokens, temperature=0, top_p=1, seed=None,"
+    " stop_on_entry=False, add_special_tokens=True, name=None, messages=None)",
     "Server.attach": "(self, id)",
     "Server.sessions": "(self)",
     "Server.memory": "(self)",
