@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from djinn_nb.edits import Editing
 from djinn_nb.handles import Edit
 from djinn_nb.stopped import Finished, Stopped
 from kernel_server.protocol.errors import BadEdit, NotStopped
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from djinn_nb.session import Session
 
 
-class _Start(Stopped):
+class _Start(Editing):
     """Where a session waits before its first forward: no values, but edits may lie ahead."""
 
     def __init__(self, session: Session, number: int) -> None:

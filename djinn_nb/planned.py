@@ -29,7 +29,6 @@ PLANNED: dict[str, dict[str, str]] = {
         "attention": "attention patterns",
         "preview": "the next token's distribution under an edit; fork(), edit and step_out() today",
         "attribution": "attribution of the next token",
-        "continuations": "several continuations from one stop; fork(seed=...) them today",
     },
 }
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from djinn_nb.checks import shown, whole
 from djinn_nb.client import COMPUTE_S
+from djinn_nb.continuations import Continuing
 from djinn_nb.edits import Editing
 from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import selector
@@ -63,7 +64,7 @@ class Capture:
         return f"Capture of {rows} locations × {columns} tokens, {nans} NaN (.norm, .largest)"
 
 
-class Stopped(Editing, Planned):
+class Stopped(Editing, Continuing, Planned):
     """Where a session stands, and the values there; returned by `continue_()` and the steps.
 
     stop = session.continue_()
