@@ -112,6 +112,8 @@ _QUOTAS = (
     ("transfers", "transfer_bytes", "SIZE", "tensors on their way to or from clients"),
     ("edits", "edit_bytes", "SIZE", "values of edits"),
     ("captures", "capture_bytes", "SIZE", "captures and logs"),
+    ("vectors", "vectors", "N", "named vectors on disk"),
+    ("vector-bytes", "vector_bytes", "SIZE", "files of named vectors"),
     ("jobs", "jobs", "N", "requests carried out or waiting at a time"),
     ("connections", "connections", "N", "connections; a notebook uses three"),
 )
@@ -131,7 +133,7 @@ def quotas_of(options: argparse.Namespace) -> Quotas:
     """The quotas asked for; what is no positive number or size is refused."""
     given: dict[str, int] = {}
     for flag, field, unit, _ in _QUOTAS:
-        text = getattr(options, f"{flag}_per_owner")
+        text = getattr(options, f"{flag}_per_owner".replace("-", "_"))
         if text is None:
             continue
         value = parse_bytes(text) if unit == "SIZE" else int(text) if text.isdecimal() else 0

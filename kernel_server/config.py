@@ -54,6 +54,9 @@ class Quotas:
     edit_bytes: int = 1 << 30
     #: captures and logs
     capture_bytes: int = 4 << 30
+    #: named vectors on disk, and the bytes of their files
+    vectors: int = 1000
+    vector_bytes: int = 1 << 30
     #: requests waiting or carried out at a time
     jobs: int = 32
     #: a notebook uses three

@@ -24,6 +24,7 @@ from kernel_server.gateway import Gateway
 from kernel_server.pacing import Pacer
 from kernel_server.protocol.errors import BadArgument, DjinnError, ServerFault
 from kernel_server.service import Limits, Service
+from kernel_server.vectors import Vectors
 from kernel_server.wire import Address, load_or_create_tokens, token_file
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Server:
             debug=config.debug,
             jobs=quotas.jobs,
             transfer_bytes=quotas.transfer_bytes,
+            vectors=Vectors(max_count=quotas.vectors, max_bytes=quotas.vector_bytes),
             pacer=pacer,
         )
         if config.socket is not None:

@@ -168,7 +168,10 @@ def test_names_are_numbered_and_options_are_of_all(server: djinn.Server) -> None
 def small(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Process]:
     """A server on which one owner may have three sessions."""
     folder = tmp_path_factory.mktemp("small") / "run"
-    made = Process(folder, "--model", str(model_folder), "--sessions-per-owner", "3")
+    made = Process(
+        folder, "--model", str(model_folder), "--sessions-per-owner", "3",
+        "--vectors-per-owner", "1",
+    )  # fmt: skip
     yield made
     made.end()
 
@@ -205,6 +208,17 @@ def test_stopped_sessions_keep_their_places_and_the_rest_says_so(small: Process)
     # each that is launched in a later wave has the breakpoint too
     assert list(done.status) == ["finished"] * 3 + ["stopped"] * 3
     assert list(last.status) == ["finished"] * 6
+
+
+def test_an_owner_at_the_limit_of_vectors_is_refused_and_keeps_those_there_are(
+    small: Process,
+) -> None:
+    with small.connect() as few:
+        few.vectors.from_array("one", np.ones(HIDDEN), location=2)
+        with pytest.raises(errors.QuotaExceeded, match="you have 1 vectors, the limit is 1"):
+            few.vectors.from_array("two", np.ones(HIDDEN), location=2)
+        assert list(few.vectors) == ["one"]
+        del few.vectors["one"]
 
 
 # -- conversations ------------------------------------------------------------------------------

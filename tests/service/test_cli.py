@@ -66,7 +66,8 @@ def test_every_quota_of_an_owner_has_a_flag() -> None:
     asked = _quotas(
         *("--sessions-per-owner", "3", "--kv-per-owner", "1GiB", "--transfers-per-owner", "2MiB"),
         *("--edits-per-owner", "3KiB", "--captures-per-owner", "4MB", "--jobs-per-owner", "5"),
-        *("--connections-per-owner", "6"),
+        *("--connections-per-owner", "6", "--vectors-per-owner", "7"),
+        *("--vector-bytes-per-owner", "8KiB"),
     )
 
     assert asked == Quotas(
@@ -77,6 +78,8 @@ def test_every_quota_of_an_owner_has_a_flag() -> None:
         capture_bytes=4_000_000,
         jobs=5,
         connections=6,
+        vectors=7,
+        vector_bytes=8 << 10,
     )
     assert _quotas() == Quotas()
 
