@@ -18,7 +18,7 @@ from kernel_server.engine.sampler import sample
 from kernel_server.engine.tensor_edits import apply_edits
 from kernel_server.protocol.errors import BadEdit
 from kernel_server.state.instructions import Sampling
-from tests.engine.test_tensor_edits import DTYPES, FIRST, awkward, bits, chunks_of, plan
+from tests.engine.edit_plans import DTYPES, FIRST, awkward, bits, chunks_of, plan
 
 INF = math.inf
 

@@ -10,7 +10,7 @@ import torch
 from kernel_server.engine.tensor_edits import apply_edits
 from notebooks.harness.inprocess import Local, local_kernel
 from notebooks.harness.tiny import make_folder
-from tests.engine.test_tensor_edits import DTYPES, bits, chunks_of, plan
+from tests.engine.edit_plans import DTYPES, bits, chunks_of, plan
 from tests.kernel import edit_cases
 
 pytestmark = pytest.mark.gpu
