@@ -15,6 +15,7 @@ The branches say whose move it is::
     ├── ConnectionFailed        the way to the server
     │   └── NoServer, ConnectionLost
     ├── SessionFailed           the session's model run failed; the server goes on
+    │   └── TornPage            what was read back is not what was written
     └── ServerFault             our bug; carries the session's story
 
 Classes are rebuilt on the client from `code`, so `except djinn_nb.errors.OutOfPages` works there.
@@ -222,6 +223,10 @@ class ConnectionLost(ConnectionFailed):
 
 class SessionFailed(DjinnError, RuntimeError):
     """The model raised while this session was running; the other sessions go on."""
+
+
+class TornPage(SessionFailed):
+    """Pages read back from the disk are not what was written there."""
 
 
 class ServerFault(DjinnError, RuntimeError):

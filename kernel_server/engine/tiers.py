@@ -1,0 +1,302 @@
+"""The pools below the device, and the copies between them. Bytes only: no page, no session.
+
+A *host pool* is memory of the machine, pinned when the device is a GPU; a *disk pool* is one file.
+Both have slots of one page. A copy is begun on the engine thread and told done from a thread of
+its own; on a GPU it runs on a copy engine, ordered after the kernels that were given before it,
+and whoever needs an arriving page waits for its copy alone. Which pages move is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kernel_server.engine.kv_cache import KVCache
+from kernel_server.protocol.errors import OutOfDeviceMemory, TornPage
+
+log = logging.getLogger(__name__)
+
+Way = Literal["device-host", "host-device", "host-disk", "disk-host"]
+
+#: Pinned this many bytes at a time, so that the first part can be used at once.
+_PIN_STEP = 1 << 30
+_PAGE = mmap.PAGESIZE
+
+
+class HostPool:
+    """Slots of `page_bytes` in the machine's memory; registered with CUDA when `pinned`.
+
+    The memory is reserved at once and pinned piece by piece by `prepare`, on whatever thread calls
+    it: pinning runs at about 1 GB/s through torch, which also rounds sizes up to powers of two.
+    """
+
+    def __init__(self, num_slots: int, page_bytes: int, *, pinned: bool) -> None:
+        self.num_slots = num_slots
+        self.page_bytes = page_bytes
+        self.pinned = pinned
+        size = max(-(-num_slots * page_bytes // _PAGE) * _PAGE, _PAGE)
+        self._map = mmap.mmap(-1, size)
+        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._registered: list[tuple[int, int]] = []
+        #: slots that are ready to be used
+        self.ready = 0 if pinned else num_slots
+
+    def prepare(self, on_ready: Callable[[int], None]) -> None:
+        """Pin the pool piece by piece; `on_ready` is told how many slots are ready so far."""
+        if not self.pinned:
+            on_ready(self.num_slots)
+            return
+        end = self._bytes.numel()
+        start = 0
+        while start < end:
+            length = min(_PIN_STEP, end - start)
+            part = self._bytes[start : start + length]
+            _touch(part)
+            _register(part)
+            self._registered.append((start, length))
+            start += length
+            # a slot that reaches into the next piece is not ready with this one
+            self.ready = min(self.num_slots, start // self.page_bytes)
+            on_ready(self.ready)
+
+    def slot(self, number: int) -> Tensor:
+        """The bytes of one slot, uint8 `[page_bytes]`."""
+        start = number * self.page_bytes
+        return self._bytes[start : start + self.page_bytes]
+
+    def close(self) -> None:
+        """Let the pinned pieces go."""
+        for start, length in self._registered:
+            _unregister(self._bytes[start : start + length])
+        self._registered = []
+
+
+class DiskPool:
+    """Slots of `page_bytes` in one file, each with the checksum of what was written last."""
+
+    def __init__(self, path: Path, num_slots: int, page_bytes: int) -> None:
+        self.path = path
+        self.num_slots = num_slots
+        self.page_bytes = page_bytes
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._sums: dict[int, int] = {}
+
+    def write(self, slot: int, content: memoryview) -> None:
+        """Write a whole slot. Raises OSError when the disk is full: nothing counts then."""
+        self._sums.pop(slot, None)
+        offset, done = slot * self.page_bytes, 0
+        while done < len(content):
+            done += os.pwrite(self._file, content[done:], offset + done)
+        self._sums[slot] = zlib.crc32(content)
+
+    def read(self, slot: int, into: memoryview) -> None:
+        """Read a whole slot; raises TornPage when it is not what was written."""
+        offset, done = slot * self.page_bytes, 0
+        while done < len(into):
+            got = os.preadv(self._file, [into[done:]], offset + done)
+            if got == 0:
+                break
+            done += got
+        if done < len(into) or zlib.crc32(into) != self._sums.get(slot):
+            raise TornPage(
+                f"slot {slot} of {self.path.name} is not what was written ({done} of"
+                f" {len(into)} bytes read): the session is replayed from its tokens"
+            )
+
+    def close(self) -> None:
+        """Close and remove the file: what outlives the server is in checkpoints."""
+        os.close(self._file)
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Pages to be copied, as (from slot, to slot), in this order."""
+
+    ticket: int
+    way: Way
+    moves: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """A copy was made, or `error` says why not; `seconds` from its first byte to its last."""
+
+    ticket: int
+    nbytes: int
+    seconds: float
+    error: Exception | None = None
+
+
+class Copier:
+    """Carries out copies beside the engine.
+
+    told: called with each CopyDone, from the copier's threads.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        host: HostPool | None,
+        disk: DiskPool | None,
+        told: Callable[[CopyDone], None],
+    ) -> None:
+        self._device = cache.pool.view(cache.num_pages, -1).view(torch.uint8)
+        self._host = host
+        self._disk = disk
+        self._told = told
+        self._cuda = cache.device.type == "cuda"
+        #: what must have happened before an arriving page is read, by ticket
+        self._arrivals: dict[int, Any] = {}
+        self._queues: dict[Way, queue.SimpleQueue[Any]] = {
+            way: queue.SimpleQueue()
+            for way in ("device-host", "host-device", "host-disk", "disk-host")
+        }
+        if self._cuda:
+            self._streams = {way: torch.cuda.Stream(cache.device) for way in self._queues}
+        self._threads = [
+            threading.Thread(target=self._serve, args=(way,), name=f"copies {way}", daemon=True)
+            for way in self._queues
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def begin(self, copy: Copy) -> None:
+        """Begin a copy, ordered after all that was computed before; on the engine's thread."""
+        after = None
+        if self._cuda:
+            after = torch.cuda.Event()
+            after.record(torch.cuda.current_stream())
+        arrival = None
+        if copy.way == "host-device":
+            arrival = self._arrivals[copy.ticket] = _Arrival()
+        self._queues[copy.way].put((copy, after, arrival))
+
+    def wait(self, ticket: int) -> None:
+        """Let what is computed next find the pages of this copy; raises what went wrong with it.
+
+        On a GPU the device waits, not the thread, once the copy has been given to it.
+        """
+        arrival = self._arrivals.pop(ticket, None)
+        assert arrival is not None, f"nobody waits twice, or for nothing: ticket {ticket}"
+        arrival.given.wait()
+        if arrival.error is not None:
+            raise arrival.error
+        if arrival.event is not None:
+            torch.cuda.current_stream().wait_event(arrival.event)
+
+    def close(self) -> None:
+        """End the threads once what was begun is done."""
+        for way in self._queues.values():
+            way.put(None)
+        for thread in self._threads:
+            thread.join(timeout=30.0)
+
+    # -- on the copier's threads --------------------------------------------------------------
+
+    def _serve(self, way: Way) -> None:
+        while (job := self._queues[way].get()) is not None:
+            copy, after, arrival = job
+            began = time.perf_counter()
+            error: Exception | None = None
+            try:
+                self._carry_out(copy, after, arrival)
+            except Exception as found:
+                error = found
+            if arrival is not None:
+                arrival.error = error
+                arrival.given.set()
+            nbytes = 0 if error else len(copy.moves) * self._device.shape[1]
+            self._told(CopyDone(copy.ticket, nbytes, time.perf_counter() - began, error))
+
+    def _carry_out(self, copy: Copy, after: Any, arrival: _Arrival | None) -> None:
+        if copy.way in ("host-disk", "disk-host"):
+            self._disk_copy(copy)
+            return
+        host = self._host
+        assert host is not None, "a copy to the host, and there is no host pool"
+        pairs = [
+            (self._device[a], host.slot(b))
+            if copy.way == "device-host"
+            else (host.slot(a), self._device[b])
+            for a, b in copy.moves
+        ]
+        if not self._cuda:
+            for source, target in pairs:
+                target.copy_(source)
+            return
+        stream = self._streams[copy.way]
+        with torch.cuda.stream(stream):
+            stream.wait_event(after)
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(stream)
+        if arrival is not None:
+            arrival.event = done
+            arrival.given.set()
+        done.synchronize()
+
+    def _disk_copy(self, copy: Copy) -> None:
+        host, disk = self._host, self._disk
+        assert host is not None and disk is not None, "a copy to the disk, and there is none"
+        for source, target in copy.moves:
+            if copy.way == "host-disk":
+                disk.write(target, host.slot(source).numpy().data)
+            else:
+                disk.read(source, host.slot(target).numpy().data)
+
+
+class _Arrival:
+    """What whoever needs arriving pages waits for."""
+
+    __slots__ = ("error", "event", "given")
+
+    def __init__(self) -> None:
+        self.given = threading.Event()
+        self.event: Any = None
+        self.error: Exception | None = None
+
+
+def _touch(part: Tensor, threads: int = 4) -> None:
+    """Have the pages of this memory made by several threads: one alone takes most of the time."""
+    step = -(-part.numel() // threads // _PAGE) * _PAGE
+    pieces = [part[i : i + step] for i in range(0, part.numel(), step)]
+    workers = [threading.Thread(target=lambda p=p: p[::_PAGE].zero_()) for p in pieces]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _register(part: Tensor) -> None:
+    code = torch.cuda.cudart().cudaHostRegister(part.data_ptr(), part.numel(), 0)
+    if int(code) != 0:
+        raise OutOfDeviceMemory(
+            f"{part.numel():,} bytes of host memory could not be pinned (CUDA error {int(code)}):"
+            " start the server with less --host-memory"
+        )
+
+
+def _unregister(part: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(part.data_ptr())
+
+
+def copies_in_groups(
+    moves: Sequence[tuple[int, int]], most: int
+) -> list[tuple[tuple[int, int], ...]]:
+    """Moves in runs of at most `most`, so that what arrives first can be used first."""
+    return [tuple(moves[i : i + most]) for i in range(0, len(moves), most)]

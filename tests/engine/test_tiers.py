@@ -1,0 +1,101 @@
+"""Pages go down and come back as they were; what was torn on the disk is told, never used."""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_server.engine.kv_cache import KVCache, LayerKV, PageShape
+from kernel_server.engine.tiers import Copier, Copy, CopyDone, DiskPool, HostPool
+from kernel_server.protocol.errors import TornPage
+
+SHAPE = PageShape(4, 2, (LayerKV(2, 8, 2, 8),) * 4, torch.float32)
+
+
+class Tiers:
+    """Small pools, and what the copier told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = KVCache(SHAPE, 6, "cpu")
+        self.host = HostPool(8, SHAPE.page_bytes, pinned=False)
+        self.disk = DiskPool(folder / "pages", 4, SHAPE.page_bytes)
+        self.told: queue.SimpleQueue[CopyDone] = queue.SimpleQueue()
+        self.copier = Copier(self.cache, self.host, self.disk, self.told.put)
+        self.cache.pool.copy_(torch.randn(self.cache.pool.shape))
+        self.tickets = 0
+
+    def copy(self, way: str, *moves: tuple[int, int]) -> CopyDone:
+        self.tickets += 1
+        self.copier.begin(Copy(self.tickets, way, moves))  # type: ignore[arg-type]
+        if way == "host-device":
+            self.copier.wait(self.tickets)
+        return self.told.get(timeout=10)
+
+
+@pytest.fixture
+def tiers(tmp_path: Path) -> Iterator[Tiers]:
+    made = Tiers(tmp_path)
+    yield made
+    made.copier.close()
+    made.disk.close()
+
+
+def test_a_page_that_went_down_to_the_disk_comes_back_bit_for_bit(tiers: Tiers):
+    before = tiers.cache.pool.clone()
+    assert tiers.copy("device-host", (1, 7), (2, 0)).error is None
+    assert tiers.copy("host-disk", (7, 3), (0, 1)).error is None
+    tiers.cache.poison(range(6))
+    for slot in (7, 0):
+        tiers.host.slot(slot).fill_(255)
+    tiers.copy("disk-host", (3, 2), (1, 5))
+    done = tiers.copy("host-device", (2, 4), (5, 0))
+
+    assert done.nbytes == 2 * SHAPE.page_bytes and done.seconds > 0
+    assert torch.equal(tiers.cache.pool[4], before[1])
+    assert torch.equal(tiers.cache.pool[0], before[2])
+    assert tiers.cache.pool[1].isnan().all()
+
+
+def test_a_torn_slot_of_the_disk_is_told_and_fills_nothing_that_counts(tiers: Tiers):
+    tiers.copy("device-host", (0, 0))
+    tiers.copy("host-disk", (0, 2))
+    with open(tiers.disk.path, "r+b") as file:
+        file.seek(2 * SHAPE.page_bytes + 100)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    done = tiers.copy("disk-host", (2, 1))
+
+    assert isinstance(done.error, TornPage) and done.nbytes == 0
+    assert isinstance(tiers.copy("disk-host", (3, 1)).error, TornPage), "never written"
+
+
+def test_a_full_disk_is_told_and_its_slot_counts_for_nothing(tiers: Tiers, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    tiers.copy("device-host", (0, 0))
+    monkeypatch.setattr(os, "pwrite", full)
+    assert isinstance(tiers.copy("host-disk", (0, 1)).error, OSError)
+    monkeypatch.undo()
+    assert isinstance(tiers.copy("disk-host", (1, 1)).error, TornPage)
+    assert tiers.copy("host-disk", (0, 1)).error is None
+
+
+def test_waiting_for_pages_that_could_not_come_raises_why(tiers: Tiers):
+    tiers.copier.begin(Copy(9, "host-device", ((0, 99),)))
+    with pytest.raises(IndexError):
+        tiers.copier.wait(9)
+    assert isinstance(tiers.told.get(timeout=10).error, IndexError)
+
+
+def test_the_file_of_pages_is_private_and_goes_with_the_pool(tmp_path: Path):
+    pool = DiskPool(tmp_path / "in" / "pages", 2, 4096)
+    assert pool.path.stat().st_mode & 0o077 == 0
+    pool.close()
+    assert not pool.path.exists()
