@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from djinn_nb.alignment import Alignment, Pair, align
     from djinn_nb.connection import connect
     from djinn_nb.handles import Breakpoint, Edit
+    from djinn_nb.logs import Logpoint
     from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
     from djinn_nb.prompts import Sessions
     from djinn_nb.server import Server
@@ -32,6 +33,7 @@ _HOMES = {
     "DjinnError": "kernel_server.protocol.errors",
     "Edit": "djinn_nb.handles",
     "Finished": "djinn_nb.stopped",
+    "Logpoint": "djinn_nb.logs",
     "Pair": "djinn_nb.alignment",
     "Server": "djinn_nb.server",
     "Session": "djinn_nb.session",
@@ -55,6 +57,7 @@ __all__ = [
     "DjinnError",
     "Edit",
     "Finished",
+    "Logpoint",
     "Pair",
     "Server",
     "Session",

@@ -11,12 +11,16 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.captured import Captured, capture
 from djinn_nb.checks import flag, real, shown, text_or_none, whole
 from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
+from djinn_nb.logs import Logpoint, lost_records
 from djinn_nb.planned import Planned
+from djinn_nb.selectors import selector
 from djinn_nb.stopped import Finished, Stopped
 from djinn_nb.waiting import Interrupted, run_until_rest, wait_until_rest
+from djinn_nb.watches import places, watched
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import (
@@ -54,6 +58,8 @@ class Session(Planned):
         #: the stop this handle has shown last; the server refuses a call that saw an older one
         self._seen = info.stop_number
         self._stop: Stopped | None = None
+        #: logpoints that were said to be full
+        self._lost: set[int] = set()
         self.client.mirror.update(info)
         # the prompt's ids are shown with their texts, and repr asks nothing
         self.client.token_texts(info.tokens)
@@ -172,7 +178,10 @@ class Session(Planned):
         """Stop when a forward reaches `location`: a layer number, or a name.
 
         when: "prefill", "decode" or "any". condition: judged for each token fed, such as
-        'token == " to" and norm > 30'; names: token, token_id, position, forward, norm (L2), hits.
+        'token == " to" and norm > 30'; names: token, token_id, position, forward, hits, norm (L2),
+        num_nan, num_inf; of the logit lens there (the true logits at "logits"), each at the price
+        of the model's head: top_token, top_token_changed, entropy (nats), prob(" Mary"); and
+        cosine("joy") with a named vector, as it is now.
         ignore: let the first so many pass. once: disabled after its first stop.
 
         Raises UnknownLocation, BadCondition (a caret shows where), BadArgument.
@@ -192,10 +201,124 @@ class Session(Planned):
         self.refresh()
         return Breakpoint(self, made)
 
+    def break_when(
+        self,
+        *,
+        nan: bool = False,
+        inf: bool = False,
+        norm_above: float | None = None,
+        top_token: str | None = None,
+        top_token_changes: bool = False,
+        entropy_above: float | None = None,
+        entropy_below: float | None = None,
+        cosine_above: tuple[str, float] | None = None,
+        condition: str | None = None,
+        at: object = "every layer",
+        when: str = "any",
+        tokens: object = "all",
+        ignore: int = 0,
+        once: bool = False,
+    ) -> Breakpoint:
+        """Stop wherever a value is what is watched for: a data breakpoint.
+
+        Exactly one of: nan, inf (an element is); norm_above (L2 of a token's vector); of the logit
+        lens top_token (a text), top_token_changes (from one location to the next, same token),
+        entropy_above and entropy_below (nats); cosine_above: name of a vector and a number; or a
+        condition as in `break_at`. at: "every layer" (its output), "every site", a location or a
+        list. tokens: positions, "prompt", "generated" or a text; the others are not judged.
+        ignore, once: over all locations together. What the lens reads costs the model's head at
+        each location; a norm or a NaN next to nothing.
+
+        Raises BadArgument, BadCondition, UnknownLocation, UnknownVector.
+
+            session.break_when(nan=True)
+            session.break_when(top_token=" Mary", tokens=-1, at=range(10, 20))
+            session.continue_().location
+        """
+        watches = {
+            "nan": nan,
+            "inf": inf,
+            "norm_above": norm_above,
+            "top_token": top_token,
+            "top_token_changes": top_token_changes,
+            "entropy_above": entropy_above,
+            "entropy_below": entropy_below,
+            "cosine_above": cosine_above,
+        }
+        condition = watched(watches, condition)
+        message = m.SetBreakpoint(
+            session_id=self.id,
+            locations=places(at, condition, self.client.model),
+            kind="data breakpoint",
+            when=_when(when),
+            condition=condition,
+            ignore=whole(ignore, "ignore", least=0),
+            once=flag(once, "once"),
+            tokens=selector(tokens),
+        )
+        made = self.client.call(message, m.BreakpointReply).breakpoint
+        self.refresh()
+        return Breakpoint(self, made)
+
+    def log_at(
+        self,
+        locations: object,
+        *,
+        what: str = "summary",
+        tokens: object = "all",
+        condition: str | None = None,
+        when: str = "any",
+        max_bytes: int = 16 << 20,
+        on_full: str = "drop",
+    ) -> Logpoint:
+        """Note what is at these locations each time they are reached, without stopping.
+
+        locations: a layer number, a name, a list, "every layer" or "every site". what: "summary"
+        (norm, largest magnitude and NaN count per token) or "tensor" (the values too, in the
+        model's dtype). tokens: which are noted; with a condition, those at which it holds.
+        max_bytes: of the server's memory; when they are full new records are dropped and counted,
+        or, with on_full="stop", the session stops with the reason "exception".
+
+        A value is noted as it is when it is reached: an edit made at a stop there comes after it.
+        Records outlive this client, and end with the session. Raises UnknownLocation,
+        BadCondition, BadArgument.
+
+            log = session.log_at([3, 7], what="tensor", tokens=-1)
+            session.continue_()
+            log.frame(), log.tensors()["layers.3.output"].values
+        """
+        if what not in ("summary", "tensor"):
+            raise BadArgument(f"what is 'summary' or 'tensor', not {shown(what)}")
+        if on_full not in ("drop", "stop"):
+            raise BadArgument(f"on_full is 'drop' or 'stop', not {shown(on_full)}")
+        message = m.SetBreakpoint(
+            session_id=self.id,
+            locations=places(locations, _condition(condition), self.client.model),
+            kind="logpoint",
+            when=_when(when),
+            condition=_condition(condition),
+            what=what,  # type: ignore[arg-type]
+            tokens=selector(tokens),
+            max_bytes=whole(max_bytes, "max_bytes", least=1),
+            on_full=on_full,  # type: ignore[arg-type]
+        )
+        made = self.client.call(message, m.BreakpointReply).breakpoint
+        self.refresh()
+        return Logpoint(self, made)
+
     @property
     def breakpoints(self) -> list[Breakpoint]:
-        """Its breakpoints, in the order made."""
-        return [Breakpoint(self, info) for info in self.refresh().breakpoints]
+        """Its breakpoints, data breakpoints and logpoints, in the order made."""
+        return [
+            Logpoint(self, info) if info.kind == "logpoint" else Breakpoint(self, info)
+            for info in self.refresh().breakpoints
+        ]
+
+    def warn_of_lost_records(self, logpoint_id: int, dropped: int) -> None:
+        """Say once of each logpoint that its log was full."""
+        if dropped and logpoint_id not in self._lost:
+            self._lost.add(logpoint_id)
+            lost_records(self._id, logpoint_id, dropped)
 
     @property
     def edits(self) -> list[Edit]:
@@ -275,6 +398,22 @@ class Session(Planned):
         found = self._arrived(info)
         return found if isinstance(found, Stopped) else None
 
+    def capture(self, locations: object, what: str = "summary", tokens: object = "all") -> Captured:
+        """Values at any locations of the forward it stands in, recomputed on a scratch fork.
+
+        locations: a layer number, a name, or a list of them; also those not reached yet. what:
+        "summary" gives a `Summary` each, "tensor" float32 arrays `[tokens, channels]`, or `[tokens,
+        heads, channels]` at a site with heads. tokens: a selector as of `stop.edit`.
+
+        The session's edits are made again on the way; nothing is changed. Raises NotStopped,
+        UnknownLocation, NotSupported, BadSelector, QuotaExceeded for more than the server gives.
+
+            session.capture(range(24)).frame()
+            session.capture("layers.9.attention.heads", what="tensor", tokens=-1)
+            session.capture(["layers.3.middle", "logits"])["logits"].maximum
+        """
+        return capture(self, self._seen, locations, what, tokens)
+
     def fork(
         self,
         seed: int | None = None,
@@ -329,6 +468,8 @@ class Session(Planned):
     def _arrived(self, info: m.SessionInfo) -> Stopped | Finished:
         """What a description of a session at rest means for the user."""
         self.client.mirror.update(info)
+        for point in info.breakpoints:
+            self.warn_of_lost_records(point.id, point.dropped)
         self._seen = info.stop_number
         if info.status == "finished":
             return Finished(self, info)

@@ -80,7 +80,7 @@ CONDITIONS: Cases = {
         ("not " * 400 + "norm > 1", e.BadCondition),
         ("norm > 1 and " * 200_000 + "norm > 1", e.BadCondition),
         ('token == "\ud800"', e.BadMessage),
-        ('top_token == " Mary"', e.NotSupported),
+        ('prob(" Mary")', e.BadCondition),
         (b"norm > 1", e.BadArgument),
         (7, e.BadArgument),
     ]
@@ -174,7 +174,7 @@ SESSIONS: Cases = {
     },
     "wait timeout": (lambda o: o.x.wait(timeout=NAN), e.BadArgument),
     "planned of a session": (lambda o: o.x.step_back(), e.NotSupported),
-    "planned of a stop": (lambda o: o.s.attention(0), e.NotSupported),
+    "planned of a session, rewind": (lambda o: o.x.rewind(0), e.NotSupported),
     "planned of a server": (lambda o: o.server.load, e.NotSupported),
     "decode": (lambda o: o.server.model.tokenizer.decode([VOCABULARY]), e.BadArgument),
     "decode -1": (lambda o: o.server.model.tokenizer.decode([-1]), e.BadArgument),
