@@ -178,7 +178,8 @@ class Sessions:
             except DjinnError as error:
                 item.error = error
                 errors.append(error)
-        raise_if_all(errors, len(items))
+        if len(items) > 1 or len(self) == 1:  # the last one left is not all
+            raise_if_all(errors, len(items))
 
     # -- running --------------------------------------------------------------------------
 
