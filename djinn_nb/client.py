@@ -7,6 +7,7 @@ Messages become bytes here and answers become values or exceptions. The public o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -161,12 +162,16 @@ class Client:
         """
         with Opened(self) as opened:
             reply = self.call(message, m.TensorReply, timeout_s=COMPUTE_S, opens=opened)
-            if reply.data is not None:
-                return np.array(reply.data.numpy())  # the answer's own bytes are read-only
-            if reply.transfer_id is None:
-                raise BadMessage("the server sent neither a tensor nor a transfer")
-            data = self._download(reply.transfer_id, reply.nbytes, label)
-            return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
+            return self.tensor(reply, label)
+
+    def tensor(self, reply: m.TensorReply, label: str) -> npt.NDArray[Any]:
+        """The tensor of an answer that came; a large one is fetched now, in chunks."""
+        if reply.data is not None:
+            return np.array(reply.data.numpy())  # the answer's own bytes are read-only
+        if reply.transfer_id is None:
+            raise BadMessage("the server sent neither a tensor nor a transfer")
+        data = self._download(reply.transfer_id, reply.nbytes, label)
+        return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
 
     def _download(self, transfer_id: str, nbytes: int, label: str) -> bytearray:
         data = bytearray(nbytes)
@@ -267,27 +272,27 @@ class Client:
 
 
 class Opened:
-    """The transfer that a request opens; closed on the server when its `with` is left.
+    """The transfers that a request opens; closed on the server when its `with` is left.
 
-    An interrupt may come before the answer that names the transfer: then it is closed when the
-    answer comes. It is always closed by us, not by its last byte, which may be asked for again.
+    An interrupt may come before the answer that names them: then they are closed when the answer
+    comes. They are always closed by us, not by their last byte, which may be asked for again.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._transfer_id: str | None = None
+        self._transfer_ids: list[str] = []
         self._left = False
 
     def answered(self, answer: bytes) -> None:
         """Take note of the answer; runs on the I/O thread."""
         with contextlib.suppress(BadMessage):  # the caller, if there still is one, is told
-            self._transfer_id = getattr(codec.decode(answer), "transfer_id", None)
+            self._transfer_ids += _transfers_in(codec.decode(answer))
         if self._left:
             self._close()
 
     def _close(self) -> None:
-        if self._transfer_id is not None:
-            self._client.end_transfer(self._transfer_id)
+        for transfer_id in self._transfer_ids:
+            self._client.end_transfer(transfer_id)
 
     def __enter__(self) -> Opened:
         return self
@@ -300,6 +305,17 @@ class Opened:
     ) -> None:
         self._left = True
         self._close()
+
+
+def _transfers_in(answer: Any) -> list[str]:
+    """Ids of the transfers that an answer, or a part of it, names."""
+    if isinstance(answer, tuple):
+        return [one for part in answer for one in _transfers_in(part)]
+    if not dataclasses.is_dataclass(answer):
+        return []
+    found = getattr(answer, "transfer_id", None)
+    parts = [getattr(answer, field.name) for field in dataclasses.fields(answer)]
+    return [found] if isinstance(found, str) else _transfers_in(tuple(parts))
 
 
 def _nobody(connection: PlainConnection) -> None:

@@ -21,15 +21,10 @@ PLANNED: dict[str, dict[str, str]] = {
         "restore": "bringing an evicted session's pages back by hand",
         "pin": "keeping a session's pages on the device",
         "save": "checkpoints on disk",
-        "capture": "recording chosen tensors; stop.capture() gives norms of this forward today",
         "branches": "the tree of forks; server.sessions() lists parents today",
         "hint": "announcing what will be resumed next",
     },
-    "Stopped": {
-        "attention": "attention patterns",
-        "preview": "the next token's distribution under an edit; fork(), edit and step_out() today",
-        "attribution": "attribution of the next token",
-    },
+    "Stopped": {},
 }
 
 

@@ -68,8 +68,8 @@ def norm_heat_map(
     if isinstance(scale, LogNorm):
         bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     bar.ax.tick_params(labelsize=7, which="both")
-    _label_axis(axes.xaxis, labels, rotation=90)
-    _label_axis(axes.yaxis, [_short(name) for name in locations])
+    label_axis(axes.xaxis, labels, rotation=90)
+    label_axis(axes.yaxis, [_short(name) for name in locations])
     note = f", the last {columns} of {columns + hidden} tokens" if hidden else ""
     axes.set_xlabel(f"token{note}", size=8)
     axes.set_title(title, size=9, parse_math=False)
@@ -108,7 +108,7 @@ def strength_plot(
     return figure
 
 
-def _label_axis(axis: Any, labels: Sequence[str], rotation: int = 0) -> None:
+def label_axis(axis: Any, labels: Sequence[str], rotation: int = 0) -> None:
     """Labels at every place, or at every n-th when they would not fit."""
     step = -(-len(labels) // MAX_LABELS)
     places = range(0, len(labels), step)

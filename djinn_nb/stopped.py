@@ -7,7 +7,6 @@ the number of that stop, so once the session has moved on it gets StaleStop inst
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from djinn_nb.checks import shown, whole
 from djinn_nb.client import COMPUTE_S
 from djinn_nb.continuations import Continuing
 from djinn_nb.edits import Editing
+from djinn_nb.looking import Looking
 from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import selector
 from djinn_nb.sites import axes_at, is_residual, shape_at
@@ -46,25 +46,7 @@ class Token(NamedTuple):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Capture:
-    """What is kept of every layer in this forward, without asking for it.
-
-    `norm` and `largest`: the L2 norm and the largest magnitude of each token's vector, one row per
-    location (embedding and layers reached), one column per position. `num_nan`: NaNs per location.
-    """
-
-    norm: pd.DataFrame
-    largest: pd.DataFrame
-    num_nan: pd.Series
-
-    def __repr__(self) -> str:
-        rows, columns = self.norm.shape
-        nans = int(self.num_nan.sum())
-        return f"Capture of {rows} locations × {columns} tokens, {nans} NaN (.norm, .largest)"
-
-
-class Stopped(Editing, Continuing, Planned):
+class Stopped(Editing, Continuing, Looking, Planned):
     """Where a session stands, and the values there; returned by `continue_()` and the steps.
 
     stop = session.continue_()
@@ -176,24 +158,6 @@ class Stopped(Editing, Continuing, Planned):
                 f" {shape_at(model, self.location)}, use stop.value; {instead}"
             )
         return self.value
-
-    def capture(self) -> Capture:
-        """Norms and largest magnitudes of every layer this forward has reached, and NaN counts."""
-        import pandas as pd
-
-        reply = self._capture()
-        positions = range(reply.first_token, reply.first_token + reply.norm.shape[1])
-        index = pd.Index(reply.locations, name="location")
-        columns = pd.Index(positions, name="position")
-        return Capture(
-            norm=pd.DataFrame(reply.norm.numpy(), index=index, columns=columns),
-            largest=pd.DataFrame(reply.largest.numpy(), index=index, columns=columns),
-            num_nan=pd.Series(reply.num_nan.numpy(), index=index, name="NaN"),
-        )
-
-    def _capture(self) -> m.CaptureReply:
-        message = m.ReadCapture(session_id=self.session.id, seen=self.number)
-        return self.session.client.call(message, m.CaptureReply, timeout_s=COMPUTE_S)
 
     def lens(
         self, top_k: int = 5, tokens: object = -1, layers: str | Iterable[int] | None = None

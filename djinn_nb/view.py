@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.looking import read_capture
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import DjinnError
 
@@ -54,7 +55,7 @@ def stop_view(stopped: Stopped) -> StopView:
     client = stopped.session.client
     info = stopped.session.refresh()
     summary = stopped.value.summary()
-    capture = stopped._capture()
+    capture = read_capture(stopped)
     lens: tuple[LensRow, ...] = ()
     position, entropy, refusal = 0, 0.0, ""
     try:
