@@ -18,6 +18,7 @@ from kernel_server.models.recording import Call, CallAxes, Recording, cut_call
 from kernel_server.models.registry import max_context
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import ServerFault, UnsupportedModel
+from tests.engine.bookkeeper import walk
 from tests.models import tiny, zoo
 
 torch.set_num_threads(1)
@@ -74,6 +75,13 @@ def test_families_of_the_other_route_are_exact_on_this_one(name: str) -> None:
     model = ResumableModel(tiny.family(name), CacheRoute())
 
     assert load_check(model, page_shape(model)).passed
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon (alibi)", "gpt_neo", "mpt"])
+def test_stops_forks_moves_and_company_change_no_bit(name: str) -> None:
+    _, different = walk(resume(zoo.model(name))[0], range(0, tiny.LAYERS + 3, 2), 6, 21, 3)
+
+    assert different == []
 
 
 def test_the_attention_function_comes_first_and_the_choice_is_reported() -> None:
