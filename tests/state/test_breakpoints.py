@@ -302,7 +302,7 @@ def watch(world: World, sid: str, **options: Any) -> m.BreakpointInfo:
         session_id=sid,
         locations=WATCH,
         kind="data breakpoint",
-        **{"condition": "num_nan > 0", **options},
+        **{"condition": "num_nan > 0 and hits >= 0", **options},
     )
     return world.ask(message).breakpoint
 
@@ -315,6 +315,16 @@ def test_a_data_breakpoint_watches_each_location_once_in_the_order_they_are_reac
     assert info.locations == ("embedding", "layers.1.middle", "layers.3.output")
     assert [check.point for check in world.stretch.checks] == [0, 1 + 7 / 16, 4]
     assert [check.hits for check in world.stretch.checks] == [0, 1, 2]
+
+
+def test_questions_that_do_not_change_are_made_once(world: World):
+    sid = world.launch(max_new_tokens=3)
+    watch(world, sid, condition="num_nan > 0")
+    world.go(sid)
+    first = world.stretch.checks
+    world.done()
+
+    assert [id(check) for check in world.stretch.checks] == [id(check) for check in first]
 
 
 def test_a_data_breakpoint_stops_where_it_holds_and_counts_every_location(world: World):
