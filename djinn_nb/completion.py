@@ -91,8 +91,8 @@ class Completer:
             return ["remove", "enable", "disable", *self._edit_ids()]
         if magic in _SESSION:
             return self._sessions()
-        if magic == "djinn_edit":
-            return list(_EDIT_WORDS)
+        if magic in ("djinn_edit", "djinn_preview"):
+            return [*_EDIT_WORDS, *(("top_k=", "metric=") if magic == "djinn_preview" else ())]
         if magic == "djinn_debug":
             return ["on", "off"]
         if magic == "djinn_help":

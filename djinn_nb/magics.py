@@ -13,25 +13,21 @@ import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from IPython.core.error import UsageError
 from IPython.core.magic import cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
-from djinn_nb import arguments
 from djinn_nb.connection import connect
-from djinn_nb.current import Current, Pending
-from djinn_nb.edits import KINDS, OPTIONS
+from djinn_nb.current import Pending
 from djinn_nb.handles import Breakpoint
 from djinn_nb.notebook import debugging, set_debugging
-from djinn_nb.selectors import PHASES
 from djinn_nb.session import Session
+from djinn_nb.stop_magics import StopMagics
 from djinn_nb.stopped import Finished, Stopped
 from kernel_server.protocol.conditions import parse_condition
 from kernel_server.protocol.errors import (
     BadArgument,
     DjinnError,
     UnknownBreakpoint,
-    UnknownEdit,
     UnknownSession,
 )
 from kernel_server.protocol.location import parse_location
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @magics_class
-class DjinnMagics(Current):
+class DjinnMagics(StopMagics):
     """Stop a running transformer at a layer, look, edit, continue."""
 
     # -- connecting -----------------------------------------------------------------------
@@ -298,72 +294,6 @@ class DjinnMagics(Current):
         args = self._parse(self.djinn_wait, line)
         self.arrived(self.need_session().wait(timeout=args.timeout))
 
-    # -- looking and editing --------------------------------------------------------------
-
-    @line_magic
-    def djinn_edit(self, line: str) -> None:
-        """Edit at the stop: scale=0.9 tokens=-1, or add=VARIABLE alpha=4, set=, zero=True, …
-
-        All that stop.edit() takes: also clamp=(-1,1), project_out=, mean=True, swap=True, patch=,
-        vector="name"; of the next token force=" Mary", ban=, replace=. Values are literals or names
-        of variables; tokens=, heads= and channels= also take slices (3:7), tokens= also prompt,
-        generated, all or a quoted token text. sticky=True, location=.
-        """
-        given = arguments.assignments(line)
-        known = (*KINDS, *OPTIONS)
-        if unknown := [name for name in given if name not in known]:
-            raise BadArgument(f"%djinn_edit has no {unknown[0]}=; known: {', '.join(known)}")
-        values = {
-            name: arguments.value_of(text, self.names, words=PHASES if name == "tokens" else ())
-            for name, text in given.items()
-            if name != "location"
-        }
-        if "location" in given:
-            values["location"] = arguments.unquoted(given["location"])
-        edit = self.need_stop().edit(**values)
-        self.say(repr(edit))
-
-    @magic_arguments()
-    @argument("action", nargs="?", choices=("remove", "enable", "disable"))
-    @argument("ids", nargs="*", type=int)
-    @line_magic
-    def djinn_edits(self, line: str) -> None:
-        """List the session's edits; %djinn_edits remove|enable|disable ID."""
-        args = self._parse(self.djinn_edits, line)
-        session = self.need_session()
-        known = {edit.id: edit for edit in session.edits}
-        if args.action is not None and not args.ids:
-            raise BadArgument(f"%djinn_edits {args.action} needs an id; %djinn_edits lists them")
-        if missing := [i for i in args.ids if i not in known]:
-            raise UnknownEdit(
-                f"there is no edit {missing[0]}; the session has {sorted(known) or 'none'}"
-            )
-        for i in args.ids:
-            getattr(known[i], args.action)()
-        self.say("\n".join(map(repr, session.edits)) or "no edits")
-
-    @magic_arguments()
-    @line_magic
-    def djinn_undo(self, line: str) -> None:
-        """Undo the last edit made at this stop."""
-        self._parse(self.djinn_undo, line)
-        self.need_stop().undo()
-        self.say("\n".join(map(repr, self.need_session().edits)) or "no edits")
-
-    @magic_arguments()
-    @argument("--top-k", type=int, default=5, metavar="K", help="candidates per row (5)")
-    @argument("--tokens", default="-1", help="which tokens: -1, 3:7, prompt, ... (-1)")
-    @argument("--layers", help="'all' or a list such as [0,5,10]: the last token at those layers")
-    @line_magic
-    def djinn_lens(self, line: str) -> pd.DataFrame:
-        """Logit lens at the stop: which next tokens the residual stream already points to."""
-        args = self._parse(self.djinn_lens, line)
-        layers = args.layers
-        if layers is not None and layers != "all":
-            layers = arguments.value_of(layers, self.names)
-        tokens = arguments.value_of(args.tokens, self.names, words=PHASES)
-        return self.need_stop().lens(top_k=args.top_k, tokens=tokens, layers=layers)
-
     # -- sessions -------------------------------------------------------------------------
 
     @magic_arguments()
@@ -449,12 +379,12 @@ class DjinnMagics(Current):
 
     def _calls(self) -> list[tuple[str, Any]]:
         """`%djinn_break` → its method, in the order written."""
-        calls = []
-        for name in vars(type(self)):
-            if name.startswith("djinn_"):
-                percent = "%%" if name in self.magics["cell"] else "%"
-                calls.append((percent + name, getattr(self, name)))
-        return calls
+        names = [name for owner in (DjinnMagics, StopMagics) for name in vars(owner)]
+        return [
+            (("%%" if name in self.magics["cell"] else "%") + name, getattr(self, name))
+            for name in names
+            if name.startswith("djinn_")
+        ]
 
     def names_of_magics(self) -> list[str]:
         """What %djinn_help can tell of, for completion."""
@@ -467,13 +397,10 @@ class DjinnMagics(Current):
         flags = [flag for action in actions for flag in action.option_strings]
         return sorted(flag for flag in flags if flag.startswith("--") and flag != "--help")
 
-    def _parse(self, method: Any, line: str, texts: tuple[str, ...] = ()) -> Any:
-        """The arguments of a magic's line; a mistake is one line with the usage."""
-        try:
-            return method.parser.parse_args(arguments.plain_words(line, texts))
-        except UsageError as error:
-            usage = " ".join(method.parser.format_usage().split()).lstrip(": ")
-            raise UsageError(f"{error} · usage: {usage}") from None
+
+# the decorator lists the magics of one class only
+for _kind, _names in StopMagics.magics.items():
+    DjinnMagics.magics[_kind] |= _names
 
 
 def _first_line(method: Any) -> str:

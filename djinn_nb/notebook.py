@@ -25,9 +25,22 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     magics = DjinnMagics(shell)
     shell.register_magics(magics)
     Completer(magics).install(shell)
+    _show_figures(shell)
     for kind in (DjinnError, Interrupted):
         # IPython asks an exception for this name; see `_OneLine`
         kind._render_traceback_ = _OneLine()  # type: ignore[union-attr]
+
+
+def _show_figures(shell: InteractiveShell) -> None:
+    """Show figures as pictures; `%matplotlib inline` does the same, later and instead."""
+    from djinn_nb.plots import png
+
+    if shell.display_formatter is None:
+        return
+    formatter = shell.display_formatter.formatters["image/png"]
+    figure = ("matplotlib.figure", "Figure")
+    if figure not in formatter.deferred_printers:
+        formatter.for_type_by_name(*figure, png)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:

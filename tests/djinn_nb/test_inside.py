@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import djinn_nb as djinn
-from djinn_nb import errors
+from djinn_nb import errors, sites
+from kernel_server.protocol import messages as m
 from kernel_server.protocol.location import INNER_SITES
 from tests.djinn_nb.conftest import HIDDEN, NUM_LAYERS, PROMPT
+from tests.djinn_nb.test_display import MODEL
 
 HEADS, WIDTH = 4, HIDDEN // 4
 
@@ -113,6 +117,21 @@ def test_stepping_in_goes_through_every_site_of_a_layer(session):
     ]
     assert [stop.layers_executed for stop in found] == [2] * len(INNER_SITES) + [3]
     assert session.newest.layers_replayed > 0
+
+
+def test_a_site_that_a_model_has_not_is_no_location_and_says_why():
+    heads = m.SiteLayout(site="attention.heads", heads=4, width=8)
+    model = replace(MODEL, num_layers=2, sites=((heads,), ()), sites_off={"middle": "parallel"})
+
+    table = sites.frame(model)
+
+    assert sites.locations(model) == [
+        "embedding", "layers.0.input", "layers.0.attention.heads", "layers.0.output",
+        "layers.1.input", "layers.1.output", "final_norm", "logits",
+    ]  # fmt: skip
+    assert table.loc[(0, "middle"), "off"] == "parallel"
+    assert table.loc[(0, "attention.heads"), "off"] == ""
+    assert table.loc[(1, "attention.heads"), "off"] == "its layers show no such tensor"
 
 
 def test_the_model_says_which_sites_it_has(server):

@@ -14,6 +14,7 @@ from djinn_nb import errors
 from djinn_nb.completion import Completer
 from djinn_nb.magics import DjinnMagics
 from djinn_nb.notebook import error_line, load_ipython_extension, unload_ipython_extension
+from kernel_server.protocol.location import INNER_SITES
 from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
 
 
@@ -323,6 +324,31 @@ def test_the_line_of_a_cell_is_named():
         assert error_line(caught) == "BadEdit: no (line 2 of the cell)"
 
 
+def test_looking_magics_give_what_the_calls_give(run, shell):
+    run(f"%%djinn_run --stop-on-entry\n{PROMPT}")
+    run("%djinn_run_to layers.2.attention.heads")
+    stop = shell.user_ns["stop"]
+
+    preview = run("%djinn_preview zero=True heads=1 tokens=-1 top_k=3")
+    attention = run("%djinn_attention --head 1:3 --tokens -1")
+    parts = run("%djinn_attribution ' Mary' --against 7")
+    run("%djinn_in")
+
+    assert (len(preview.after), preview.elements_changed) == (3, 8)
+    assert (attention.layer, attention.heads, len(attention.positions)) == (2, [1, 2], 1)
+    assert parts.text == " Mary"
+    assert shell.user_ns["stop"].location == "layers.2.attention.output"
+    assert stop.session.edits == []
+
+
+def test_figures_are_shown_as_pictures(run, shell):
+    run(f"%%djinn_run --stop-on-entry\n{PROMPT}")
+
+    data, _ = shell.display_formatter.format(run("stop.attention(0).plot()"))
+
+    assert data["image/png"]
+
+
 def test_help_names_every_magic_with_a_line_of_its_own(run, magics, capsys):
     run("%djinn_help")
     lines = capsys.readouterr().out.strip().splitlines()
@@ -343,7 +369,10 @@ def test_tab_completes_locations_ids_names_and_flags(run, magics):
     run("%%djinn_run --max-new-tokens 2 --name here\nMary")
     run("%djinn_edit scale=2")
 
-    assert words("%djinn_break layers.5", "layers.5") == ["layers.5.input", "layers.5.output"]
+    assert words("%djinn_break layers.5", "layers.5") == [
+        f"layers.5.{site}" for site in ("input", *INNER_SITES, "output")
+    ]
+    assert words("%djinn_preview top", "top") == ["top_k="]
     assert words("%djinn_break 3 --w", "--w") == ["--when"]
     assert words("%djinn_break 3 --when p", "p") == ["prefill"]
     assert "1" in words("%djinn_breaks remove ", "")
