@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m kernel_server",
         description="The Djinn kernel server: runs a model that can be stopped at any layer.",
     )
-    commands = parser.add_subparsers(required=True, metavar="serve|status|sessions|selftest")
+    commands = parser.add_subparsers(required=True, metavar="serve|status|sessions|selftest|doctor")
 
     serve = commands.add_parser("serve", help="serve a model (without --model: the bundled one)")
     _add_model(serve)
@@ -81,7 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.set_defaults(run=_selftest)
 
-    for command in (serve, status, sessions, selftest):
+    doctor = commands.add_parser("doctor", help="look for what is wrong here, or measure copies")
+    doctor.add_argument("--json", action="store_true", help="print it as JSON")
+    doctor.add_argument(
+        "--bandwidth", action="store_true",
+        help="measure host ↔ device, device, shared memory and loopback by chunk size",
+    )  # fmt: skip
+    doctor.add_argument("--device", metavar="cpu|cuda:N", help="of --bandwidth (default: cuda:0)")
+    _add_address(doctor, port=None)
+    doctor.set_defaults(run=_doctor)
+
+    for command in (serve, status, sessions, selftest, doctor):
         command.add_argument("--debug", action="store_true", help="log more, show tracebacks")
     return parser
 
@@ -97,10 +107,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
 
 
-def _add_address(parser: argparse.ArgumentParser) -> None:
+def _add_address(parser: argparse.ArgumentParser, port: int | None = DEFAULT_PORT) -> None:
     parser.add_argument("--host", default=DEFAULT_HOST, help="loopback only: reach it by ssh -L")
     parser.add_argument(
-        "--port", type=_port, default=DEFAULT_PORT, help="0: any free one (default %(default)s)"
+        "--port", type=_port, default=port, help=f"0: any free one (default {DEFAULT_PORT})"
     )
     parser.add_argument("--socket", type=Path, metavar="PATH", help="a Unix socket instead")
 
@@ -247,4 +257,36 @@ def _selftest(options: argparse.Namespace) -> int:
         print(f"  note  {note}")
     print("\n".join(row(report.family, report).describe()))
     print("every check passed")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return _bandwidth(options) if options.bandwidth else _findings(options)
+
+
+def _findings(options: argparse.Namespace) -> int:
+    from kernel_server.doctor.findings import Place, examine, report
+
+    named = options.port is not None or options.socket is not None or options.host != DEFAULT_HOST
+    port = DEFAULT_PORT if options.port is None else options.port
+    found = examine(Place(options.host, port, options.socket, named))
+    if options.json:
+        print(json.dumps(report(found), indent=2))
+    else:
+        for one in found:
+            print(one.line())
+    return int(any(one.verdict == "problem" for one in found))
+
+
+def _bandwidth(options: argparse.Namespace) -> int:
+    from kernel_server.doctor.bandwidth import measure, table
+
+    try:
+        found = measure(options.device)
+    except ValueError as error:
+        raise BadArgument(str(error)) from error
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(table(found)))
     return 0

@@ -39,6 +39,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.transfers": frozenset({_PROTOCOL}),
     "kernel_server.pacing": frozenset(),
     "kernel_server.jobs": frozenset({_PROTOCOL}),
+    "kernel_server.doctor": frozenset(
+        {_PROTOCOL, "kernel_server.asking", "kernel_server.service", "kernel_server.wire"}
+    ),
     "kernel_server.config": frozenset({_PROTOCOL}),
     "kernel_server.vectors": frozenset({_PROTOCOL}),
     "kernel_server.telemetry": frozenset({_PROTOCOL}),
@@ -85,9 +88,14 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.__main__": _ANYTHING,
 }
 
+#: Modules that run what the bytes they read say.
+CODE_FROM_BYTES = frozenset({"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"})
+
 #: Third-party modules a part must never import, not even inside a function.
 FORBIDDEN: dict[str, frozenset[str]] = {
-    "djinn_nb": frozenset({"torch", "transformers", "triton"}),
+    # nothing that turns bytes into code, anywhere
+    "kernel_server": CODE_FROM_BYTES,
+    "djinn_nb": frozenset({"torch", "transformers", "triton"}) | CODE_FROM_BYTES,
     _PROTOCOL: frozenset({"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}),
     "kernel_server.state": frozenset(
         {"torch", "transformers", "safetensors", "triton", "rpyc", "pandas"}
