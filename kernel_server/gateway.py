@@ -6,6 +6,7 @@ state knows numbers only; events, transfers and the model's description never re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -51,8 +52,6 @@ CAPABILITIES = (
 MAX_PROMPT_CHARACTERS = 4_000_000
 #: Longest request besides its tensors, bytes: JSON is read in one piece that nobody interrupts.
 MAX_HEADER_BYTES = 4 << 20
-#: Requests longer than this are read one at a time per owner: they take many times their length.
-LARGE_BYTES = 64 << 10
 
 
 class Words(Protocol):
@@ -134,32 +133,38 @@ class Gateway:
     # -- the one door ---------------------------------------------------------------------
 
     def handle(self, owner: str, connection_id: str, payload: bytes) -> bytes:
-        """Answer one request; every failure is an `ErrorReply`."""
+        """Answer one request; every failure is an `ErrorReply`.
+
+        What needs the interpreter is done one call at a time per owner, so that of an owner's many
+        connections one competes with the other owners; what waits for the engine does not hold
+        that gate.
+        """
+        gate = self.jobs.gate(owner)
         try:
-            request = self._decode(owner, payload)
+            with gate:
+                request = self._decode(payload)
             if isinstance(request, _WAITING):
                 response = self._answer(owner, request)
             else:
-                with self.jobs.one(owner):
+                ungated = contextlib.nullcontext()
+                with self.jobs.one(owner), ungated if _uses_engine(request) else gate:
                     response = self._answer(owner, request)
         except DjinnError as error:
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
         except Exception as error:
             log.exception("request failed")
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
-        return codec.encode(response)
+        with gate:
+            return codec.encode(response)
 
-    def _decode(self, owner: str, payload: bytes) -> Any:
-        if len(payload) <= LARGE_BYTES:
-            return codec.decode(payload)
+    def _decode(self, payload: bytes) -> Any:
         header_bytes = int.from_bytes(payload[4:8], "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise BadMessage(
                 f"the request has {header_bytes} bytes besides its tensors, at most"
                 f" {MAX_HEADER_BYTES} are read: send less text or fewer token ids"
             )
-        with self.jobs.turn(owner):
-            return codec.decode(payload)
+        return codec.decode(payload)
 
     def _trace(self, error: Exception) -> str | None:
         return "".join(traceback.format_exception(error)) if self.debug else None
@@ -203,14 +208,14 @@ class Gateway:
                 )
         if not isinstance(request, _STATE_REQUESTS):
             raise BadMessage(f"{type(request).__name__} is not a request")
-        if isinstance(request, _ENGINE_READS):
-            return self._read(served, owner, request)
+        if _uses_engine(request):
+            return self._have_done(served, owner, request)
         return served.loop.request(owner, request)
 
-    def _read(self, served: Served, owner: str, request: Any) -> Any:
-        """Have the engine read tensors: one of an owner's reads at a time, counted as their time.
+    def _have_done(self, served: Served, owner: str, request: Any) -> Any:
+        """Have the engine do something: one thing of an owner's at a time, counted as their time.
 
-        The engine reads between two layers of whoever runs, who waits for it.
+        The engine does it between two layers of whoever runs, who waits for it.
         """
         with self.jobs.turn(owner):
             began = time.monotonic()
@@ -485,5 +490,13 @@ _STATE_REQUESTS = (
 #: Requests that wait for something to happen, and a pause, which must always get through; the
 #: others are jobs.
 _WAITING = (m.Initialize, m.PollEvents, m.Pause)
-#: Requests that the engine carries out between two layers.
-_ENGINE_READS = (m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog)
+#: Requests that the state answers at once; the other ones about sessions wait for the engine.
+_AT_ONCE = (
+    m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
+    m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.ReadStory,
+)  # fmt: skip
+
+
+def _uses_engine(request: Any) -> bool:
+    """Whether the request is carried out by the engine, between two layers."""
+    return isinstance(request, _STATE_REQUESTS) and not isinstance(request, _AT_ONCE)

@@ -1,6 +1,6 @@
 """How many requests of one owner are carried out at once, and which of them one after the other.
 
-Counts and locks only; which requests are jobs, and which are large, the gateway says.
+Counts and locks only; which requests are jobs and which of them use the engine, the gateway says.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Jobs:
     def __init__(self, limit: int = JOBS_PER_OWNER) -> None:
         self.limit = limit
         self._running: Counter[str] = Counter()
-        self._turns: dict[str, threading.Lock] = {}  # owners are few
+        self._gates: dict[str, threading.Lock] = {}  # owners are few
+        self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def running(self, owner: str) -> int:
@@ -55,7 +56,12 @@ class Jobs:
             with self._lock:
                 self._running[owner] -= 1
 
+    def gate(self, owner: str) -> threading.Lock:
+        """The lock that keeps an owner's use of the interpreter to one call at a time."""
+        with self._lock:
+            return self._gates.setdefault(owner, threading.Lock())
+
     def turn(self, owner: str) -> threading.Lock:
-        """The lock that keeps an owner's costly work to one piece at a time."""
+        """The lock that keeps an owner's use of the engine to one request at a time."""
         with self._lock:
             return self._turns.setdefault(owner, threading.Lock())

@@ -1,9 +1,10 @@
-"""Who must wait because they have used more than their part of the server's time.
+"""Who must wait because they have used more of the server's time than the others.
 
-All owners share one interpreter and one engine thread. While more than one of them is asking, each
-may use a part of the server's time at once and a share of it from then on; who has used more has
-their next call begun later, so a flood waits for itself and not others for it. An owner who is
-alone is never held. Decides how long; measuring and waiting are the callers'.
+All owners share one interpreter and one engine thread. While several of them are asking, one who
+has used more than the others on average, and more than may be used at once, has their next call
+begun later, so that a flood waits for itself and not the others for it. Use is forgotten at the
+rate of a share of the time, which is what an owner gets who wants more than all others together. An
+owner who is alone is never held. Decides how long; measuring and waiting are the callers'.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 #: Time of the server an owner may use at once, seconds.
-BURST_S = 0.2
+BURST_S = 0.05
+#: How much of the time an owner may use in the long run while others use next to nothing.
+SHARE = 1 / 3
 #: An owner who has asked for nothing for this long does not hold others back, seconds.
 ACTIVE_S = 1.0
 #: Longest wait before it is judged anew, seconds: others may have gone meanwhile.
@@ -40,9 +43,10 @@ class Pacer:
     burst_s, active_s: seconds, as above. clock: seconds, from any beginning.
 
         pacer = Pacer()
-        while (wait_s := pacer.wait_s("ann")) > 0:
-            time.sleep(wait_s)
-        expected_s = pacer.begin("ann")
+        with pacer.queue("ann"):
+            while (wait_s := pacer.wait_s("ann")) > 0:
+                time.sleep(wait_s)
+            expected_s = pacer.begin("ann")
         pacer.end("ann", expected_s, used_s=0.0002)
     """
 
@@ -56,22 +60,28 @@ class Pacer:
         self._active_s = active_s
         self._clock = clock
         self._accounts: dict[str, _Account] = {}  # owners are few
+        self._queues: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def wait_s(self, owner: str) -> float:
         """Seconds until the owner's next call may begin, 0 if it may at once."""
         with self._lock:
             now = self._clock()
-            others = sum(
-                now - account.asked < self._active_s
+            others = [
+                self._settled(account, now).used_s
                 for name, account in self._accounts.items()
-                if name != owner
-            )
+                if name != owner and now - account.asked < self._active_s
+            ]
             if not others:
                 return 0.0
-            share = 1 / (others + 2)  # one part is left for what nobody has asked for
-            over_s = self._settle(owner, now, share).used_s - self._burst_s
-            return min(over_s / share, LONGEST_S) if over_s > LEAST_S else 0.0
+            used_s = self._settled(self._of(owner), now).used_s
+            over_s = used_s - sum(others) / len(others) - self._burst_s
+            return min(over_s / SHARE, LONGEST_S) if over_s > LEAST_S else 0.0
+
+    def queue(self, owner: str) -> threading.Lock:
+        """The lock to hold while waiting: so an owner's calls begin one after the other."""
+        with self._lock:
+            return self._queues.setdefault(owner, threading.Lock())
 
     def begin(self, owner: str) -> float:
         """A call begins: what it will probably use counts from now on. Returns that, seconds."""
@@ -100,8 +110,7 @@ class Pacer:
             found = self._accounts[owner] = _Account(settled=self._clock())
         return found
 
-    def _settle(self, owner: str, now: float, share: float) -> _Account:
-        account = self._of(owner)
-        account.used_s = max(0.0, account.used_s - share * (now - account.settled))
+    def _settled(self, account: _Account, now: float) -> _Account:
+        account.used_s = max(0.0, account.used_s - SHARE * (now - account.settled))
         account.settled = now
         return account

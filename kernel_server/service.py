@@ -282,9 +282,10 @@ class Service:
                     continue
                 connection.wait_for_message()
                 # before the call is read: what a peer sends meanwhile stays with the peer
-                while (wait_s := pacer.wait_s(owner)) > 0 and not self._ended.wait(wait_s):
-                    pass
-                expected_s, began = pacer.begin(owner), time.thread_time()
+                with pacer.queue(owner):  # one waits by the clock, an owner's others for that one
+                    while (wait_s := pacer.wait_s(owner)) > 0 and not self._ended.wait(wait_s):
+                        pass
+                    expected_s, began = pacer.begin(owner), time.thread_time()
                 try:
                     connection.serve_one()
                 finally:

@@ -38,8 +38,10 @@ def test_a_failed_job_gives_its_place_back() -> None:
     assert jobs.running("ann") == 0
 
 
-def test_costly_work_has_one_turn_per_owner() -> None:
+def test_interpreter_and_engine_are_taken_one_at_a_time_by_each_owner() -> None:
     jobs = Jobs()
 
-    assert jobs.turn("ann") is jobs.turn("ann")
-    assert jobs.turn("ann") is not jobs.turn("bob")
+    for lock in (jobs.gate, jobs.turn):
+        assert lock("ann") is lock("ann")
+        assert lock("ann") is not lock("bob")
+    assert jobs.gate("ann") is not jobs.turn("ann")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernel_server.pacing import Pacer
+from kernel_server.pacing import SHARE, Pacer
 
 BURST_S = 0.2
 
@@ -72,7 +72,42 @@ def test_a_flood_gets_a_share_of_the_time(pacer: Pacer, clock: Clock, others: in
             calls += 1
 
     share = (calls * cost_s - BURST_S) / 30
-    assert share == pytest.approx(1 / (others + 2), rel=0.05)
+    assert share == pytest.approx(SHARE, rel=0.05)
+
+
+def test_two_who_use_as_much_as_each_other_are_not_held(pacer: Pacer, clock: Clock) -> None:
+    for _ in range(10_000):
+        for owner in ("ann", "bob"):
+            assert pacer.wait_s(owner) == 0
+            call(pacer, owner, 0.001)
+            clock.now += 0.001
+
+
+def test_beside_a_flood_one_who_uses_much_is_not_held(pacer: Pacer, clock: Clock) -> None:
+    held = 0
+    for _ in range(10_000):
+        assert pacer.wait_s("busy") == 0
+        call(pacer, "busy", 0.0005)
+        if pacer.wait_s("flood") > 0:
+            held += 1
+        else:
+            call(pacer, "flood", 0.001)
+        clock.now += 0.001
+
+    assert held > 4000
+
+
+def test_two_floods_do_not_hide_each_other(pacer: Pacer, clock: Clock) -> None:
+    begun = 0
+    for _ in range(30_000):
+        call(pacer, "honest")
+        for owner in ("one flood", "another"):
+            if pacer.wait_s(owner) == 0:
+                call(pacer, owner, 0.001)
+                begun += 1
+        clock.now += 0.001
+
+    assert begun * 0.001 / 30 < 2.2 * SHARE
 
 
 def test_calls_at_once_do_not_slip_through_before_the_first_is_counted(pacer: Pacer) -> None:
