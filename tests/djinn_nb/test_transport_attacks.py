@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 
+import psutil
 import pytest
-from rpyc.core import brine, consts
+from rpyc.core import brine, consts, vinegar
 
 from djinn_nb.transport import Transport
 from kernel_server.protocol.errors import (
@@ -22,6 +24,7 @@ from kernel_server.protocol.errors import (
 )
 from kernel_server.wire.handshake import MAGIC, admit_client
 from tests.wire.peers import Attacker
+from tests.wire.test_attacks import REQUESTS
 
 TOKEN = "a-token-for-tests-only"
 V = consts.LABEL_VALUE
@@ -131,18 +134,83 @@ def test_an_error_in_rpycs_own_form_builds_no_exception(
 
 
 def test_a_server_may_not_ask_the_client_for_anything(hostile: StartServer) -> None:
-    heard: list[tuple[int, object]] = []
+    heard: dict[str, tuple[int, object]] = {}
+    requests = REQUESTS | {"the one call": (consts.HANDLE_CALL, (b"x",))}
 
     def play(client: Attacker) -> None:
         _, question, _ = client.receive()
-        requests = [(consts.HANDLE_GETROOT, ()), (consts.HANDLE_CALL, (b"x",))]
-        requests += [(consts.HANDLE_DIR, (7,)), (consts.HANDLE_PICKLE, (7, 2))]
-        heard.extend(client.ask(*request) for request in requests)
+        for name, request in requests.items():
+            heard[name] = client.ask(*request)
         client.send(consts.MSG_REPLY, question, (V, b"after all"))
         client.receive()
 
     assert _call(hostile, play) == b"after all"
-    assert [message for message, _ in heard] == [consts.MSG_EXCEPTION] * 4
+    assert {name: kind for name, (kind, _) in heard.items()} == dict.fromkeys(
+        requests, consts.MSG_EXCEPTION
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "package"),
+    [
+        (consts.LABEL_REMOTE_REF, ("builtins.str", 1, 2)),
+        (consts.LABEL_REMOTE_REF, ("numpy.ndarray", 1, 2)),
+        (consts.LABEL_REMOTE_REF, ("concurrent.futures.process.BrokenProcessPool", 1, 2)),
+        (consts.LABEL_TUPLE, ((consts.LABEL_REMOTE_REF, ("evil.Evil", 1, 2)),)),
+    ],
+)
+def test_a_reference_in_a_servers_request_is_refused_and_imports_nothing(
+    label: int, package: object, hostile: StartServer
+) -> None:
+    lazy = "concurrent.futures.process"
+    was_there = sys.modules.pop(lazy, None)
+    heard: list[tuple[int, object]] = []
+
+    def play(client: Attacker) -> None:
+        _, question, _ = client.receive()
+        heard.append(client.ask(consts.HANDLE_CALL, package, label))
+        client.send(consts.MSG_REPLY, question, (V, b"after all"))
+        client.receive()
+
+    try:
+        assert _call(hostile, play) == b"after all"
+        assert heard[0][0] == consts.MSG_EXCEPTION
+        assert lazy not in sys.modules
+    finally:
+        if was_there is not None:
+            sys.modules[lazy] = was_there
+
+
+def test_invented_names_of_errors_leave_nothing_behind(hostile: StartServer) -> None:
+    before = len(vinegar._generic_exceptions_cache)
+    for number in range(3):
+        with pytest.raises(ServerFault):
+            _call(hostile, _answers(consts.MSG_EXCEPTION, (f"Invented{number}", "text")))
+
+    assert len(vinegar._generic_exceptions_cache) == before
+
+
+def test_control_stock_rpyc_keeps_every_invented_name() -> None:
+    before = len(vinegar._generic_exceptions_cache)
+    vinegar.load((("nowhere", "Invented"), (), (), "trace"), False, False, False)
+
+    assert len(vinegar._generic_exceptions_cache) == before + 1
+    vinegar._generic_exceptions_cache.popitem()
+
+
+def test_a_header_of_4_gib_takes_no_memory_of_the_client(hostile: StartServer) -> None:
+    def play(client: Attacker) -> None:
+        client.receive()
+        client.send_frame(b"", length=2**32 - 1)
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                client.sock.sendall(bytes(2**20))
+
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ConnectionLost):
+        _call(hostile, play)
+
+    assert psutil.Process().memory_info().rss - before < 16 << 20
 
 
 @pytest.mark.parametrize(
