@@ -17,6 +17,7 @@ import torch
 
 import djinn_nb as djinn
 from djinn_nb import errors as e
+from djinn_nb import metrics
 from kernel_server.protocol.messages import Selector
 from tests.djinn_nb.conftest import CONTEXT, HIDDEN, NUM_LAYERS, VOCABULARY
 from tests.system.conftest import Canary, World
@@ -121,12 +122,9 @@ PROMPTS: Cases = {
         (b"Mary", e.BadPrompt),
         ({1, 2}, e.BadPrompt),
         ({1: 2}, e.BadPrompt),
-        (["Mary"], e.BadPrompt),
         ([None], e.BadPrompt),
         ([True], e.BadPrompt),
         ([1.0], e.BadPrompt),
-        ([[1, 2]], e.BadPrompt),
-        (np.zeros((2, 2), int), e.BadPrompt),
         (np.array([True]), e.BadPrompt),
         (np.array([1.0]), e.BadPrompt),
         (torch.ones(1, 3, dtype=torch.long), e.BadPrompt),
@@ -212,7 +210,6 @@ EDITS: Cases = {
         {"add": np.ones((1, 1, HIDDEN))},
         {"add": []},
         {"add": [[1], [1, 2]]},
-        {"add": "vector"},
         {"add": object()},
         {"add": {}},
         {"add": [None] * HIDDEN},
@@ -263,6 +260,7 @@ EDITS: Cases = {
     for wishes in every
 }
 EDITS |= {
+    "edit by no vector": (edit(add="vector"), e.UnknownVector),
     "edit sparse": (edit(add=torch.ones(HIDDEN).to_sparse()), e.BadArgument),
     "edit meta": (edit(add=torch.ones(HIDDEN, device="meta")), e.BadArgument),
     "undo without edits": (lambda o: o.s.undo(), e.UndoRefused),
@@ -310,7 +308,111 @@ READS: Cases = {
     for key in (99, 1.5, "zzzz", True, None, (0, 0, 0), 10**30, (0, HIDDEN), [[0]])
 }
 
-TABLE: Cases = LOCATIONS | CONDITIONS | BREAKPOINTS | PROMPTS | LAUNCHES | SESSIONS | EDITS | READS
+LOOKS: Cases = (
+    {
+        f"preview {wishes!r:.60}": (lambda o, wishes=wishes: o.s.preview(**wishes), error)
+        for error, every in {
+            e.BadEdit: [
+                {},
+                {"scale": NAN},
+                {"scale": 2, "zero": True},
+                {"scale": 2, "location": 0},
+                {"add": np.ones(HIDDEN + 1)},
+                {"force": " Mary", "location": 3},
+            ],
+            e.BadSelector: [
+                {"scale": 2, "tokens": 99},
+                {"scale": 2, "heads": 0},
+                {"zero": True, "location": "layers.4.attention.heads", "heads": 4},
+            ],
+            e.BadArgument: [
+                {"scale": 2, "top_k": 0},
+                {"scale": 2, "top_k": 10**9},
+                {"scale": 2, "top_k": 2.0},
+                {"scale": 2, "metric": 3},
+                {"scale": 2, "metric": metrics.Probability("zzzz")},
+                {"scale": 2, "metric": metrics.OnText(len, name="length")},
+                {"scale": 2, "nose": 1},
+            ],
+            e.UnknownLocation: [{"scale": 2, "location": 99}],
+        }.items()
+        for wishes in every
+    }
+    | {
+        f"attention {wishes!r:.40}": (lambda o, wishes=wishes: o.s.attention(**wishes), error)
+        for error, every in {
+            e.UnknownLocation: [{"layer": 99}, {"layer": -NUM_LAYERS - 1}, {"layer": 10**12}],
+            e.BadArgument: [{"layer": 1.0}, {"layer": True}, {"layer": "1"}, {"layer": HUGE}],
+            e.BadSelector: [
+                {"head": 4},
+                {"head": -5},
+                {"head": []},
+                {"head": [1, 1]},
+                {"head": "first"},
+                {"head": 1.5},
+                {"tokens": 99},
+                {"tokens": "zzzz"},
+                {"tokens": "generated"},
+            ],
+        }.items()
+        for wishes in every
+    }
+    | {
+        f"attribution {wishes!r:.40}": (lambda o, wishes=wishes: o.s.attribution(*wishes), error)
+        for error, every in {
+            e.BadArgument: [
+                (VOCABULARY,),
+                (-1,),
+                (1.5,),
+                (True,),
+                (HUGE,),
+                ("zzzz",),
+                ("",),
+                (" Mary", " Mary"),
+                (1, 1),
+                (None, "zzzz"),
+                (b"Mary",),
+            ],
+            e.BadMessage: [("\ud800",)],
+        }.items()
+        for wishes in every
+    }
+    | {
+        f"capture {wishes!r:.40}": (lambda o, wishes=wishes: o.x.capture(*wishes), error)
+        for error, every in {
+            e.UnknownLocation: [(99,), (None,), (1.5,), ([0, 99],), ("nose",), ([True],)],
+            e.BadArgument: [
+                ([],),
+                ([1, "layers.1.output"],),
+                (1, "everything"),
+                (1, None),
+                (1, True),
+            ],
+            e.BadSelector: [(1, "tensor", 99), (1, "tensor", "zzzz"), ("logits", "tensor", 0)],
+        }.items()
+        for wishes in every
+    }
+    | {
+        "capture where nothing runs": (lambda o: o.waiting.capture(1), e.NotStopped),
+        "old preview": (lambda o: o.old_stop.preview(scale=2), e.StaleStop),
+        "old attention": (lambda o: o.old_stop.attention(), e.StaleStop),
+        "old attribution": (lambda o: o.old_stop.attribution(), e.StaleStop),
+        "logits of an old preview": (lambda o: o.old_preview.logits_after, e.StaleStop),
+        "preview of a list": (lambda o: o.s.preview([1]), e.BadEdit),
+        "head not read": (lambda o: o.s.attention(head=1).frame(0), e.BadArgument),
+        "metric not asked for": (lambda o: o.s.preview(scale=2).metric, e.BadArgument),
+        "top 0": (lambda o: o.s.attribution().top(0), e.BadArgument),
+        "four indexes": (lambda o: o.inside.value[0, 0, 0, 0], e.BadSelector),
+        "head outside": (lambda o: o.inside.value[0, 4].numpy(), e.BadSelector),
+        "hidden states of heads": (lambda o: o.inside.hidden_states, e.NotSupported),
+        "lens of heads": (lambda o: o.inside.lens(), e.NotSupported),
+        "step in, timeout": (lambda o: o.x.step_in(timeout=NAN), e.BadArgument),
+    }
+)
+
+TABLE: Cases = (
+    LOCATIONS | CONDITIONS | BREAKPOINTS | PROMPTS | LAUNCHES | SESSIONS | EDITS | READS | LOOKS
+)
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +424,14 @@ def objects(world: World) -> SimpleNamespace:
     gone.remove()
     old_stop = other.run_to(1)
     old_edit = old_stop.edit(scale=0.5, tokens=-1)
+    old_preview = old_stop.preview(scale=2)
     other.next()
+    waiting = world.launch("Mary went")
+    inside = world.launch("Mary went to the store").run_to("layers.2.attention.heads")
     return SimpleNamespace(
         server=world.server, x=session, s=stop, other=other, old_stop=old_stop,
-        old_edit=old_edit, gone_breakpoint=gone,
+        old_edit=old_edit, old_preview=old_preview, gone_breakpoint=gone, waiting=waiting,
+        inside=inside,
     )  # fmt: skip
 
 
