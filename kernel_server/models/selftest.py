@@ -159,6 +159,11 @@ def check_model(model: ResumableModel, runner: Runner, windows: Sequence[int | N
     runs = runner.layers(prompt, feeds[0], chunk=CHUNK, window=window)
     report.site_checks = check_sites(model, runs, compared.values, compared.tolerance)
     report.sites = site_support(model.sites)
+    if report.sites["attention.pattern"].layers and not compared.values.patterns:
+        report.notes.append(
+            "stock's eager attention gives no weights here: those of attention.pattern were"
+            " compared with the heads they make alone"
+        )
     return report
 
 
@@ -262,7 +267,9 @@ def _run_eager(
     """The same by stock's eager attention, with its weights; None where a family's eager fails."""
     try:
         return _run_stock(model, prompt, feeds, change, eager=True, forced=forced)
-    except (RuntimeError, ValueError, TypeError):
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
         return None
 
 

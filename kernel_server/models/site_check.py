@@ -128,7 +128,19 @@ class _Judge:
         self.findings: dict[str, Check] = {}
 
     def layer(self, run: LayerRun) -> None:
+        """Put every question to the sites of one layer in one forward."""
         sites = self._model.sites[run.layer]
+        try:
+            self._questions(run, sites)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # What nobody thought of costs the sites of this layer, not the model.
+            line = (str(error).splitlines() or ["no message"])[0]
+            for site in list(sites.layouts):
+                sites.switch_off(site, f"its check ended in {type(error).__name__}: {line}")
+
+    def _questions(self, run: LayerRun, sites: LayerSites) -> None:
         taken = self._look(run, sites)
         if not taken:
             return

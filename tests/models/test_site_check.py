@@ -316,6 +316,31 @@ def test_a_mode_that_changes_the_layer_is_caught(monkeypatch: Patch) -> None:
     assert all(report.sites[site].layers == [] for site in ADDED)
 
 
+def test_a_check_that_breaks_costs_the_sites_of_its_layer(monkeypatch: Patch) -> None:
+    vectors = Visit.vectors
+
+    def breaking(self: Visit, site: str, tensor: Tensor) -> Tensor:
+        if site == "mlp.neurons" and tensor.shape[1] == 1:
+            raise IndexError("planted")
+        return vectors(self, site, tensor)
+
+    monkeypatch.setattr(Visit, "vectors", breaking)
+    report = checked(resumable("llama"))
+
+    assert report.passed
+    assert "IndexError: planted" in reasons(report, "mlp.neurons")
+
+
+def test_weights_that_stock_does_not_give_are_noted(monkeypatch: Patch) -> None:
+    from kernel_server.models import selftest
+
+    monkeypatch.setattr(selftest, "_run_eager", lambda *_: None)
+    report = checked(resumable("llama"))
+
+    assert "no weights here" in report.notes[0]
+    assert str(report.sites["attention.pattern"]) == "all layers"
+
+
 def test_a_value_put_back_elsewhere_is_caught(monkeypatch: Patch) -> None:
     """An injection that rounds: the layer's bits change though nothing was edited."""
     monkeypatch.setattr(sites_module, "_overwrite", lambda t, put: t.copy_(put * (1 + 1e-6)))
