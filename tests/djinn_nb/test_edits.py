@@ -121,6 +121,34 @@ def test_a_patch_of_a_whole_forward_gives_the_run_it_was_taken_from(server):
     )
 
 
+def test_a_large_patch_is_read_in_pieces_and_leaves_no_transfer_open(server):
+    theirs = server.launch([5, 6, 7] * 400, max_new_tokens=1).run_to(2)
+    ours = server.launch([8, 9, 1] * 400, max_new_tokens=1).run_to(2)
+
+    ours.edit(patch=theirs.value)
+
+    np.testing.assert_array_equal(ours.value.numpy(), theirs.value.numpy())
+    assert server.memory().loc["transfers", "bytes"] == 0
+
+
+def test_a_patch_from_its_own_stop_copies_one_token_to_another(stop):
+    wanted = stop.value[3].numpy()
+
+    stop.edit(patch=stop.value[3], tokens=7)
+
+    np.testing.assert_array_equal(stop.value[7].numpy(), wanted)
+
+
+def test_a_patch_of_one_row_may_be_sticky(server, other):
+    wanted = other.value[-1].numpy()
+    session = server.launch(PROMPT, max_new_tokens=3)
+    session.run_to(3).edit(patch=other.value[-1], tokens=-1, sticky=True)
+
+    for _ in range(2):
+        stop = session.run_to("layers.3.output")
+        np.testing.assert_array_equal(stop.value[-1].numpy(), wanted)
+
+
 def test_a_patch_stands_alone_once_made(stop, other):
     wanted = other.hidden_states[-1].numpy()
     edit = stop.edit(patch=other.hidden_states[-1], tokens=-1)
@@ -300,6 +328,7 @@ def test_undo_at_the_logits_gives_every_bit_back(server):
         ({"force": [1, 2]}, errors.BadEdit, "force is one token"),
         ({"force": " Marvelous"}, errors.BadEdit, "no token of this model has the text"),
         ({"force": "Mary "}, errors.BadEdit, "did you mean ' Mary'"),
+        ({"force": "\ufffd"}, errors.BadEdit, "tokens have the text .*give the id of one of them"),
         ({"force": VOCABULARY}, errors.BadEdit, "outside the vocabulary"),
         ({"force": 1.5}, errors.BadEdit, "by its id or its text"),
         ({"ban": []}, errors.BadEdit, "names no token"),

@@ -98,6 +98,15 @@ def test_directions_that_depend_on_others_are_counted_and_do_no_harm():
     assert bits(after) == bits(alone)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_minus_zero_beside_a_direction_stays_minus_zero(dtype):
+    before = [torch.tensor([[-0.0, -1.0, 2.0], [-0.0, 3.0, -0.0]]).to(dtype)[None]]
+    after, (result,) = apply_edits(before, [plan("project_out", value=[0.0, 1.0, 0.0])], FIRST)
+
+    assert bits([after[0][:, :, ::2].contiguous()]) == bits([before[0][:, :, ::2].contiguous()])
+    assert result.elements_changed == 2
+
+
 def test_a_basis_is_orthonormal_and_spans_the_directions():
     directions = np.random.default_rng(3).standard_normal((5, 9)) * np.array(
         [[1e30], [1], [1], [1e-30], [1]]

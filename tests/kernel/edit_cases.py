@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from djinn_nb import Stopped
+from kernel_server.protocol import codec
+from kernel_server.protocol import messages as m
 from notebooks.harness.exactness import different
 from notebooks.harness.inprocess import Local
 from tests.kernel.cases import prompt_of
@@ -150,6 +153,33 @@ def a_patch_of_everything_becomes_the_other_run(local: Local) -> None:
     assert different(left, right) == 0
     for done in (source, target):
         done.terminate()
+
+
+def a_patch_from_another_owner_finds_no_session(local: Local) -> None:
+    """The value at another owner's stop cannot be had by naming it, even with the right number."""
+
+    def ask(owner: str, message: Any) -> Any:
+        return codec.decode(local.kernel.gateway.handle(owner, "here", codec.encode(message)))
+
+    stops = {}
+    for owner in ("ann", "bob"):
+        launch = m.Launch(token_ids=(1, 2, 3), max_new_tokens=2, stop_on_entry=True)
+        made = ask(owner, launch).session
+        ask(owner, m.Continue(session_id=made.id, seen=0))
+        while (info := ask(owner, m.Describe(session_id=made.id)).session).status == "running":
+            time.sleep(0.01)
+        stops[owner] = info
+    source = m.PatchSource(session_id=stops["ann"].id, seen=stops["ann"].stop_number)
+    edit = m.EditSpec(kind="set", location="embedding", source=source)
+    mine, seen = stops["bob"].id, stops["bob"].stop_number
+
+    refused = ask("bob", m.AddEdit(session_id=mine, seen=seen, edit=edit))
+    assert refused.error.code == "UnknownSession", refused
+    assert ask("bob", m.Describe(session_id=mine)).session.edits == ()
+    theirs = m.AddEdit(session_id=source.session_id, seen=source.seen, edit=edit)
+    assert ask("ann", theirs).edit.elements_changed == 0
+    for owner, info in stops.items():
+        ask(owner, m.Terminate(session_id=info.id))
 
 
 @torch.inference_mode()

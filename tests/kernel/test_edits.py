@@ -58,3 +58,7 @@ def test_a_patch_equals_a_hook(local: Local) -> None:
 
 def test_a_patch_of_everything_becomes_the_other_run(local: Local) -> None:
     edit_cases.a_patch_of_everything_becomes_the_other_run(local)
+
+
+def test_a_patch_from_another_owners_session_finds_none(local: Local) -> None:
+    edit_cases.a_patch_from_another_owner_finds_no_session(local)
