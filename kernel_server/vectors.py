@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from kernel_server.protocol.errors import (
 from kernel_server.protocol.messages import VectorInfo
 from kernel_server.protocol.vector_file import MAX_WIDTH
 
+#: How long a server waits for another one that writes, seconds; a write takes milliseconds.
+LOCK_S = 10.0
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9 _.-]{0,98}[A-Za-z0-9_-])?")
 _SUFFIX = ".safetensors"
 
@@ -63,7 +66,9 @@ class Vectors:
         self._folder = vectors_folder() if folder is None else folder
         self.max_count = max_count
         self.max_bytes = max_bytes
+        #: of what was read; never held while waiting for a disk or another server
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         #: name and hash of the weights served; None before the model is loaded
         self._served: tuple[str, str] | None = None
         #: path -> (what the file system says of it, what was read)
@@ -170,7 +175,7 @@ class Vectors:
             provenance=dict(provenance or {}),
         )
         content = _file_content(info, array)
-        with self._lock, self._locked_folder(owner) as folder:
+        with self._writing, self._locked_folder(owner) as folder:
             path = self._path(owner, name)
             if path.exists() and not replace:
                 raise BadArgument(
@@ -230,10 +235,25 @@ class Vectors:
         except OSError as error:
             raise _unwritable(error) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock_file(handle)
             yield folder
         finally:
             os.close(handle)  # which unlocks it
+
+
+def _lock_file(handle: int) -> None:
+    """Keep other servers out; one that holds the folder for long is hung, and is not waited for."""
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BadArgument(
+                    f"another server has kept the folder of named vectors for {LOCK_S:g} s: try"
+                    " again, or end that server"
+                ) from None
+            time.sleep(0.01)
 
 
 def vectors_folder() -> Path:

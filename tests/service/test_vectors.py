@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,36 @@ def test_servers_beside_each_other_keep_to_one_limit(tmp_path: Path) -> None:
         kept = [job.get(60) for job in jobs]
 
     assert sum(kept) == len(Vectors(tmp_path).listed("ann")) == 10
+
+
+def test_a_server_waits_while_another_one_counts_and_writes(tmp_path: Path) -> None:
+    vectors = Vectors(tmp_path)
+    _store(vectors, "one")
+    (lock,) = tmp_path.rglob(".lock")
+
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=_store, args=(vectors, "two"))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        assert [info.name for info in vectors.listed("ann")] == ["one"]
+    waiting.join(10)
+
+    assert [info.name for info in vectors.listed("ann")] == ["one", "two"]
+
+
+def test_a_server_that_never_lets_go_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernel_server.vectors.LOCK_S", 0.1)
+    vectors = Vectors(tmp_path)
+    _store(vectors, "one")
+    (lock,) = tmp_path.rglob(".lock")
+
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BadArgument, match="another server has kept the folder"):
+            _store(vectors, "two")
+        assert vectors.get("ann", "one").info.name == "one"
+    _store(vectors, "two")
