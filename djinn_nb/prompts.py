@@ -145,6 +145,13 @@ class Sessions:
         """`session.break_at` for each; the breakpoints made."""
         return self._everywhere(lambda session: session.break_at(location, **wishes))
 
+    def break_when(self, **watch: Any) -> list[Breakpoint]:
+        """`session.break_when` for each; the breakpoints made.
+
+        sessions.break_when(top_token=" Mary")
+        """
+        return self._everywhere(lambda session: session.break_when(**watch))
+
     def edit(self, **change: Any) -> list[Edit]:
         """`stop.edit` for each: where it is stopped, or ahead at `location` before it begins.
 

@@ -79,6 +79,14 @@ def test_breakpoints_and_edits_are_the_same_for_each(server: djinn.Server) -> No
             call()
 
 
+def test_watches_are_the_same_for_each(server: djinn.Server) -> None:
+    sessions = server.launch(PROMPTS, max_new_tokens=2)
+
+    sessions.break_when(norm_above=0.0)
+
+    assert set(sessions.continue_().frame().location) == {"layers.0.output"}
+
+
 def test_metrics_are_columns_of_logits_or_text(server: djinn.Server) -> None:
     sessions = server.launch(PROMPTS, max_new_tokens=3)
     metrics = [LogitDifference(" Mary", " John"), OnText(len, name="length")]
