@@ -1,6 +1,7 @@
 """What a user's installation looks like, one line per finding, with the next move.
 
-Each check answers findings and raises nothing: a check that cannot be made is a finding too.
+Each check answers findings and raises nothing: a check that cannot be made is a finding too. So
+what may be missing is imported by the check that needs it.
 Whether a finding is a problem is decided here; how it is printed, by the command line.
 """
 
@@ -20,11 +21,8 @@ from typing import Any, Literal
 
 import psutil
 
-from kernel_server.asking import Asking
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import AccessDenied, BadArgument, DjinnError, NoServer
-from kernel_server.wire import token_file
-from kernel_server.wire.tokens import TOKEN_VARIABLE, read_tokens
 
 Verdict = Literal["ok", "warning", "problem"]
 GIB = 2**30
@@ -237,6 +235,8 @@ def _open_files() -> Iterable[Finding]:
 
 
 def _disk() -> Iterable[Finding]:
+    from kernel_server.wire.tokens import token_file
+
     folder = token_file().parent
     while not folder.exists():
         folder = folder.parent
@@ -251,6 +251,8 @@ def _disk() -> Iterable[Finding]:
 
 
 def _tokens() -> Iterable[Finding]:
+    from kernel_server.wire.tokens import TOKEN_VARIABLE, read_tokens, token_file
+
     path = token_file()
     if os.environ.get(TOKEN_VARIABLE):
         yield Finding("token", "ok", f"{TOKEN_VARIABLE} is set: clients here use it, not the file")
@@ -280,6 +282,9 @@ def _tokens() -> Iterable[Finding]:
 
 
 def _server(place: Place) -> Iterable[Finding]:
+    from kernel_server.asking import Asking
+    from kernel_server.wire.tokens import TOKEN_VARIABLE, token_file
+
     try:
         with Asking.at(place.host, place.port, place.socket) as ask:
             hello: m.Initialized = ask.ask(m.Initialize(client="doctor"))

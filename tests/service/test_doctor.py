@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from kernel_server.gateway import Gateway
 from kernel_server.service import Service
 from kernel_server.wire import load_or_create_tokens, token_file
 
+ROOT = Path(__file__).parents[2]
 KIB, MIB = 2**10, 2**20
 
 
@@ -125,6 +127,22 @@ def test_a_missing_package_of_the_server_is_a_warning(monkeypatch: pytest.Monkey
     found = {one.verdict: one.line() for one in _found("packages")}
     assert "without torch" in found["warning"] and "djinn-nb[server]" in found["warning"]
     assert "transformers 5.0.0 is outside the range" in found["problem"]
+
+
+def test_without_the_wire_the_doctor_still_speaks() -> None:
+    code = (
+        "import sys; sys.modules['rpyc'] = None\n"
+        "from kernel_server.cli import main\n"
+        "from kernel_server.doctor.bandwidth import measure\n"
+        "found = measure('cpu', chunks=[1000], repetitions=1)\n"
+        "assert [one['name'] for one in found['rows']] == ['host copy'], found\n"
+        "assert any('loopback' in what and 'rpyc' in what for what in found['absent'])\n"
+        "sys.exit(main(['doctor']))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    assert "could not be looked at: ModuleNotFoundError" in ran.stdout, ran.stderr
+    assert "memory" in ran.stdout and ran.returncode == 0
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,14 +62,16 @@ def test_an_owner_at_the_limit_of_pages_is_refused_and_the_other_runs(limited):
     assert world.run(second, m.StepOut).num_pages == FORWARD
 
 
-def test_a_run_that_grows_beyond_the_limit_stops_and_says_so(limited):
-    world = limited(kv_bytes_per_owner=pages(FORWARD))
-    sid = world.launch(max_new_tokens=3)  # two pages of four tokens hold six, seven and eight
-    fork = world.ask(m.Fork(session_id=sid)).session.id
-    world.run(sid, m.StepOut)
+def test_a_run_that_grows_beyond_the_limit_rests_and_goes_on_when_there_is_room(limited):
+    world = limited(kv_bytes_per_owner=pages(FORWARD + 3))
+    sid = world.launch(max_new_tokens=4)  # the ninth token begins a third page in each group
+    small = world.launch([1], max_new_tokens=1)
+    world.run(small, m.StepOut)
+    rests = world.run(sid, m.Continue)
 
-    with pytest.raises(QuotaExceeded):
-        world.go(fork, m.StepOut)
+    assert (rests.status, rests.error.code) == ("waiting", "QuotaExceeded")
+    assert rests.error.details == {"needed": 3, "have": FORWARD + 3, "limit": FORWARD + 3}
+    world.ask(m.Terminate(session_id=small))
     assert world.run(sid, m.Continue).status == "finished"
 
 
