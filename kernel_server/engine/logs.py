@@ -8,18 +8,21 @@ the state; what is lost for want of room is counted.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kernel_server.engine.segments import ForwardState
 from kernel_server.engine.variables import row_norms
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.location import location_at
+from kernel_server.protocol.location import Point, location_at
 from kernel_server.protocol.messages import LogContent, LogRecord, LogReply, ReadLog
 from kernel_server.state.events import LogResult
 from kernel_server.state.instructions import LogPlan
@@ -38,43 +41,90 @@ RECORD_BYTES, ROW_BYTES = 512, 96
 
 
 @dataclass(slots=True)
-class Log:
-    """The records of one logpoint, the oldest first."""
-
-    records: deque[tuple[LogRecord, int]] = field(default_factory=deque)
-    last_seq: int = 0
-    dropped: int = 0
-
-    def read(self, request: ReadLog) -> LogReply:
-        """Records after the one the caller has; those are freed when he says so."""
-        while request.release and self.records and self.records[0][0].seq <= request.after:
-            self.records.popleft()
-        found: list[LogRecord] = []
-        total = 0
-        for record, nbytes in self.records:
-            if record.seq <= request.after:
-                continue
-            total += nbytes
-            if found and total > REPLY_BYTES:
-                break
-            found.append(record)
-        return LogReply(records=tuple(found), last_seq=self.last_seq, dropped=self.dropped)
-
-
-@dataclass(slots=True)
 class _Piece:
-    """A record that is being made."""
+    """A record: being made, and then on the host. A message is made of it when it is read."""
 
     plan: LogPlan
-    point: float
+    point: Point
+    forward: int
+    num_layers: int
+    #: position of the forward's first token, and the ids of all that it was fed
+    start: int
+    token_ids: Sequence[int]
     rows: tuple[int, ...]
     nbytes: int
     #: [tokens, channels], until the figures are there
     value: Tensor | None
-    #: float32 [tokens, 3]: norm, largest magnitude, NaN count; maybe still on its way to the host
-    figures: Tensor | None = None
-    #: the tensor to be kept; maybe still on its way to the host
+    seq: int = 0
+    #: float32 [tokens, 3]: norm, largest magnitude, NaN count
+    figures: npt.NDArray[np.float32] | None = None
     kept: Tensor | None = None
+
+    def record(self) -> LogRecord:
+        """It as a message."""
+        assert self.figures is not None
+        return LogRecord(
+            seq=self.seq,
+            forward=self.forward,
+            location=str(location_at(self.point, self.num_layers)),
+            positions=tuple(self.start + row for row in self.rows),
+            token_ids=tuple(self.token_ids[row] for row in self.rows),
+            per_token=Array.from_numpy(self.figures[:, :2]),
+            num_nan=Array.from_numpy(self.figures[:, 2].astype(np.int32)),
+            value=None if self.kept is None else _array(self.kept),
+        )
+
+
+@dataclass(slots=True)
+class _Group:
+    """Pieces that were reduced together; the tensors may still be on their way to the host."""
+
+    pieces: Sequence[_Piece]
+    #: float32 [tokens, 3], and the values [tokens, channels] where they are noted
+    figures: Tensor
+    kept: Tensor | None
+
+    def arrive(self) -> None:
+        """Give each piece its part. Pinned memory is not for keeping: it is copied."""
+        figures = self.figures.numpy().copy()
+        kept = self.kept
+        if kept is not None and kept.is_pinned():
+            kept = kept.clone()
+        begin = 0
+        for piece in self.pieces:
+            end = begin + len(piece.rows)
+            piece.figures = figures[begin:end]
+            piece.kept = None if kept is None else kept[begin:end]
+            begin = end
+
+
+@dataclass(slots=True)
+class Log:
+    """The records of one logpoint, the oldest first."""
+
+    records: deque[_Piece] = field(default_factory=deque)
+    last_seq: int = 0
+    dropped: int = 0
+
+    def add(self, piece: _Piece) -> None:
+        """Number a record and keep it."""
+        self.last_seq += 1
+        piece.seq = self.last_seq
+        self.records.append(piece)
+
+    def read(self, request: ReadLog) -> LogReply:
+        """Records after the one the caller has; those are freed when he says so."""
+        while request.release and self.records and self.records[0].seq <= request.after:
+            self.records.popleft()
+        found: list[LogRecord] = []
+        total = 0
+        first = self.records[0].seq if self.records else 0
+        for piece in itertools.islice(self.records, max(0, request.after + 1 - first), None):
+            total += piece.nbytes
+            if found and total > REPLY_BYTES:
+                break
+            found.append(piece.record())
+        return LogReply(records=tuple(found), last_seq=self.last_seq, dropped=self.dropped)
 
 
 class StretchLogs:
@@ -93,7 +143,7 @@ class StretchLogs:
         num_layers: int,
     ) -> None:
         self._logs = logs
-        self._plans: dict[float, list[LogPlan]] = {}
+        self._plans: dict[Point, list[LogPlan]] = {}
         for plan in plans:
             self._plans.setdefault(plan.point, []).append(plan)
         self._room = room_bytes
@@ -101,18 +151,19 @@ class StretchLogs:
         self._forward = forward
         self._num_layers = num_layers
         self._pieces: list[_Piece] = []
+        #: those that are reduced already
+        self._groups: list[_Group] = []
         self._held: dict[int, int] = {}
         self._dropped: dict[int, int] = {}
         self._refused: dict[int, int] = {}
-        self._state: ForwardState | None = None
         self._device: torch.device | None = None
 
-    def plans(self, point: float) -> Sequence[LogPlan]:
+    def plans(self, point: Point) -> Sequence[LogPlan]:
         """The logpoints at a point."""
         return self._plans.get(point, ())
 
     @property
-    def points(self) -> Iterator[float]:
+    def points(self) -> Iterator[Point]:
         """Where there is something to note."""
         return iter(self._plans)
 
@@ -127,28 +178,30 @@ class StretchLogs:
         chunks: the tensor there, `[1, tokens, channels]` each, maybe the last rows only. held:
         positions at which the condition of each held.
         """
-        self._state, self._device = forward, chunks[0].device
-        point = forward.point
+        self._device = chunks[0].device
         full = False
-        first_row = len(forward.token_ids) - sum(chunk.shape[1] for chunk in chunks)
-        for plan in self.plans(point):
+        count = len(forward.token_ids)
+        first_row = count - sum(chunk.shape[1] for chunk in chunks) if count > 1 else 0
+        for plan in self.plans(forward.point):
             if plan.check is not None:
                 found = held.get(plan.breakpoint_id, ())
                 rows = tuple(position - forward.start for position in found)
             else:
-                rows = tuple(range(len(forward.token_ids))) if plan.rows is None else plan.rows
-            rows = tuple(row for row in rows if row >= first_row)
+                rows = tuple(range(count)) if plan.rows is None else plan.rows
+            if first_row:
+                rows = tuple(row for row in rows if row >= first_row)
             if not rows:
                 continue
             self._held[plan.breakpoint_id] = self._held.get(plan.breakpoint_id, 0) + 1
-            for part in _parts(rows, chunks[0], plan.what):
-                full |= not self._take(plan, point, part, chunks, first_row)
+            parts = _parts(rows, chunks[0], plan.what) if count > 1 else (rows,)
+            for part in parts:
+                full |= not self._take(plan, forward, part, chunks, first_row)
         return full
 
     def _take(
         self,
         plan: LogPlan,
-        point: float,
+        forward: ForwardState,
         rows: tuple[int, ...],
         chunks: Sequence[Tensor],
         first_row: int,
@@ -163,11 +216,20 @@ class StretchLogs:
             if plan.stop_when_full:
                 self._refused.setdefault(key, nbytes)
             return not plan.stop_when_full
-        piece = _Piece(plan, point, rows, nbytes, _gather(chunks, rows, first_row))
+        alone = len(forward.token_ids) == 1
+        piece = _Piece(
+            plan,
+            forward.point,
+            self._forward,
+            self._num_layers,
+            forward.start,
+            forward.token_ids,
+            rows,
+            nbytes,
+            chunks[0][0] if alone else _gather(chunks, rows, first_row),
+        )
         if len(rows) > WAITING_ROWS:
-            _reduce([piece])
-            if piece.kept is not None and chunks[0].device.type == "cpu":
-                piece.kept = piece.kept.clone()  # a view would keep the whole chunk until the end
+            self._groups.append(_reduced([piece]))
         self._room -= nbytes
         self._rooms[key] -= nbytes
         self._pieces.append(piece)
@@ -176,19 +238,17 @@ class StretchLogs:
     def finish(self) -> tuple[LogResult, ...]:
         """Bring everything to the host and add it to the logs; what the stretch has noted."""
         try:
-            records = self._records()
+            self._arrive()
         except Exception:  # no memory, or a device that is gone: the stretch says so itself
             log.exception("records were lost")
-            records = []
             for piece in self._pieces:
                 key = piece.plan.breakpoint_id
                 self._dropped[key] = self._dropped.get(key, 0) + 1
+            self._pieces = []
         sizes: dict[int, list[int]] = {}
-        for piece, record in records:
+        for piece in self._pieces:
             key = piece.plan.breakpoint_id
-            into = self._logs.setdefault(key, Log())
-            into.last_seq += 1
-            into.records.append((record(into.last_seq), piece.nbytes))
+            self._logs.setdefault(key, Log()).add(piece)
             sizes.setdefault(key, []).append(piece.nbytes)
         self._pieces = []
         for key, count in self._dropped.items():
@@ -204,51 +264,21 @@ class StretchLogs:
             for key in self._held
         )
 
-    def _records(self) -> list[tuple[_Piece, _Record]]:
+    def _arrive(self) -> None:
+        """Reduce what waits, one group for each width and dtype, and bring all to the host."""
         if not self._pieces:
-            return []
-        waiting: dict[tuple[int, torch.dtype], list[_Piece]] = {}
+            return
+        waiting: dict[tuple[int, torch.dtype, LogContent], list[_Piece]] = {}
         for piece in self._pieces:
             if piece.value is not None:
-                key = (piece.value.shape[-1], piece.value.dtype)
-                waiting.setdefault(key, []).append(piece)
-        for pieces in waiting.values():
-            _reduce(pieces)
+                kind = (piece.value.shape[-1], piece.value.dtype, piece.plan.what)
+                waiting.setdefault(kind, []).append(piece)
+        self._groups += [_reduced(pieces) for pieces in waiting.values()]
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        assert self._state is not None
-        return [
-            (piece, _Record(piece, self._state, self._forward, self._num_layers))
-            for piece in self._pieces
-        ]
-
-
-class _Record:
-    """A piece on the host, to be numbered."""
-
-    def __init__(self, piece: _Piece, state: ForwardState, forward: int, num_layers: int) -> None:
-        assert piece.figures is not None
-        figures = piece.figures.numpy()
-        self._piece = piece
-        self._forward = forward
-        self._location = str(location_at(piece.point, num_layers))
-        self._positions = tuple(state.start + row for row in piece.rows)
-        self._token_ids = tuple(state.token_ids[row] for row in piece.rows)
-        self._per_token = Array.from_numpy(figures[:, :2].copy())
-        self._num_nan = Array.from_numpy(figures[:, 2].astype("int32"))
-        self._value = None if piece.kept is None else _array(piece.kept)
-
-    def __call__(self, seq: int) -> LogRecord:
-        return LogRecord(
-            seq=seq,
-            forward=self._forward,
-            location=self._location,
-            positions=self._positions,
-            token_ids=self._token_ids,
-            per_token=self._per_token,
-            num_nan=self._num_nan,
-            value=self._value,
-        )
+        for group in self._groups:
+            group.arrive()
+        self._groups = []
 
 
 def _parts(rows: tuple[int, ...], sample: Tensor, what: LogContent) -> Iterator[tuple[int, ...]]:
@@ -282,26 +312,23 @@ def _gather(chunks: Sequence[Tensor], rows: tuple[int, ...], first_row: int) -> 
     return torch.stack(picked)
 
 
-def _reduce(pieces: Sequence[_Piece]) -> None:
-    """Compute the figures of pieces of one width and dtype, and send them to the host."""
+def _reduced(pieces: Sequence[_Piece]) -> _Group:
+    """The figures of pieces of one width, dtype and content, on their way to the host."""
     values = [piece.value for piece in pieces if piece.value is not None]
     together = values[0] if len(values) == 1 else torch.cat(values)
-    figures = torch.stack(
-        [
-            row_norms(together),
-            together.abs().amax(-1).float(),
-            together.isnan().sum(-1).float(),
-        ],
-        1,
-    )
-    counts = [len(piece.rows) for piece in pieces]
-    on_host = figures.to("cpu", non_blocking=True).split(counts)
-    kept: Sequence[Tensor | None] = [None] * len(pieces)
-    if any(piece.plan.what == "tensor" for piece in pieces):
-        kept = together.to("cpu", non_blocking=True).split(counts)
-    for piece, found, value in zip(pieces, on_host, kept, strict=True):
-        piece.figures, piece.value = found, None
-        piece.kept = value if piece.plan.what == "tensor" else None
+    columns = [
+        row_norms(together),
+        together.abs().amax(-1).float(),
+        together.isnan().sum(-1).float(),
+    ]
+    for piece in pieces:
+        piece.value = None
+    kept = None
+    if pieces[0].plan.what == "tensor":
+        kept = together.to("cpu", non_blocking=True)
+        if together.device.type == "cpu":
+            kept = kept.clone()  # by now, or it would keep every layer of a long prompt
+    return _Group(pieces, torch.stack(columns, 1).to("cpu", non_blocking=True), kept)
 
 
 def _array(tensor: Tensor) -> Array:
