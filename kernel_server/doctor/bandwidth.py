@@ -58,10 +58,12 @@ def measure(
     else:
         rows += _device_rows(found, chunks, repetitions)
     rows += _host_rows(chunks, repetitions)
+    more: list[Row] = []
+    missing: list[str] = []
     try:
         from kernel_server.doctor import between
     except ImportError as error:
-        more, missing = [], [f"shared memory and loopback: {error}"]
+        missing.append(f"shared memory and loopback: {error}")
     else:
         more, missing = between.rows(chunks, repetitions)
     return {
