@@ -26,6 +26,9 @@ _PARTS = ("attention.output", "mlp.output")
 _PATTERN, _HEADS = "attention.pattern", "attention.heads"
 #: Roundings allowed to the sum of three vectors, in units of the dtype's precision.
 _SUM_ROUNDINGS = 4.0
+#: A softmax makes a larger relative difference of what differs in the scores: weights may differ
+#: this much more from stock's than vectors (bf16, 40 layers: 2.5 times what keys differed by).
+_SOFTMAX = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +307,8 @@ class _Judge:
             theirs = self._stock.patterns[run.forward][layer][0].float()
             keys = min(theirs.shape[-1], weights.shape[-1])
             off = _distance(weights[..., -keys:], theirs[..., -keys:])
-            fine &= self._note("weights against stock", off, self._tolerance, run)
+            room = _SOFTMAX * self._tolerance
+            fine &= self._note("weights against stock", off, room, run)
         if not fine:
             worst = [f for f in self.findings.values() if f.name.startswith("weights")]
             failed = next(f for f in worst if not f.passed)
