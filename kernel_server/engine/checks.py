@@ -132,11 +132,13 @@ class _OneToken(_Values):
         if name == "norm":
             self[name] = norm = row_norms(self.chunks[0]).item()
             return norm
+        if name in ("num_nan", "num_inf") and math.isfinite(self["norm"]):
+            # the usual answer, without a second look at the tensor
+            self[name] = 0
+            return 0
         return super().__missing__(name)
 
     def counts(self, is_one: Callable[[Tensor], Tensor]) -> list[int]:
-        if math.isfinite(self["norm"]):
-            return [0]
         return [int(is_one(self.chunks[0]).sum())]
 
     def through_lens(self, name: Any) -> Any:
