@@ -29,6 +29,8 @@ GIB = 2**30
 
 #: Less of this left than that is worth a word, bytes.
 LITTLE_MEMORY, LITTLE_DISK = 2 * GIB, GIB
+#: What nothing here works without, where no metadata of the package says it.
+NEEDED = ("numpy", "pandas", "platformdirs", "rpyc")
 #: A server with its caps reached needs about as many open files.
 OPEN_FILES = 512
 
@@ -65,27 +67,25 @@ class Place:
 
 def examine(place: Place) -> list[Finding]:
     """Everything, in the order a person would look."""
-    checks: tuple[Callable[[], Iterable[Finding]], ...] = (
-        _python,
-        _packages,
-        _device,
-        _memory,
-        _threads,
-        _open_files,
-        _disk,
-        _tokens,
-        lambda: _server(place),
-        _lab,
-    )
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "python": _python,
+        "packages": _packages,
+        "device": _device,
+        "memory": _memory,
+        "threads": _threads,
+        "files": _open_files,
+        "disk": _disk,
+        "token": _tokens,
+        "server": lambda: _server(place),
+        "lab": _lab,
+    }
     found: list[Finding] = []
-    for check in checks:
+    for about, check in checks.items():
         try:
             found += check()
         except Exception as error:  # the doctor must not fall ill
-            name = getattr(check, "__name__", "check").strip("_")
-            found.append(
-                Finding(name, "warning", f"could not be looked at: {type(error).__name__}: {error}")
-            )
+            text = f"could not be looked at: {type(error).__name__}: {error}"
+            found.append(Finding(about, "warning", text))
     return found
 
 
@@ -102,6 +102,9 @@ def _packages() -> Iterable[Finding]:
             "packages", "warning", "djinn-nb is not installed here, only on the path",
             "pip install -e '.[server]' in the checkout",
         )  # fmt: skip
+        lost = [name for name in NEEDED if not _is_here(name)]
+        if lost:
+            yield Finding("packages", "problem", f"missing: {', '.join(lost)}", "install djinn-nb")
         return
     shown, missing = [], []
     for name, (extra, allows) in wanted.items():
@@ -131,6 +134,13 @@ def _packages() -> Iterable[Finding]:
             "packages", "warning", f"the client alone is installed, without {', '.join(server)}",
             "to serve a model from here, pip install 'djinn-nb[server]'",
         )  # fmt: skip
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # barred by whoever runs this interpreter
+        return False
 
 
 def _requirements() -> dict[str, tuple[str, Callable[[str], bool]]] | None:

@@ -145,6 +145,15 @@ def test_without_the_wire_the_doctor_still_speaks() -> None:
     assert "memory" in ran.stdout and ran.returncode == 0
 
 
+def test_on_the_path_alone_what_is_missing_is_still_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernel_server.doctor.findings._requirements", lambda: None)
+    monkeypatch.setitem(sys.modules, "rpyc", None)
+
+    found = {one.verdict: one.line() for one in _found("packages")}
+    assert "only on the path" in found["warning"]
+    assert "missing: rpyc" in found["problem"]
+
+
 def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: 1 / 0)
 
