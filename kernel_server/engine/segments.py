@@ -43,6 +43,9 @@ __all__ = ["NOT_STARTED", "ForwardState", "OnPoint", "Segments"]
 
 #: An attention pattern grows with the square of the prompt: this much of it is kept at a stop.
 MAX_PATTERN_BYTES = 4 << 30
+#: Masks of a prompt (Cache route) that stay with a session that is not running; larger ones are
+#: made again when it goes on.
+KEPT_MASK_BYTES = 16 << 20
 
 #: Called when a point has been reached; may replace the value there; True stops the forward.
 OnPoint = Callable[[Point, ForwardState], bool]
@@ -104,6 +107,8 @@ class Segments:
                 running = True
             while running and state.point < until:
                 running = self._one_point(state, work, on_point, inner)
+        if self.model.pair_bytes * len(state.token_ids) ** 2 > KEPT_MASK_BYTES:
+            state.drop_cache()
         return state.point
 
     def visit(

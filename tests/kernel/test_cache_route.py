@@ -23,7 +23,9 @@ def folder_of(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["bloom", "falcon (alibi)"])
+@pytest.fixture(
+    scope="module", params=["bloom", pytest.param("falcon (alibi)", marks=pytest.mark.slow)]
+)
 def local(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Local]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -25,28 +25,36 @@ torch.set_num_threads(1)
 
 Patch = pytest.MonkeyPatch
 #: Families that the attention function never reaches, or reaches wrongly, and what they have.
-FAMILIES = (
+FIRST = (
     "bloom",  # biases by distance instead of positions
+    "falcon (alibi)",  # biases within the mask
+    "falcon (multi-query)",
+    "gpt_neo",  # masks cut to the keys inside attention
+    "gptj",
+    "mpt",
+)
+OTHERS = (
     "codegen",
     "diffllama",  # two attentions in a layer
     "doge",  # a mask of its own
-    "falcon (alibi)",
-    "falcon (multi-query)",
     "falcon (new decoder)",
-    "gpt_neo",  # masks cut to the keys inside attention
-    "gptj",
     "llama4_text",  # attention in chunks of the context
-    "mpt",
     "roberta",  # positions counted behind the padding
     "xglm",
 )
+FAMILIES = (*FIRST, *OTHERS)
+
+
+def mostly_slow(first: Sequence[str], others: Sequence[str]) -> list[Any]:
+    """Parameters of which `others` wait for the long run."""
+    return [*first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
 
 
 def on_cache(name: str, dtype: torch.dtype = torch.float32) -> ResumableModel:
     return ResumableModel(zoo.model(name).to(dtype), CacheRoute())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FIRST, OTHERS))
 def test_a_family_outside_the_attention_interface_is_exact(name: str) -> None:
     model, _, report = resume(zoo.model(name))
 
@@ -61,7 +69,7 @@ def test_a_family_outside_the_attention_interface_is_exact(name: str) -> None:
     assert model.cache is not None
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon (new decoder)", "gptj", "mpt"])
+@pytest.mark.parametrize("name", mostly_slow(["bloom"], ["falcon (new decoder)", "gptj", "mpt"]))
 def test_it_is_exact_in_low_precision_too(name: str) -> None:
     model, _, report = resume(zoo.model(name).to(torch.bfloat16))
 
@@ -70,14 +78,16 @@ def test_it_is_exact_in_low_precision_too(name: str) -> None:
     assert model.cache is not None
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["gemma2"], ["llama", "mistral", "gpt2", "mixtral", "deepseek_v3"])
+)
 def test_families_of_the_other_route_are_exact_on_this_one(name: str) -> None:
     model = ResumableModel(tiny.family(name), CacheRoute())
 
     assert load_check(model, page_shape(model)).passed
 
 
-@pytest.mark.parametrize("name", ["bloom", "falcon (alibi)", "gpt_neo", "mpt"])
+@pytest.mark.parametrize("name", mostly_slow(["mpt"], ["bloom", "falcon (alibi)", "gpt_neo"]))
 def test_stops_forks_moves_and_company_change_no_bit(name: str) -> None:
     _, different = walk(resume(zoo.model(name))[0], range(0, tiny.LAYERS + 3, 2), 6, 21, 3)
 
@@ -170,6 +180,26 @@ def test_a_chunk_is_given_the_keys_up_to_its_end_and_a_mask_as_wide(monkeypatch:
     assert seen == chunks * model.num_layers + [(1, 21, 21)] * model.num_layers
 
 
+def test_large_masks_do_not_stay_with_a_session_that_stands_still(monkeypatch: Patch) -> None:
+    """Sixty-four stopped sessions with a mask of a long prompt each would fill a device."""
+    model = on_cache("bloom")
+    shape = page_shape(model)
+    at = Segments(model, KVCache(shape, 16, "cpu"), prefill_chunk=8)
+    tables = [list(range(g, 16, shape.num_groups)) for g in range(shape.num_groups)]
+    logits = []
+    for kept in (segments.KEPT_MASK_BYTES, 20 * 20 * 4 - 1):
+        monkeypatch.setattr(segments, "KEPT_MASK_BYTES", kept)
+        state = at.begin(range(5, 25), 0)
+        at.advance(state, 3, tables, lambda point, state: point == 3)
+        held = state.recording
+        at.advance(state, model.num_layers + 2, tables, lambda point, state: False)
+        logits.append(at.logits(state))
+
+        assert (held is None) == (kept < 20 * 20 * 4)
+
+    assert torch.equal(*logits)
+
+
 def test_reading_the_lens_on_the_way_changes_nothing() -> None:
     """A lens runs a preamble of its own, of another length, inside the forward's."""
     model = on_cache("mpt")
@@ -259,7 +289,7 @@ def unbounded_window(patch: Patch) -> None:
     with_masks(patch, causal)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon (new decoder)"])
+@pytest.mark.parametrize("name", mostly_slow(["bloom"], ["gptj", "falcon (new decoder)"]))
 @pytest.mark.parametrize("fault", [lost_mask, mask_a_token_late, pages_off_by_one])
 def test_a_planted_fault_is_caught(
     fault: Callable[[Patch], None], name: str, monkeypatch: Patch

@@ -1,4 +1,4 @@
-"""Which families are served and which are refused, and that a refusal says why."""
+"""Which families the attention function serves, and that a refusal says why."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_family_passes_the_load_check(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.REFUSED)
-def test_a_family_that_cannot_be_exact_is_refused_with_the_reason(name: str) -> None:
+def test_a_family_that_cannot_be_exact_so_is_refused_with_the_reason(name: str) -> None:
     kind, fields, words = tiny.REFUSED[name]
     stock = tiny.build(kind, fields)
     before = [config._attn_implementation for config in configs_of(stock)]

@@ -32,7 +32,7 @@ BY_CACHE = (
     *("bloom", "gptj", "gpt_neo", "mpt"),
 )
 #: A few of each kind of verdict, made again at every run.
-SAMPLE = ("bloom", "cohere", "deepseek_v3", "falcon (alibi)", "gpt2", "mamba", "mixtral", "xlnet")
+SAMPLE = ("bloom", "cohere", "deepseek_v3", "falcon (alibi)", "mamba", "mixtral", "xlnet")
 
 
 def test_the_families_that_must_be_served_are() -> None:

@@ -148,6 +148,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-decoder": ("bert", {**PLAIN, "is_decoder": True}),
 }
 
+#: What the attention function cannot run; some of it the Cache route can.
 #: name -> (model type, configuration, words the refusal must contain).
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mamba": (
