@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djinn_nb import metrics
+    from djinn_nb import logs, metrics
     from djinn_nb.alignment import Alignment, Pair, align
     from djinn_nb.connection import connect
     from djinn_nb.handles import Breakpoint, Edit
@@ -44,12 +44,13 @@ _HOMES = {
     "connect": "djinn_nb.connection",
     "errors": "kernel_server.protocol",
     "load_ipython_extension": "djinn_nb.notebook",
+    "logs": "djinn_nb",
     "metrics": "djinn_nb",
     "unload_ipython_extension": "djinn_nb.notebook",
 }
 
 #: public names that are modules
-_MODULES = ("errors", "metrics")
+_MODULES = ("errors", "logs", "metrics")
 
 __all__ = [
     "Alignment",
@@ -69,6 +70,7 @@ __all__ = [
     "connect",
     "errors",
     "load_ipython_extension",
+    "logs",
     "metrics",
     "unload_ipython_extension",
 ]

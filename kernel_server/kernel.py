@@ -137,11 +137,13 @@ class Kernel:
         used = cache.num_pages - self.state.pool.num_free
         page = cache.page_bytes
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
+        logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
         return (
             ("weights", weights, self.info.name + " · random weights" * self.info.random_weights),
             ("KV pages in use", used * page, f"{used} of {cache.num_pages} pages"),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
             ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
+            ("logs", logs, "records of logpoints, in host memory"),
             *process_rows(self.info.device),
         )
 

@@ -249,8 +249,8 @@ class Breakpoints:
         return gone, full
 
     def log_bytes(self) -> int:
-        """Bytes of the records of all its logpoints."""
-        return sum(found.log.nbytes for found in self._all.values() if found.log is not None)
+        """Bytes of the records of all its logpoints; may be asked from another thread."""
+        return sum(b.log.nbytes for b in list(self._all.values()) if b.log is not None)
 
     def num_dropped(self) -> int:
         """Records its logpoints have lost."""
