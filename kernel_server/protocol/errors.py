@@ -15,7 +15,7 @@ The branches say whose move it is::
     ├── ConnectionFailed        the way to the server
     │   └── NoServer, ConnectionLost
     ├── SessionFailed           the session's model run failed; the server goes on
-    │   └── TornPage            what was read back is not what was written
+    │   └── TornPage
     └── ServerFault             our bug; carries the session's story
 
 Classes are rebuilt on the client from `code`, so `except djinn_nb.errors.OutOfPages` works there.
