@@ -6,6 +6,7 @@ and hatches and signs say the same.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def preview_bars(
     axes.set_xlabel("probability of the next token", size=8)
     axes.tick_params(labelsize=7)
     axes.legend(fontsize=7)
-    axes.set_title(title, size=9, parse_math=False)
+    axes.set_title("\n".join(textwrap.wrap(title, 72)), size=8, loc="left", parse_math=False)
     return figure
 
 
@@ -157,6 +158,9 @@ def attribution_map(
     right.set_xlabel(f"part of the {unit}", size=8)
     right.tick_params(labelsize=7)
     right.legend(fontsize=7)
+    # the same height for a layer on both sides
+    left.set_ylim(-1.5, layers - 0.5)
+    right.set_ylim(-0.5, layers + 0.5)
     figure.suptitle(title, size=9, parse_math=False)
     return figure
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import UndoRefused, UnknownEdit
+from kernel_server.protocol.location import INNER_SITES
 
 if TYPE_CHECKING:
     from djinn_nb.session import Session
@@ -263,6 +264,15 @@ def edit_line(info: m.EditInfo) -> str:
         parts.append(f"sticky, matched in {forwards}, not in {info.forwards_unmatched}")
     if not info.enabled:
         parts.append("disabled")
+    elif layer := _replayed(info.location):
+        parts.append(f"layer {layer} runs by the replay path")
     if info.note:
         parts.append(info.note)
     return " · ".join(parts)
+
+
+def _replayed(location: str) -> str:
+    """The layer that an edit inside it has run with its sites open; empty for other places."""
+    _, _, place = location.partition("layers.")
+    layer, _, site = place.partition(".")
+    return layer if site in INNER_SITES else ""

@@ -21,6 +21,7 @@ from djinn_nb.metrics import metrics_on
 from djinn_nb.model import Model
 from djinn_nb.previews import Pair, Preview
 from djinn_nb.selectors import selector
+from djinn_nb.variables import Variable
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, BadEdit, StaleStop
 from kernel_server.protocol.location import parse_location
@@ -98,7 +99,9 @@ class Looking:
             return pair
 
         reply, pair = ask(bool(metrics))
-        names = [", ".join(f"{key}={shown(value)}" for key, value in one.items()) for one in wishes]
+        names = [
+            ", ".join(f"{key}={_short(value)}" for key, value in one.items()) for one in wishes
+        ]
         label = "preview of " + "; ".join(names) + f" at {self.location}"
         return Preview(reply, ask_again, label, pair, metrics)
 
@@ -211,6 +214,14 @@ def read_capture(stop: Here) -> m.CaptureReply:
     """What the server kept of the forward of a stop."""
     message = m.ReadCapture(session_id=stop.session.id, seen=stop.number)
     return stop.session.client.call(message, m.CaptureReply, timeout_s=COMPUTE_S)
+
+
+def _short(value: object) -> str:
+    """An argument in a headline: arrays and tensors by their shape."""
+    if isinstance(value, Variable):
+        return f"a value of {value.location}"
+    shape = getattr(value, "shape", ())
+    return f"{type(value).__name__} {list(shape)}" if shape else shown(value)
 
 
 def _layer(stop: Here, layer: object) -> int:

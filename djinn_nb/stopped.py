@@ -239,7 +239,9 @@ class Stopped(Editing, Continuing, Looking, Planned):
         """In words, from what is known here."""
         from djinn_nb.lines import stop_line, stop_text
 
-        if self._view is not None:
+        # an edit since then has changed what the view shows
+        version = self.session.client.mirror.values_version(self.session.id)
+        if self._view is not None and self._view[0] == version:
             return stop_text(self._view[1])
         return stop_line(self.session.client.model, self._info, self._texts)
 

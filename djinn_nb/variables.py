@@ -136,6 +136,11 @@ class Variable:
     # -- what it is -----------------------------------------------------------------------
 
     @property
+    def location(self) -> str:
+        """Where it is, such as `layers.20.output`."""
+        return self._source.location
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its shape, as numpy's would be."""
         return tuple(n for n, kept in zip(self._selected(), self._keep, strict=True) if kept)

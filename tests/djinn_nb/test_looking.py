@@ -356,6 +356,27 @@ def test_a_routers_choices_are_listed_first_choice_first():
 # -- how they show themselves ---------------------------------------------------------------------
 
 
+def test_an_edit_inside_a_layer_says_how_the_layer_runs_and_the_stop_is_shown_anew(session):
+    stop = session.run_to("layers.2.attention.heads")
+    stop.view()
+    before = f"norm {stop.value.summary().norm:.4g}"
+    assert before in repr(stop)
+
+    edit = stop.edit(zero=True, heads=1)
+
+    assert "layer 2 runs by the replay path" in repr(edit)
+    assert before not in repr(stop)  # known only for the value before the edit
+    assert f"norm {stop.value.summary().norm:.4g}" in stop._repr_html_()
+    assert "replay path" not in repr(stop.edit(scale=2, location=3))
+
+
+def test_a_headline_names_arrays_by_their_shape(stop):
+    shown = [repr(stop.preview(add=one)) for one in (VECTOR, stop.value[-1])]
+
+    assert f"add=ndarray [{HIDDEN}]" in shown[0]
+    assert "add=a value of layers.2.output" in shown[1]
+
+
 def test_what_was_found_shows_itself_without_scripts(stop):
     found = [
         stop.preview(scale=0.5, metric=metrics.Probability(" Mary")),
