@@ -128,16 +128,20 @@ def test_at_the_logits_the_last_token_is_noted():
     assert read(logs[1]).records[0].positions == (13,)
 
 
-def test_records_of_one_stretch_are_numbered_on_and_do_not_share_memory():
-    logs, _, _ = note(
-        [[some(1, seed=i)] for i in range(3)], [plan(3 + i) for i in range(3)], tokens=1
-    )
-    note([[some(1, seed=9)]], [plan()], tokens=1, logs=logs)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_records_of_one_stretch_are_numbered_on_each_with_its_own_values(tokens):
+    values = [[some(tokens, seed=i)] for i in range(4)]
+    plans = [plan(3 + i, what="tensor") for i in range(3)]
+    logs, _, _ = note(values[:3], plans, tokens=tokens)
+    note(values[3:], [plan(what="tensor")], tokens=tokens, logs=logs)
     records = read(logs[1]).records
 
     assert [record.seq for record in records] == [1, 2, 3, 4]
     assert [record.location[7] for record in records] == ["2", "3", "4", "2"]
-    assert len({id(record.per_token.data) for record in records}) == 4
+    for record, (value,) in zip(records, values, strict=True):
+        assert record.value is not None
+        np.testing.assert_array_equal(record.value.numpy(), value[0].numpy())
+        np.testing.assert_allclose(record.per_token.numpy()[:, 0], value[0].norm(dim=-1), rtol=1e-6)
 
 
 def test_points_of_other_widths_are_noted_together():

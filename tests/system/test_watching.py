@@ -352,6 +352,12 @@ def test_streaming_again_goes_on_and_writes_torn_files_anew(
     assert again.torn == () and again.frame.equals(whole)
     assert not list(folder.glob(".*.new"))
 
+    last = sorted(folder.glob("*.jsonl"))[-1]
+    last.write_bytes(last.read_bytes().replace(b'"norm": ', b'"norm": 1', 1))
+    assert logs.read(folder).torn == (last.name,)
+    log.stream(folder).close()
+    assert logs.read(folder).frame.equals(whole)
+
 
 KILLED = """
     import sys, time
