@@ -104,7 +104,7 @@ class Control(Running):
                 max_prompt=shape.max_prompt,
             )
         pages = shape.num_groups * shape.pages_for(num_prompt + new - 1)
-        if pages > shape.num_pages:
+        if pages > shape.num_device_pages:
             raise PromptTooLong(
                 f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, the whole pool"
                 f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
@@ -254,7 +254,7 @@ class Control(Running):
             elif session.point == NOT_STARTED:
                 session.pausing = True  # its next stretch runs to the embedding
             else:
-                self.scheduler.remove(session.owner, session.id)
+                self.unqueue(session)
                 self.stop(session, "pause")
         self.reply(event.request_id, m.SessionReply(session=self.info(session)))
 
@@ -262,7 +262,7 @@ class Control(Running):
 
     def terminate(self, event: Requested, request: m.Terminate, session: Session) -> None:
         del self.sessions[session.id]
-        self.scheduler.remove(session.owner, session.id)
+        self.unqueue(session)
         if self.slot is not None and self.slot.session is session:
             # the engine writes its pages until it has answered
             self.slot.ended = True

@@ -28,14 +28,16 @@ from kernel_server.state.instructions import (
     Reply,
 )
 from kernel_server.state.pages import PagePool
+from kernel_server.state.residency import Residency
 from kernel_server.state.scheduler import Scheduler
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.state.story import Story
 
 EventKind = Literal[
-    "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed"
-]
+    "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed",
+    "swapped",
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -71,6 +73,9 @@ class Core:
         self.sessions: dict[str, Session] = {}
         most = self.limits.kv_bytes_per_owner
         self.pool = PagePool(shape.num_pages, None if most is None else most // shape.page_bytes)
+        self.residency = Residency(
+            shape.num_device_pages, shape.num_host_pages, shape.num_disk_pages
+        )
         self.scheduler = Scheduler()
         self.slot: Slot | None = None
         #: how many sessions were ever made; names them, and is the default seed
@@ -79,6 +84,20 @@ class Core:
         self.num_events = 0
         #: owner -> sequence number of the last event published
         self.event_seq: dict[str, int] = {}
+        #: seconds, from the events that carry a time
+        self.now = 0.0
+        #: sessions that are to run and wait for copies, in the order they came
+        self.arriving: dict[str, None] = {}
+        #: copies under way by ticket, and the last that brings each page to the device
+        self.copying: dict[int, Any] = {}
+        self.inbound: dict[int, int] = {}
+        self._tickets_made = 0
+        #: pages that could not be read back, and why
+        self.lost: dict[int, str] = {}
+        #: sessions at rest whose pages are to be copied down
+        self.to_clean: dict[str, None] = {}
+        #: session -> who asked for its pages to be in a tier
+        self.settling: dict[str, Any] = {}
         self._story = Story(self.limits.story_entries)
         self._out: list[Instruction] = []
 
@@ -103,7 +122,7 @@ class Core:
         seq = self.event_seq.get(session.owner, 0) + 1
         self.event_seq[session.owner] = seq
         session.revision += 1
-        shown = None if kind in ("progress", "terminated") else session.info(self.shape, seq)
+        shown = None if kind in ("progress", "terminated") else self._info(session, seq)
         event = Event(
             seq=seq,
             kind=kind,
@@ -116,7 +135,10 @@ class Core:
         self._out.append(Publish(owner=session.owner, event=event))
 
     def info(self, session: Session) -> SessionInfo:
-        return session.info(self.shape, self.event_seq.get(session.owner, 0))
+        return self._info(session, self.event_seq.get(session.owner, 0))
+
+    def _info(self, session: Session, seq: int) -> SessionInfo:
+        return session.info(self.shape, seq, self.residency.count(session.tables))
 
     def location(self, point: Point) -> str:
         return str(location_at(point, self.shape.num_layers))
@@ -217,6 +239,7 @@ class Core:
 
     def _rest(self, session: Session) -> None:
         session.stop_number += 1
+        self.to_clean[session.id] = None
         session.target = None
         session.pausing = False
         self._trim(session)
@@ -232,6 +255,11 @@ class Core:
         self.scheduler.add(session.owner, session.id, first=first)
         if self.slot is not None and self.slot.long:
             self.interrupt()
+
+    def unqueue(self, session: Session) -> None:
+        """Take a session out of the queue, or out of those that wait for copies."""
+        self.scheduler.remove(session.owner, session.id)
+        self.arriving.pop(session.id, None)
 
     def interrupt(self) -> None:
         """Ask the engine to answer at the next layer boundary, once."""
@@ -249,9 +277,40 @@ class Core:
 
     def release(self, pages: list[int] | tuple[int, ...]) -> None:
         """Drop an owner of each page; with checks on, freed ones are filled with NaN."""
-        freed = self.pool.release(pages)
-        if freed and self.checking:
-            self.emit(PoisonPages(pages=tuple(freed)))
+        slots = []
+        for page in self.pool.release(pages):
+            slots.append(self.residency.forget(page))
+            self.lost.pop(page, None)
+        self._poison([slot for slot in slots if slot is not None])
+
+    def drop(self, page: int) -> None:
+        """Let a page leave the device, where a good copy is below."""
+        slot = self.residency.device_slot(page)
+        self.residency.drop(page, "device")
+        self._poison([slot])
+
+    def _poison(self, slots: list[int]) -> None:
+        if slots and self.checking:
+            self.emit(PoisonPages(pages=tuple(slots)))
+
+    def device_tables(self, session: Session, groups: range) -> tuple[tuple[int, ...], ...]:
+        """Device slots of the session's pages, by group; none for groups that are not used.
+
+        Learnt slots are kept: a decode must not cost more the longer its session is.
+        """
+        residency = self.residency
+        if session.slots_epoch != residency.epoch:
+            session.slots_epoch = residency.epoch
+            session.slots = {}
+        found: list[tuple[int, ...]] = [()] * groups.start
+        for group in groups:
+            table = session.tables[group]
+            known = session.slots.get(group)
+            if known is None or known[0] is not table:
+                known = (table, tuple(map(residency.device_slot, table)))
+                session.slots[group] = known
+            found.append(known[1])
+        return tuple(found)
 
     def _trim(self, session: Session) -> None:
         """Give back pages of groups this forward has not reached: nothing is in them."""

@@ -108,4 +108,38 @@ class EditsFailed:
     error: ErrorInfo
 
 
-StateEvent = Requested | StretchDone | StretchAdvanced | StretchFailed | EditsApplied | EditsFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesDone:
+    """A copy of pages between tiers was made, or `error` says why not."""
+
+    ticket: int
+    nbytes: int
+    seconds: float
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticked:
+    """Time has passed, by the server's clock; told now and then, for idle sessions."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolGrown:
+    """The host's pool has so many slots ready now."""
+
+    num_slots: int
+
+
+StateEvent = (
+    Requested
+    | StretchDone
+    | StretchAdvanced
+    | StretchFailed
+    | EditsApplied
+    | EditsFailed
+    | CopiesDone
+    | Ticked
+    | PoolGrown
+)

@@ -113,15 +113,29 @@ class RunStretch:
     until: Point
     checks: tuple[Check, ...]
     edits: tuple[EditPlan, ...]
-    #: physical pages per page group, for the groups this stretch can reach
+    #: device slots of the pages per page group, for the groups this stretch can reach; empty where
+    #: it reads none
     tables: tuple[tuple[int, ...], ...]
-    #: (from, to): pages to copy first, written by two sessions otherwise
+    #: (from, to), device slots: pages to copy first, written by two sessions otherwise
     copies: tuple[tuple[int, int], ...]
     sampling: Sampling
     captures: Captures | None = None
+    #: copies to wait for before a page group is used: (group, ticket)
+    arrivals: tuple[tuple[int, int], ...] = ()
     logs: tuple[LogPlan, ...] = ()
     #: how much all logs together may note in this stretch
     log_room_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPages:
+    """Copy pages from one tier to another, beside what is computed; answered by `CopiesDone`."""
+
+    ticket: int
+    #: `device-host`, `host-device`, `host-disk` or `disk-host`
+    way: str
+    #: (from slot, to slot)
+    moves: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +177,7 @@ class DropLog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoisonPages:
-    """Fill freed pages with NaN (with --check), so that a wrong read shows."""
+    """Fill freed device slots with NaN (with --check), so that a wrong read shows."""
 
     pages: tuple[int, ...]
 
@@ -208,6 +222,7 @@ class Publish:
 
 Instruction = (
     RunStretch
+    | CopyPages
     | Interrupt
     | ApplyEdits
     | ForkTensors

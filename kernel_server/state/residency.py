@@ -112,6 +112,10 @@ class Residency:
         #: slots of pages that were forgotten while a copy still used them
         self._dying: dict[int, Place] = {}
         self._next_dead = -1
+        #: changes whenever a page leaves the device or comes back: slots learnt before may differ
+        self.epoch = 0
+        #: pages that are not on the device
+        self.num_absent = 0
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -136,6 +140,17 @@ class Residency:
     def free(self, tier: Tier) -> int:
         return self.slots[tier].num_free
 
+    def count(self, tables: Iterable[Iterable[int]]) -> dict[str, int]:
+        """Of the pages in these tables, how many each tier holds."""
+        found: dict[str, int] = dict.fromkeys(TIERS, 0)
+        for table in tables:
+            for page in table:
+                place = self._places[page]
+                found["device"] += place.device is not None
+                found["host"] += place.host is not None
+                found["disk"] += place.disk is not None
+        return found
+
     # -- changing -----------------------------------------------------------------------------
 
     def create(self, page: int) -> int:
@@ -145,14 +160,19 @@ class Residency:
         self._places[page] = Place(device=slot)
         return slot
 
-    def forget(self, page: int) -> None:
-        """The page is nobody's: its slots are free, once no copy uses them."""
+    def forget(self, page: int) -> int | None:
+        """The page is nobody's: its slots are free, once no copy uses them.
+
+        Returns its device slot if that is free now.
+        """
         place = self._places.pop(page)
+        self.num_absent -= place.device is None
         if place.moving:
             self._dying[self._next_dead] = place
             self._next_dead -= 1
-            return
+            return None
         self._release(place)
+        return place.device
 
     def write(self, page: int) -> None:
         """The page on the device is about to be written: its copies are stale, and let go."""
@@ -173,6 +193,9 @@ class Residency:
         if there is None:
             there = self.slots[target].take()
             setattr(place, target, there)
+            if target == "device":
+                self.epoch += 1
+                self.num_absent -= 1
         else:
             # only a copy to below that has gone stale is made again in its slot
             assert source == "device" and not place.clean and not place.moving
@@ -186,9 +209,8 @@ class Residency:
         if move.page not in self._places or self._places[move.page] is not place:
             self._bury(place)
             return False
-        if move.target == "device":
-            place.clean = True  # a copy of what is below
-        elif move.source == "device":
+        if "device" in (move.source, move.target):
+            # a page may be written as soon as it is there, before anyone is told
             place.clean = place.version == move.version
         good = place.version == move.version
         if not good and not place.moving:
@@ -204,6 +226,9 @@ class Residency:
             return
         setattr(place, move.target, None)
         self.slots[move.target].give_back(move.target_slot)
+        if move.target == "device":
+            self.epoch += 1
+            self.num_absent += 1
         if place.version != move.version and not place.moving:
             self._let_copies_go(place)
 
@@ -219,6 +244,9 @@ class Residency:
             assert others, f"page {page} would be lost"
         setattr(place, tier, None)
         self.slots[tier].give_back(slot)
+        if tier == "device":
+            self.epoch += 1
+            self.num_absent += 1
         if place.device is not None and place.host is None and place.disk is None:
             place.clean = False
 
@@ -232,6 +260,8 @@ class Residency:
             taken = [p.slot(tier) for p in (*self._places.values(), *self._dying.values())]
             used = [slot for slot in taken if slot is not None]
             assert len(used) == len(set(used)) == self.slots[tier].used, f"slots of {tier} leak"
+        absent = sum(place.device is None for place in self._places.values())
+        assert absent == self.num_absent, f"{absent} pages are absent, {self.num_absent} counted"
         for page, place in self._places.items():
             below = place.host is not None or place.disk is not None
             assert place.device is not None or below, f"page {page} is nowhere"

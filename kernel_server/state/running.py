@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kernel_server.protocol.errors import OutOfPages, QuotaExceeded
+from kernel_server.protocol.errors import DjinnError, OutOfPages, QuotaExceeded, SessionFailed
 from kernel_server.protocol.location import (
     EMBEDDING,
     NOT_STARTED,
@@ -20,7 +20,7 @@ from kernel_server.protocol.location import (
 )
 from kernel_server.protocol.messages import ErrorReply, Reason, error_info
 from kernel_server.state.breakpoints import Breakpoint, questions
-from kernel_server.state.core import Core, Slot
+from kernel_server.state.core import Slot
 from kernel_server.state.edits import plans_beyond
 from kernel_server.state.events import (
     EditResult,
@@ -31,11 +31,12 @@ from kernel_server.state.events import (
 )
 from kernel_server.state.instructions import DropLog, RunStretch
 from kernel_server.state.pages import WritePlan, plan_writes
+from kernel_server.state.paging import Paging
 from kernel_server.state.sessions import MOVES, Session
 from kernel_server.state.stepping import Target, furthest
 
 
-class Running(Core):
+class Running(Paging):
     """Gives stretches to the engine and takes their results."""
 
     # -- giving ---------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ class Running(Core):
             session = self.sessions[session_id]
             try:
                 self._begin(session)
-            except (OutOfPages, QuotaExceeded) as error:
+            except (OutOfPages, QuotaExceeded, SessionFailed) as error:
                 self._no_room(session, error)
 
     def until(self, session: Session, target: Target | None) -> Point:
@@ -78,7 +79,15 @@ class Running(Core):
         """Take the pages of a stretch and give it to the engine, or raise and change nothing."""
         shape = self.shape
         until = self.until(session, session.target)
-        copies = self._take(session, self.writes(session, until))
+        plan = self.writes(session, until)
+        self.pool.require(plan.num_pages, session.owner)
+        arrivals = self.bring(session, until, plan)
+        if arrivals is None:
+            return
+        copies = self._take(session, plan)
+        self.will_write(session, until)
+        sources = tuple(source for source, _ in copies)
+        slot = self.residency.device_slot
         prefill = session.forward == 0
         long = prefill and len(session.prompt) > 1
         if long and self.scheduler:
@@ -94,7 +103,6 @@ class Running(Core):
             ]
         first, end = session.first_token, session.end_token
         checks, logs = questions(armed, session.tokens, first, end)
-        groups = shape.groups_begun(layers_begun(until, shape.num_layers))
         stretch = RunStretch(
             session_id=session.id,
             forward=session.forward,
@@ -108,10 +116,11 @@ class Running(Core):
                 for edit, positions in edits
                 if positions
             ),
-            tables=tuple(session.tables[:groups]),
-            copies=copies,
+            tables=self.device_tables(session, self._groups(point, until)),
+            copies=tuple((slot(source), slot(target)) for source, target in copies),
             sampling=session.sampling(),
             captures=session.captures,
+            arrivals=tuple(arrivals.items()),
             logs=logs,
             log_room_bytes=self.log_room(session.owner) if logs else 0,
         )
@@ -122,7 +131,7 @@ class Running(Core):
             until=until,
             armed=armed,
             edits=edits,
-            sources=tuple(source for source, _ in copies),
+            sources=sources,
             long=long,
         )
         self.emit(stretch)
@@ -134,14 +143,16 @@ class Running(Core):
         layers = max(1, self.limits.prefill_slice // chunks)
         return layer_of(max(session.point, EMBEDDING)) + layers
 
-    def _take(self, session: Session, plan: WritePlan) -> tuple[tuple[int, int], ...]:
+    def _take(self, session: Session, plan: WritePlan) -> list[tuple[int, int]]:
         """Take fresh pages into the session's tables; returns the (from, to) copies to make.
 
         The sources keep this owner until the engine has answered.
         """
         if not plan.num_pages:
-            return ()
+            return []
         pages = self.pool.allocate(plan.num_pages, session.owner)
+        for page in pages:
+            self.residency.create(page)
         copies = []
         for group, index in plan.shared:
             table = session.tables[group]
@@ -151,9 +162,9 @@ class Running(Core):
         for group, index in plan.fresh:
             assert len(session.tables[group]) == index
             session.tables[group] += (pages.pop(),)
-        return tuple(copies)
+        return copies
 
-    def _no_room(self, session: Session, error: OutOfPages | QuotaExceeded) -> None:
+    def _no_room(self, session: Session, error: DjinnError) -> None:
         """A session that was to run finds no pages: it rests and can be continued later."""
         reason = error_info(error)
         if session.point == NOT_STARTED:
@@ -221,7 +232,7 @@ class Running(Core):
         if session is None or (session.status, "failed") not in MOVES:
             return
         self.note(session, "StretchFailed", event)
-        self.scheduler.remove(session.owner, session.id)
+        self.unqueue(session)
         if session.pending is not None:
             self.reply(session.pending.request_id, ErrorReply(error=event.error))
             session.pending = None

@@ -397,7 +397,7 @@ class Scratching(Editing):
         self.reply(question.request_id, ErrorReply(error=error))
         for fork_id in list(question.under_way):
             other = self.sessions[fork_id]
-            self.scheduler.remove(other.owner, other.id)
+            self.unqueue(other)
             if self.slot is not None and self.slot.session is other:
                 self.slot.ended = True
                 self.interrupt()

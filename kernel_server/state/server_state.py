@@ -15,16 +15,19 @@ from kernel_server.protocol.errors import BadMessage, DjinnError, QuotaExceeded,
 from kernel_server.protocol.location import layers_begun, layers_executed
 from kernel_server.protocol.messages import error_info
 from kernel_server.state.events import (
+    CopiesDone,
     EditsApplied,
     EditsFailed,
+    PoolGrown,
     Requested,
     StateEvent,
     StretchAdvanced,
     StretchDone,
     StretchFailed,
+    Ticked,
 )
 from kernel_server.state.instructions import Instruction, Reply
-from kernel_server.state.scratch import Scratching
+from kernel_server.state.residing import Residing
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.state.story import brief
@@ -35,7 +38,7 @@ __all__ = ["Limits", "ModelShape", "ServerState"]
 _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
 
-class ServerState(Scratching):
+class ServerState(Residing):
     """All sessions of a server, and what is to be done next."""
 
     def __init__(
@@ -74,6 +77,10 @@ class ServerState(Scratching):
             m.ReadLog: self.read_log,
             m.ReadStory: self.read_story,
             m.Preview: self.preview,
+            m.Evict: self.evict,
+            m.Restore: self.restore,
+            m.Pin: self.pin,
+            m.Hint: self.hint,
             m.ReadAttention: self.read_attention,
             m.ReadAttribution: self.read_attribution,
             m.ReadSites: self.read_sites,
@@ -90,6 +97,7 @@ class ServerState(Scratching):
             case StretchDone():
                 self.stretch_done(event)
             case Requested():
+                self.now = max(self.now, event.now)
                 self._requested(event)
             case StretchAdvanced():
                 self.stretch_advanced(event)
@@ -102,9 +110,17 @@ class ServerState(Scratching):
             case EditsFailed():
                 self.edits_failed(event)
                 self._resume_requests(event.session_id)
+            case CopiesDone():
+                self.copies_done(event)
+            case Ticked():
+                self.now = max(self.now, event.now)
+                self.ticked(event)
+            case PoolGrown():
+                self.pool_grown(event)
             case _:
                 raise TypeError(f"{type(event).__name__} is not an event of the state machine")
         self.dispatch()
+        self.write_behind()
         if self.checking:
             self.check()
         return self._out
@@ -140,6 +156,7 @@ class ServerState(Scratching):
             answer(event, message)
             return
         session = self.own(event.owner, message.session_id)
+        session.touched, session.idled = self.now, False
         if session.pending is not None and not isinstance(message, _AT_ONCE):
             self._defer(event, session)
             return
@@ -191,12 +208,15 @@ class ServerState(Scratching):
             if self.slot.ended:
                 held += [p for table in self.slot.session.tables for p in table]
         self.pool.check(held)
+        self.residency.check(page for page in range(self.pool.num_pages) if self.pool.owners(page))
+        assert self.copying or not self.arriving, "sessions wait for copies that nobody makes"
         self.scheduler.check()
         queued = self.scheduler.queued()
         in_engine = self.slot.session.id if self.slot and not self.slot.ended else None
         for session in self.sessions.values():
             session.check(self.shape)
             places = queued.count(session.id) + (session.id == in_engine)
+            places += session.id in self.arriving
             assert places == (session.status == "running"), f"{session.id} is in {places} places"
         assert set(queued) <= set(self.sessions), "a session that is gone is queued"
         assert self.slot is not None or not queued, "the engine idles beside a runnable session"

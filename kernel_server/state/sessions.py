@@ -8,6 +8,7 @@ table below, from which the diagram in STATUS.md is drawn.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,6 +97,16 @@ class Session:
     error: ErrorInfo | None = None
     target: Target | None = None
     pausing: bool = False
+    #: seconds of the server's clock: when it was last asked for, and is said to go on
+    touched: float = 0.0
+    resumes_at: float | None = None
+    #: by group, the page table and its device slots, as they were in this epoch
+    slots: dict[int, tuple[PageTable, tuple[int, ...]]] = field(default_factory=dict)
+    slots_epoch: int = -1
+    #: its pages never leave the device
+    pinned: bool = False
+    #: it has left the device for being idle, since it was last asked for
+    idled: bool = False
     #: a scratch fork: in no list, publishes nothing
     scratch: bool = False
     captures: Captures | None = None
@@ -166,8 +177,8 @@ class Session:
             for edit in self.edits
         )
 
-    def info(self, shape: ModelShape, event_seq: int) -> SessionInfo:
-        """All a client needs to show it."""
+    def info(self, shape: ModelShape, event_seq: int, pages_in: Mapping[str, int]) -> SessionInfo:
+        """All a client needs to show it. pages_in: by tier, how many of its pages are there."""
         num_pages = sum(map(len, self.tables))
         started = self.point != NOT_STARTED
         reached = min(self.point, shape.logits)
@@ -193,6 +204,10 @@ class Session:
             parent=self.parent,
             num_pages=num_pages,
             kv_bytes=num_pages * shape.page_bytes,
+            device_pages=pages_in["device"],
+            host_pages=pages_in["host"],
+            disk_pages=pages_in["disk"],
+            pinned=self.pinned,
             revision=self.revision,
             event_seq=event_seq,
             breakpoints=self.breakpoints.info(),

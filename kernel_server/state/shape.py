@@ -39,10 +39,17 @@ class ModelShape:
     eos_token_ids: tuple[int, ...] = ()
     #: tokens of a prompt that pass a layer together
     prefill_chunk: int = 512
+    #: of the pages, how many can lie in the host's memory and on the disk only
+    num_host_pages: int = 0
+    num_disk_pages: int = 0
     #: what can be stopped at inside each layer, in the order of a forward
     sites: tuple[tuple[SiteLayout, ...], ...] = ()
     #: site -> why this model has it not, in some layers or all
     sites_off: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_device_pages(self) -> int:
+        return self.num_pages - self.num_host_pages - self.num_disk_pages
 
     @property
     def num_groups(self) -> int:
@@ -122,6 +129,10 @@ class Limits:
     #: requests that wait while edits are being applied
     deferred_per_session: int = 64
     name_length: int = 200
+    #: copies of pages under way at once, for write-behind
+    copies_in_flight: int = 4
+    #: a session left alone for so long leaves the device, seconds; None: never for that
+    idle_after_s: float | None = 30.0
     #: questions about stops that are being computed
     scratch_per_owner: int = 4
     #: of one capture, in float32

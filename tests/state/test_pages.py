@@ -88,7 +88,7 @@ def test_a_decode_takes_a_page_only_when_one_is_full_and_copies_no_table(world: 
 
     # forwards feed 6, 7, 8, 9, 10, 11 tokens in all; a page holds 4
     assert [len(t[0]) for t in tables] == [2, 2, 2, 3, 3, 3]
-    assert tables[4][0] is tables[3][0] is world.state.sessions[sid].tables[0]
+    assert tables[4][0] is tables[3][0]
 
 
 # --- forks ------------------------------------------------------------------------------------

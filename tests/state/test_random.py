@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
-from kernel_server.state.events import StretchDone
+from kernel_server.state.events import StretchDone, Ticked
 from kernel_server.state.server_state import Limits, ServerState
 from tests.state.world import SAMPLED, SHAPE, World, noted, result_of, snapshot
 
@@ -78,9 +78,11 @@ edits = st.builds(
 class Clients(RuleBasedStateMachine):
     """Three owners and an engine, all doing what they like within their rights."""
 
+    pool = POOL
+
     @initialize()
     def start(self) -> None:
-        self.world = World(POOL, LIMITS)
+        self.world = World(self.pool, LIMITS)
         self.world.prompt_edits = False
         for owner in OWNERS[:2]:
             self.world.launch(owner=owner, max_new_tokens=5)
@@ -324,19 +326,26 @@ class Clients(RuleBasedStateMachine):
         world.draw = lambda position: 3
         while world.errands:
             world.apply_edits()
-        for _ in range(2000):
-            if not self.busy():
+        for _ in range(4000):
+            if self.busy():
+                self.count_turn()
+                world.done()
+            elif world.engine.copies:
+                world.land()
+            else:
                 break
-            self.count_turn()
-            world.done()
-        assert not self.busy(), "the engine never came to rest"
+        assert not self.busy() and not world.state.arriving, "the engine never came to rest"
         world.finish_checks()
         assert world.state.recorded is not None
-        again = ServerState.replay(POOL, world.state.recorded, LIMITS)
+        again = ServerState.replay(self.pool, world.state.recorded, LIMITS)
         assert snapshot(again) == snapshot(world.state), "the replay went another way"
         for session in list(world.state.sessions.values()):
             world.ask(m.Terminate(session_id=session.id), session.owner)
-        assert world.state.pool.num_free == POOL.num_pages, "pages are left behind"
+        while world.engine.copies:
+            world.land()
+        assert world.state.pool.num_free == self.pool.num_pages, "pages are left behind"
+        slots = world.state.residency.slots.values()
+        assert not any(tier.used for tier in slots), "slots are left behind"
         assert world.engine.sessions == {}, "tensors are left behind"
 
 
@@ -347,5 +356,51 @@ Clients.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 test_any_clients_and_any_engine = Clients.TestCase
+
+
+class TieredClients(Clients):
+    """The same with a device for half of the pages, and the others below."""
+
+    pool = dataclasses.replace(SHAPE, num_pages=50, num_host_pages=14, num_disk_pages=20)
+
+    @precondition(lambda self: self.world.engine.copies)
+    @rule(which=st.integers(0, 5), fails=st.integers(0, 9))
+    def land(self, which: int, fails: int) -> None:
+        """A copy arrives, in any order; now and then one fails."""
+        tickets = sorted(self.world.engine.copies)
+        ticket = tickets[which % len(tickets)]
+        used = self.world.engine.stretch is not None and any(
+            ticket == awaited for _, awaited in self.world.stretch.arrivals
+        )
+        error = None
+        if not fails and not used:
+            error = m.ErrorInfo(code="OutOfDeviceMemory", message="no space left")
+        self.world.land(ticket, error)
+
+    @rule(number=picks, to=st.sampled_from(["host", "disk", "device"]))
+    def move_pages(self, number: int, to: Any) -> None:
+        session_id, owner, _ = self.pick(number, "stopped", "finished")
+        if to == "device":
+            self.world.send(m.Restore(session_id=session_id), owner)
+        else:
+            self.world.send(m.Evict(session_id=session_id, to=to), owner)
+
+    @rule(number=picks, pinned=st.booleans(), seconds=st.none() | st.floats(0, 50))
+    def say_what_is_to_come(self, number: int, pinned: bool, seconds: float | None) -> None:
+        session_id, owner, _ = self.pick(number)
+        if number % 2:
+            self.world.send(m.Pin(session_id=session_id, pinned=pinned), owner)
+        else:
+            self.world.send(m.Hint(session_id=session_id, resume_in_s=seconds), owner)
+
+    @rule(seconds=st.floats(0, 60))
+    def wait(self, seconds: float) -> None:
+        self.world.now += seconds
+        self.world.handle(Ticked(now=self.world.now))
+
+
+TieredClients.TestCase.settings = Clients.TestCase.settings
+test_any_clients_and_pages_in_three_tiers = TieredClients.TestCase
+test_any_clients_and_pages_in_three_tiers.pytestmark = [pytest.mark.timeout(400)]
 #: a fault found is made short first, which takes longer than a test may
 test_any_clients_and_any_engine.pytestmark = [pytest.mark.timeout(400)]

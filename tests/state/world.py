@@ -18,6 +18,7 @@ from kernel_server.protocol.location import NOT_STARTED, Point, layers_begun, la
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edits
 from kernel_server.state.events import (
+    CopiesDone,
     EditResult,
     EditsApplied,
     EditsFailed,
@@ -29,6 +30,7 @@ from kernel_server.state.events import (
 from kernel_server.state.instructions import (
     ApplyEdits,
     Check,
+    CopyPages,
     DropTensors,
     EditPlan,
     ForkTensors,
@@ -40,6 +42,7 @@ from kernel_server.state.instructions import (
     RunStretch,
 )
 from kernel_server.state.pages import PagePool
+from kernel_server.state.residency import Residency
 from kernel_server.state.scheduler import Scheduler
 from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.server_state import Limits, ModelShape, ServerState
@@ -91,7 +94,16 @@ class Engine:
     def __init__(self, shape: ModelShape) -> None:
         self.shape = shape
         self.sessions: dict[str, Held] = {}
-        self.pages: list[dict[tuple[int, int], Any]] = [{} for _ in range(shape.num_pages)]
+        #: what each slot of each tier holds
+        self.tiers: dict[str, list[dict[tuple[int, int], Any]]] = {
+            "device": [{} for _ in range(shape.num_device_pages)],
+            "host": [{} for _ in range(shape.num_host_pages)],
+            "disk": [{} for _ in range(shape.num_disk_pages)],
+        }
+        self.pages = self.tiers["device"]
+        #: copies that were begun and not told done, and those whose bytes have arrived
+        self.copies: dict[int, CopyPages] = {}
+        self.arrived: set[int] = set()
         self.stretch: RunStretch | None = None
         self.interrupted = False
 
@@ -113,14 +125,26 @@ class Engine:
         held.point = stretch.point
         held.fed[stretch.first_token :] = stretch.token_ids
         self.stretch, self.interrupted = stretch, False
-        for source, target in stretch.copies:
-            self.pages[target] = dict(self.pages[source])
+
+    def move(self, copy: CopyPages) -> None:
+        """Let the bytes of a copy arrive; nobody is told yet."""
+        if copy.ticket in self.arrived:
+            return
+        self.arrived.add(copy.ticket)
+        source, target = (self.tiers[tier] for tier in copy.way.split("-"))
+        for a, b in copy.moves:
+            target[b] = dict(source[a])
 
     def answer(self, point: int) -> None:
         """Run the layers up to `point`."""
         assert self.stretch is not None
         held = self.sessions[self.stretch.session_id]
         num_layers = self.shape.num_layers
+        for _, ticket in self.stretch.arrivals:
+            if ticket in self.copies:
+                self.move(self.copies[ticket])
+        for source, target in self.stretch.copies:
+            self.pages[target] = dict(self.pages[source])
         begun = layers_executed(held.point, num_layers)
         for layer in range(begun, layers_begun(point, num_layers)):
             self._run_layer(self.stretch, held, layer)
@@ -154,6 +178,8 @@ class Engine:
             case PoisonPages():
                 for page in errand.pages:
                     self.pages[page] = {}
+            case CopyPages():
+                self.copies[errand.ticket] = errand
 
 
 def result_of(plan: EditPlan) -> EditResult:
@@ -204,6 +230,8 @@ class World:
         self.shape = shape
         self.state = ServerState(shape, limits, check=True, record=True)
         self.engine = Engine(shape)
+        #: seconds of the server's clock
+        self.now = 0.0
         self.asked: list[int] = []
         self.replies: dict[int, Any] = {}
         self.events: dict[str, list[m.Event]] = {}
@@ -222,7 +250,7 @@ class World:
         """Send a request; returns its id."""
         request_id = len(self.asked) + 1
         self.asked.append(request_id)
-        self.handle(Requested(request_id=request_id, owner=owner, message=message, now=0.0))
+        self.handle(Requested(request_id=request_id, owner=owner, message=message, now=self.now))
         return request_id
 
     def ask(self, message: Any, owner: str = "ada") -> Any:
@@ -284,8 +312,22 @@ class World:
 
     def work(self) -> None:
         """Let the engine run whatever it is given, until it is given nothing."""
-        while self.engine.stretch is not None:
-            self.done()
+        while self.engine.stretch is not None or self.engine.copies:
+            if self.engine.stretch is not None:
+                self.done()
+            else:
+                self.land()
+
+    def land(self, ticket: int | None = None, error: m.ErrorInfo | None = None) -> None:
+        """Tell of a copy, the oldest unless it is named, that it was made or why not."""
+        ticket = min(self.engine.copies) if ticket is None else ticket
+        copy = self.engine.copies[ticket]
+        if error is None:
+            self.engine.move(copy)
+        del self.engine.copies[ticket]
+        self.engine.arrived.discard(ticket)
+        nbytes = 0 if error else len(copy.moves) * self.shape.page_bytes
+        self.handle(CopiesDone(ticket=ticket, nbytes=nbytes, seconds=0.01, error=error))
 
     def done(self, point: int | None = None) -> None:
         """Let the engine come to its end, a check that holds, or `point` when interrupted."""
@@ -388,7 +430,7 @@ class World:
 #: Parts of the state that are no part of what was decided: logs, and caches made anew.
 _APART = {
     "_story", "_out", "_requests", "recorded", "num_events", "checking", "_armed", "_asked",
-    "_index", "_run",
+    "_index", "_run", "now", "touched", "idled", "to_clean",
 }  # fmt: skip
 
 
@@ -406,4 +448,4 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-_PARTS = (Breakpoints, Edits, PagePool, Scheduler, TokenSelector)
+_PARTS = (Breakpoints, Edits, PagePool, Residency, Scheduler, TokenSelector)

@@ -15,7 +15,7 @@ class Event:
     seq: int
     kind: Literal[
         "launched", "continued", "progress", "stopped", "finished", "failed", "terminated",
-        "changed",
+        "changed", "swapped",
     ]  # fmt: skip
     session_id: str
     session: SessionInfo | None = None

@@ -224,6 +224,12 @@ class SessionInfo:
     event_seq: int
     breakpoints: tuple[BreakpointInfo, ...] = ()
     edits: tuple[EditInfo, ...] = ()
+    #: of its pages, how many lie in each tier; a page may lie in several
+    device_pages: int = 0
+    host_pages: int = 0
+    disk_pages: int = 0
+    #: its pages never leave the device
+    pinned: bool = False
 
 
 @message

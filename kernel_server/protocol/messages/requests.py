@@ -136,6 +136,37 @@ class Terminate:
 
 
 @message
+class Evict:
+    """Have a session's pages leave the device; answered when they have."""
+
+    session_id: str
+    to: Literal["host", "disk"] = "host"
+
+
+@message
+class Restore:
+    """Have a session's pages come to the device; answered when they have."""
+
+    session_id: str
+
+
+@message
+class Pin:
+    """Keep a session's pages on the device, or no longer."""
+
+    session_id: str
+    pinned: bool = True
+
+
+@message
+class Hint:
+    """Say in how many seconds a session is to go on, so that it is back in time; None: unknown."""
+
+    session_id: str
+    resume_in_s: float | None
+
+
+@message
 class SetBreakpoint:
     """Add a breakpoint, data breakpoint or logpoint to a session.
 

@@ -1,0 +1,141 @@
+"""Requests about where a session's pages are, and what time does to sessions left alone.
+
+A session that nobody has asked for in a while leaves the device, before anyone needs its room; one
+whose owner says when it goes on comes back in time. Nothing of it is lost either way, and nothing
+expires. How pages move is `paging`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
+from kernel_server.state.events import PoolGrown, Requested, Ticked
+from kernel_server.state.paging import Settling
+from kernel_server.state.scratch import Scratching
+from kernel_server.state.sessions import Session
+
+#: Most seconds ahead that a hint may name: a day.
+_MAX_HINT_S = 86400.0
+#: A hinted session is brought back this many seconds before, at the rate below and a margin.
+_LEAD_S, _LEAD_BYTES_PER_S = 0.25, 10e9
+
+
+class Residing(Scratching):
+    """Evict, restore, pin, hint; idle sessions."""
+
+    def evict(self, event: Requested, request: m.Evict, session: Session) -> None:
+        self._require_still(session)
+        if session.pinned:
+            raise NotSupported(f"session {session.id} is pinned to the device: unpin it first")
+        slots = self.residency.slots[request.to]
+        if not slots.capacity:
+            flag = "--host-memory" if request.to == "host" else "--disk-memory"
+            raise NotSupported(f"this server has no {request.to} tier: start it with {flag}")
+        if request.to == "disk" and not self.residency.slots["host"].capacity:
+            raise NotSupported("pages reach the disk through the host: start with --host-memory")
+        self._require_below(session)
+        self._ask_for(event.request_id, session, request.to)
+
+    def restore(self, event: Requested, request: m.Restore, session: Session) -> None:
+        self._require_still(session)
+        absent = sum(not self.residency.is_resident(p) for t in session.tables for p in t)
+        if absent > (free := self.residency.free("device")):
+            raise OutOfPages(
+                f"{absent} pages of session {session.id} are to come, and {free} of"
+                f" {self.residency.slots['device'].capacity} are free on the device: evict another"
+                " session first, or continue this one, which makes room by itself",
+                needed=absent,
+                free=free,
+                total=self.residency.slots["device"].capacity,
+            )
+        self._ask_for(event.request_id, session, "device")
+
+    def pin(self, event: Requested, request: m.Pin, session: Session) -> None:
+        session.pinned = request.pinned
+        self.publish(session, "changed")
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+
+    def hint(self, event: Requested, request: m.Hint, session: Session) -> None:
+        seconds = request.resume_in_s
+        if seconds is not None and not (math.isfinite(seconds) and 0 <= seconds <= _MAX_HINT_S):
+            raise BadArgument(
+                f"resume_in_s is {seconds}: give seconds from 0 to {_MAX_HINT_S:.0f}, or None"
+            )
+        session.resumes_at = None if seconds is None else self.now + seconds
+        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+        self._come_back_in_time(session)
+
+    def settled(self, request_id: int | None, session: Session | None) -> None:
+        if request_id is None:
+            return
+        if session is None:
+            error = NotStopped("the session was terminated while its pages moved")
+            self.reply(request_id, m.ErrorReply(error=m.error_info(error)))
+            return
+        self.reply(request_id, m.SessionReply(session=self.info(session)))
+
+    def _require_still(self, session: Session) -> None:
+        if session.status == "running":
+            raise NotStopped(
+                f"session {session.id} is running, its pages are in use: pause it first",
+                status=session.status,
+            )
+        if session.id in self.settling:
+            raise NotStopped(f"pages of session {session.id} are moving already: wait for that")
+
+    def _require_below(self, session: Session) -> None:
+        """Room below for every page that has no copy there yet."""
+        dirty = len(self._dirty(session))
+        room = self.residency.free("host") + self._reclaimable_host()
+        if dirty > room:
+            raise OutOfPages(
+                f"{dirty} pages of session {session.id} are to go down, and {room} fit there:"
+                " terminate a session, or start the server with more --host-memory",
+                needed=dirty,
+                free=room,
+            )
+
+    def _ask_for(self, request_id: int | None, session: Session, tier: str) -> None:
+        self.settling[session.id] = Settling(request_id, tier)  # type: ignore[arg-type]
+        self._settle()
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def ticked(self, event: Ticked) -> None:
+        """Let sessions that were left alone leave the device, and bring hinted ones back."""
+        after = self.limits.idle_after_s
+        for session in list(self.sessions.values()):
+            if session.status == "running" or session.scratch or session.id in self.settling:
+                continue
+            if session.resumes_at is not None:
+                self._come_back_in_time(session)
+            elif after is not None and self.now - session.touched >= after:
+                self._leave_idle(session)
+
+    def _leave_idle(self, session: Session) -> None:
+        on_device = any(self.residency.is_resident(p) for t in session.tables for p in t)
+        below = self.residency.slots["host"].capacity
+        if session.pinned or not on_device or not below or session.idled:
+            return
+        session.idled = True
+        room = self.residency.free("host") + self._reclaimable_host()
+        if len(self._dirty(session)) <= room:
+            self.note(session, "idle", self.now - session.touched)
+            self._ask_for(None, session, "host")
+
+    def _come_back_in_time(self, session: Session) -> None:
+        absent = sum(not self.residency.is_resident(p) for t in session.tables for p in t)
+        if session.resumes_at is None or not absent or session.id in self.settling:
+            return
+        lead = _LEAD_S + absent * self.shape.page_bytes / _LEAD_BYTES_PER_S
+        if session.resumes_at - self.now <= lead and absent <= self.residency.free("device"):
+            self._ask_for(None, session, "device")
+
+    def pool_grown(self, event: PoolGrown) -> None:
+        """More of the host's pool is ready."""
+        self.residency.slots["host"].grow(event.num_slots)
+        for session in self.sessions.values():
+            if session.status != "running":
+                self.to_clean[session.id] = None
