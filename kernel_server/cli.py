@@ -51,6 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(serve)
     _add_address(serve)
     serve.add_argument("--kv-memory", metavar="SIZE", help="KV page pool, e.g. 2GiB")
+    serve.add_argument(
+        "--host-memory", metavar="SIZE", help="KV pages of sessions that left the device"
+    )
+    serve.add_argument("--disk-memory", metavar="SIZE", help="KV pages that left the host too")
+    serve.add_argument("--disk-path", type=Path, metavar="FOLDER", help="where their file is")
+    serve.add_argument(
+        "--idle-after",
+        type=float,
+        metavar="SECONDS",
+        default=30.0,
+        help="a session left alone so long leaves the device (default 30; 0: never for that)",
+    )
     serve.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="default 512")
     serve.add_argument(
         "--decode-bucket", type=int, default=1, metavar="SESSIONS",
@@ -193,6 +205,10 @@ def _serve(options: argparse.Namespace) -> int:
         port=None if options.socket else options.port,
         socket=options.socket,
         kv_memory_bytes=parse_bytes(options.kv_memory) if options.kv_memory else None,
+        host_memory_bytes=parse_bytes(options.host_memory) if options.host_memory else 0,
+        disk_memory_bytes=parse_bytes(options.disk_memory) if options.disk_memory else 0,
+        disk_path=options.disk_path,
+        idle_after_s=_idle_after(options.idle_after),
         prefill_chunk=options.prefill_chunk,
         threads=options.threads,
         runtime_file=options.runtime_file,
@@ -290,3 +306,9 @@ def _bandwidth(options: argparse.Namespace) -> int:
     else:
         print("\n".join(table(found)))
     return 0
+
+
+def _idle_after(seconds: float) -> float | None:
+    if not 0 <= seconds < float("inf"):
+        raise BadArgument(f"--idle-after is {seconds}: give seconds, or 0 for never")
+    return seconds or None

@@ -75,6 +75,13 @@ class ServerConfig:
     socket: Path | None = None
     #: KV page pool; None: chosen for the device
     kv_memory_bytes: int | None = None
+    #: KV pages of sessions that left the device: in the host's memory, and in a file
+    host_memory_bytes: int = 0
+    disk_memory_bytes: int = 0
+    #: folder of that file; None: the system's for temporary files
+    disk_path: Path | None = None
+    #: a session left alone so long leaves the device; None: only when others need its room
+    idle_after_s: float | None = 30.0
     prefill_chunk: int | None = None
     decode_bucket: int = 1
     threads: int = 1

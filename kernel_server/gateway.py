@@ -481,8 +481,8 @@ def _weights(model: m.ModelInfo) -> str:
 
 _STATE_REQUESTS = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
-    m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit,
-    m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
+    m.Evict, m.Restore, m.Pin, m.Hint, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
+    m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
     m.ReadLog, m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites,
     m.ReadRouter,
 )  # fmt: skip
@@ -493,7 +493,8 @@ _WAITING = (m.Initialize, m.PollEvents, m.Pause)
 #: Requests that the state answers at once; the other ones about sessions wait for the engine.
 _AT_ONCE = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
-    m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint, m.ReadStory,
+    m.Pin, m.Hint, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint,
+    m.ReadStory,
 )  # fmt: skip
 
 

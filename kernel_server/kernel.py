@@ -6,6 +6,7 @@ how the service uses it and how tests and notebooks run one inside their own pro
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import secrets
@@ -32,6 +33,7 @@ from kernel_server.protocol.messages import ModelInfo, SiteLayout
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, process_rows
+from kernel_server.tiers import Tiers
 
 #: Told how far loading is: (text, 0 to 1).
 Progress = Callable[[str, float], None]
@@ -96,8 +98,14 @@ class Kernel:
         self.words = (
             Vocabulary(loaded.tokenizer, self.info.vocab_size) if loaded.tokenizer else None
         )
-        shape = _shape(self.info, self.ready)
-        self.state = ServerState(shape, _limits(config.quotas, shape, owners), check=config.check)
+        self.tiers = Tiers(config, self.ready.cache)
+        shape = self.tiers.widen(_shape(self.info, self.ready))
+        limits = dataclasses.replace(
+            _limits(config.quotas, shape, owners), idle_after_s=config.idle_after_s
+        )
+        self.state = ServerState(
+            shape, limits, check=config.check, host_ready=self.tiers.host_ready
+        )
         self.loop = Loop(self.state, self.gateway.events, debug=config.debug)
         self.engine = Engine(
             self.ready.segments,
@@ -106,6 +114,7 @@ class Kernel:
             reply=self.loop.reply,
             offer=self._offer,
             texts=self.words.text if self.words is not None else None,
+            copier=self.tiers.open(self.loop.dispatch),
             debug=config.debug,
         )
         self.loop.attach(self.engine)
@@ -114,6 +123,7 @@ class Kernel:
     def start(self) -> Kernel:
         """Start the engine thread and answer requests from now on."""
         self._thread.start()
+        self.tiers.start(self.loop.dispatch)
         self.gateway.ready(
             Served(loop=self.loop, model=self.info, words=self.words, memory=self.memory)
         )
@@ -125,6 +135,7 @@ class Kernel:
         self.engine.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=30.0)
+        self.tiers.close()
 
     def has_unfinished_sessions(self) -> bool:
         """Whether somebody may want to come back to a session."""
@@ -134,14 +145,15 @@ class Kernel:
     def memory(self) -> tuple[Row, ...]:
         """Where the bytes are, as (kind, bytes, note)."""
         cache = self.ready.cache
-        used = cache.num_pages - self.state.pool.num_free
-        page = cache.page_bytes
+        slots = self.state.residency.slots
+        used, page = slots["device"].used, cache.page_bytes
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
         logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
         return (
             ("weights", weights, self.info.name + " · random weights" * self.info.random_weights),
             ("KV pages in use", used * page, f"{used} of {cache.num_pages} pages"),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
+            *self.tiers.rows(slots),
             ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
             ("logs", logs, "records of logpoints, in host memory"),
             *process_rows(self.info.device),

@@ -27,6 +27,7 @@ from kernel_server.engine.logs import StretchLogs
 from kernel_server.engine.sampler import sample
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.engine.tensor_edits import apply_edits
+from kernel_server.engine.tiers import Copier, Copy
 from kernel_server.engine.variables import summarize
 from kernel_server.protocol.errors import (
     DjinnError,
@@ -34,9 +35,11 @@ from kernel_server.protocol.errors import (
     SessionFailed,
 )
 from kernel_server.protocol.location import (
+    EMBEDDING,
     NOT_STARTED,
     Point,
     is_inner,
+    layer_of,
     location_at,
     logits_point,
     sampled_point,
@@ -56,6 +59,7 @@ from kernel_server.state.instructions import (
     ApplyEdits,
     Captures,
     Check,
+    CopyPages,
     DropLog,
     DropTensors,
     EditPlan,
@@ -85,6 +89,7 @@ class Engine:
         reply: Callable[[int, Any], None],
         offer: reads.Offer,
         texts: Callable[[int], str] | None = None,
+        copier: Copier | None = None,
         debug: bool = False,
     ) -> None:
         self.segments = segments
@@ -94,6 +99,7 @@ class Engine:
         self._reply = reply
         self._texts = texts or (lambda token_id: "")
         self._reader = reads.Reader(segments, offer, texts)
+        self._copier = copier
         self._debug = debug
         self._sessions: dict[str, SessionTensors] = {}
         self._wake = threading.Condition()
@@ -172,8 +178,16 @@ class Engine:
                     self._sessions[errand.session_id].logs.pop(errand.breakpoint_id, None)
             case PoisonPages():
                 self.cache.poison(errand.pages)
+            case CopyPages():
+                assert self._copier is not None, "a copy between tiers, and there is one only"
+                self._copier.begin(Copy(errand.ticket, errand.way, errand.moves))
             case _:
                 raise TypeError(f"{type(errand).__name__} is not an errand")
+
+    def await_copy(self, ticket: int) -> None:
+        """Order what is computed next after a copy to the device."""
+        assert self._copier is not None
+        self._copier.wait(ticket)
 
     # -- stretches ----------------------------------------------------------------------------
 
@@ -288,6 +302,9 @@ class _Stretch:
             num_layers=engine.num_layers,
         )
         self.edits = _by_point(stretch.edits)
+        size = engine.cache.shape.group_layers
+        #: copies to wait for, by the first layer that needs them
+        self.arrivals = sorted((group * size, ticket) for group, ticket in stretch.arrivals)
         self.captures = stretch.captures
         caught = stretch.captures.points if stretch.captures is not None else ()
         #: the points inside layers that have to be shown on the way
@@ -300,6 +317,8 @@ class _Stretch:
 
     def go(self) -> StretchDone:
         stretch, held, engine = self.stretch, self.held, self.engine
+        first = layer_of(max(stretch.point, EMBEDDING))
+        self.await_pages(engine.num_layers if stretch.copies else first)
         for source, target in stretch.copies:
             engine.cache.copy_page(source, target)
         if stretch.point == NOT_STARTED:
@@ -331,6 +350,11 @@ class _Stretch:
             layers_run=forward.layer_runs - runs,
         )
 
+    def await_pages(self, layer: int) -> None:
+        """Let the layers up to this one find their pages, which may still be under way."""
+        while self.arrivals and self.arrivals[0][0] <= layer:
+            self.engine.await_copy(self.arrivals.pop(0)[1])
+
     def on_point(self, point: Point, forward: ForwardState) -> bool:
         """Called at each point reached; True stops there."""
         engine, held = self.engine, self.held
@@ -338,6 +362,8 @@ class _Stretch:
             engine._do_errands()
         if time.monotonic() - self.told_at > PROGRESS_S:
             self._tell(point)
+        if self.arrivals:
+            self.await_pages(layer_of(point))
         held.arrive()
         if edits := self.edits.get(point):
             self._edit(forward, edits)

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from kernel_server.protocol.errors import OutOfDeviceMemory, TornPage
 
 log = logging.getLogger(__name__)
 
-Way = Literal["device-host", "host-device", "host-disk", "disk-host"]
+WAYS = ("device-host", "host-device", "host-disk", "disk-host")
 
 #: Pinned this many bytes at a time, so that the first part can be used at once.
 _PIN_STEP = 1 << 30
@@ -127,7 +127,8 @@ class Copy:
     """Pages to be copied, as (from slot, to slot), in this order."""
 
     ticket: int
-    way: Way
+    #: one of `WAYS`
+    way: str
     moves: tuple[tuple[int, int], ...]
 
 
@@ -161,10 +162,7 @@ class Copier:
         self._cuda = cache.device.type == "cuda"
         #: what must have happened before an arriving page is read, by ticket
         self._arrivals: dict[int, Any] = {}
-        self._queues: dict[Way, queue.SimpleQueue[Any]] = {
-            way: queue.SimpleQueue()
-            for way in ("device-host", "host-device", "host-disk", "disk-host")
-        }
+        self._queues: dict[str, queue.SimpleQueue[Any]] = {way: queue.SimpleQueue() for way in WAYS}
         if self._cuda:
             self._streams = {way: torch.cuda.Stream(cache.device) for way in self._queues}
         self._threads = [
@@ -208,7 +206,7 @@ class Copier:
 
     # -- on the copier's threads --------------------------------------------------------------
 
-    def _serve(self, way: Way) -> None:
+    def _serve(self, way: str) -> None:
         while (job := self._queues[way].get()) is not None:
             copy, after, arrival = job
             began = time.perf_counter()

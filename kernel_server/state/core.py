@@ -65,7 +65,12 @@ class Core:
     """The remembered part of the state machine, and its ways out."""
 
     def __init__(
-        self, shape: ModelShape, limits: Limits | None = None, *, check: bool = False
+        self,
+        shape: ModelShape,
+        limits: Limits | None = None,
+        *,
+        check: bool = False,
+        host_ready: int | None = None,
     ) -> None:
         self.shape = shape
         self.limits = limits or Limits()
@@ -74,7 +79,9 @@ class Core:
         most = self.limits.kv_bytes_per_owner
         self.pool = PagePool(shape.num_pages, None if most is None else most // shape.page_bytes)
         self.residency = Residency(
-            shape.num_device_pages, shape.num_host_pages, shape.num_disk_pages
+            shape.num_device_pages,
+            shape.num_host_pages if host_ready is None else host_ready,
+            shape.num_disk_pages,
         )
         self.scheduler = Scheduler()
         self.slot: Slot | None = None

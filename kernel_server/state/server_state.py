@@ -47,8 +47,9 @@ class ServerState(Residing):
         limits: Limits | None = None,
         check: bool = False,
         record: bool = False,
+        host_ready: int | None = None,
     ) -> None:
-        super().__init__(shape, limits, check=check)
+        super().__init__(shape, limits, check=check, host_ready=host_ready)
         #: every event handled, for `replay`; None unless asked for, since it only grows
         self.recorded: list[StateEvent] | None = [] if record else None
         self._requests: dict[type[Any], Callable[..., None]] = {

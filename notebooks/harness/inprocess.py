@@ -119,6 +119,9 @@ def local_kernel(
     device: str,
     prefill_chunk: int,
     kv_memory_bytes: int = 64 << 20,
+    host_memory_bytes: int = 0,
+    disk_memory_bytes: int = 0,
+    idle_after_s: float | None = None,
     check: bool = True,
 ) -> Iterator[Local]:
     """Load a model and serve it inside this process, on one thread.
@@ -139,6 +142,9 @@ def local_kernel(
         ),
         prefill_chunk=prefill_chunk,
         kv_memory_bytes=kv_memory_bytes,
+        host_memory_bytes=host_memory_bytes,
+        disk_memory_bytes=disk_memory_bytes,
+        idle_after_s=idle_after_s,
         check=check,
     )
     kernel = Kernel(load(config, _quiet), config).start()

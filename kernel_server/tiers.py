@@ -1,0 +1,132 @@
+"""The tiers below the device, as a server is told to have them: pools, their copier, the clock.
+
+Sizes come from the configuration; what moves is decided in the state, how in `engine.tiers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kernel_server.config import ServerConfig
+from kernel_server.engine.kv_cache import KVCache
+from kernel_server.engine.tiers import Copier, CopyDone, DiskPool, HostPool
+from kernel_server.protocol.errors import BadArgument
+from kernel_server.protocol.messages import error_info
+from kernel_server.state.events import CopiesDone, PoolGrown, StateEvent, Ticked
+from kernel_server.state.residency import Slots, Tier
+from kernel_server.state.shape import ModelShape
+
+#: How often idle sessions are looked for, seconds.
+TICK_S = 1.0
+
+Dispatch = Callable[[StateEvent], None]
+
+
+class Tiers:
+    """Host and disk pools of one kernel.
+
+    Raises BadArgument for a disk without a host, or a pool smaller than a page.
+    """
+
+    def __init__(self, config: ServerConfig, cache: KVCache) -> None:
+        page = cache.page_bytes
+        self._cache = cache
+        self._pages = (
+            _pages("--host-memory", config.host_memory_bytes, page),
+            _pages("--disk-memory", config.disk_memory_bytes, page),
+        )
+        if self._pages[1] and not self._pages[0]:
+            raise BadArgument("--disk-memory needs --host-memory: pages reach the disk through it")
+        self._pinned = cache.device.type == "cuda"
+        self._folder = config.disk_path or Path(tempfile.gettempdir())
+        self._host: HostPool | None = None
+        self._disk: DiskPool | None = None
+        self._copier: Copier | None = None
+        self._ended = threading.Event()
+
+    @property
+    def host_ready(self) -> int:
+        """Slots of the host that may be used at once: pinning takes its time."""
+        return 0 if self._pinned else self._pages[0]
+
+    def widen(self, shape: ModelShape) -> ModelShape:
+        """The shape with the pages that fit below the device."""
+        host, disk = self._pages
+        return dataclasses.replace(
+            shape,
+            num_pages=shape.num_pages + host + disk,
+            num_host_pages=host,
+            num_disk_pages=disk,
+        )
+
+    def open(self, dispatch: Dispatch) -> Copier | None:
+        """Make the pools; None where the device is the only tier."""
+        host, disk = self._pages
+        if not host:
+            return None
+        page = self._cache.page_bytes
+        self._host = HostPool(host, page, pinned=self._pinned)
+        if disk:
+            self._disk = DiskPool(self._folder / f"djinn-pages-{os.getpid()}", disk, page)
+
+        def told(done: CopyDone) -> None:
+            dispatch(
+                CopiesDone(
+                    ticket=done.ticket,
+                    nbytes=done.nbytes,
+                    seconds=done.seconds,
+                    error=None if done.error is None else error_info(done.error),
+                )
+            )
+
+        self._copier = Copier(self._cache, self._host, self._disk, told)
+        return self._copier
+
+    def start(self, dispatch: Dispatch) -> None:
+        """Ready the host's pool beside everything else, and let time pass."""
+        if self._host is None:
+            return
+        host = self._host
+
+        def prepare() -> None:
+            host.prepare(lambda ready: dispatch(PoolGrown(num_slots=ready)))
+
+        def tick() -> None:
+            while not self._ended.wait(TICK_S):
+                dispatch(Ticked(now=time.time()))
+
+        if self._pinned:
+            threading.Thread(target=prepare, name="host pool", daemon=True).start()
+        threading.Thread(target=tick, name="clock", daemon=True).start()
+
+    def rows(self, slots: Mapping[Tier, Slots]) -> tuple[tuple[str, int, str], ...]:
+        """What the tiers hold, as (kind, bytes, note)."""
+        page, made = self._cache.page_bytes, []
+        below: tuple[Tier, Tier] = ("host", "disk")
+        for tier, count in zip(below, self._pages, strict=True):
+            if count:
+                used = slots[tier].used
+                made.append((f"KV pages in use ({tier})", used * page, f"{used} of {count} pages"))
+        return tuple(made)
+
+    def close(self) -> None:
+        """End the copies; the file of pages is removed."""
+        self._ended.set()
+        if self._copier is not None:
+            self._copier.close()
+        if self._disk is not None:
+            self._disk.close()
+        if self._host is not None:
+            self._host.close()
+
+
+def _pages(flag: str, nbytes: int, page: int) -> int:
+    if nbytes and nbytes < page:
+        raise BadArgument(f"{flag} of {nbytes:,} bytes holds no page of {page:,}: give more")
+    return nbytes // page

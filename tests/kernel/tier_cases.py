@@ -1,0 +1,110 @@
+"""What must hold when pages leave the device and come back, whatever the device."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+from djinn_nb import Finished, Session, Stopped
+from kernel_server.protocol import messages as m
+from notebooks.harness.exactness import Trace, different, reference_run, watching
+from notebooks.harness.inprocess import Local
+from tests.kernel.cases import prompt_of
+
+
+def ask(session: Session, kind: type, **what: Any) -> Any:
+    return session.client.call(kind(session_id=session.id, **what), object)
+
+
+def settled(local: Local) -> None:
+    """Wait until no copy is under way."""
+    for _ in range(2000):
+        if not local.kernel.state.copying:
+            return
+        time.sleep(0.002)
+    raise AssertionError("copies never end")
+
+
+def an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
+    """Pages taken off the device in the middle of a forward come back as they were."""
+    prompt = prompt_of(local, 2.6, new_tokens=5)
+    with watching(local) as watch:
+        reference = reference_run(local, watch, prompt)
+    for place, forward in (("layers.2.output", 0), ("embedding", 2), ("logits", 3)):
+        session = prompt.launch(local)
+        for _ in range(forward):
+            session.run_to("logits")
+        session.run_to(place)
+        ask(session, m.Evict, to=to)
+        info = session.refresh()
+        assert info.device_pages == 0 and info.num_pages > 0, (place, info)
+        assert (info.host_pages if to == "host" else info.disk_pages) == info.num_pages
+        assert isinstance(session.continue_(), Finished)
+        assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
+        assert different(session.logits, reference.last) == 0, place
+        session.terminate()
+
+
+def more_sessions_than_the_device_holds(local: Local, count: int) -> None:
+    """Many stopped sessions, more pages than the device has; all of them go on exactly."""
+    prompts = [prompt_of(local, 2.5, new_tokens=3, seed=i) for i in range(count)]
+    references: list[Trace] = []
+    with watching(local) as watch:
+        for prompt in prompts:
+            references.append(reference_run(local, watch, prompt))
+    sessions = []
+    for prompt in prompts:
+        session = prompt.launch(local)
+        session.run_to("logits")
+        session.run_to("layers.2.output")
+        sessions.append(session)
+    slots = local.kernel.state.residency.slots
+    held = sum(session.refresh().num_pages for session in sessions)
+    assert held > slots["device"].capacity, "no pressure: nothing was tested"
+    for session, prompt, reference in zip(sessions, prompts, references, strict=True):
+        assert isinstance(session.continue_(), Finished)
+        assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
+        assert different(session.logits, reference.last) == 0
+    for session in sessions:
+        session.terminate()
+    settled(local)
+
+
+def random_moves_end_alike(local: Local, seed: int, steps: int = 80) -> None:
+    """Sessions stepped, forked, evicted, restored, pinned in any order end as if left alone."""
+    rng = random.Random(seed)
+    prompts = [prompt_of(local, c, 4, seed + i) for i, c in enumerate((0.5, 1.4, 2.6))]
+    references: list[Trace] = []
+    with watching(local) as watch:
+        for prompt in prompts:
+            references.append(reference_run(local, watch, prompt))
+    live: list[tuple[Session, int]] = [(p.launch(local), i) for i, p in enumerate(prompts)]
+    moved = 0
+    for _ in range(steps):
+        session, which = rng.choice(live)
+        status = session.status
+        choice = rng.randrange(7)
+        if choice < 3 and status != "finished":
+            move = rng.choice([session.next, session.step_out, session.step_in])
+            move()
+        elif choice == 3 and status in ("stopped", "finished"):
+            ask(session, m.Evict, to=rng.choice(["host", "disk"]))
+            moved += 1
+        elif choice == 4 and status == "stopped" and rng.random() < 0.5:
+            ask(session, m.Restore)
+        elif choice == 5 and len(live) < 9 and status != "finished":
+            live.append((session.fork(), which))
+        elif choice == 6 and status == "stopped":
+            stop = Stopped(session, session.refresh())
+            stop.edit(scale=0.5)
+            stop.undo()
+    assert moved > 3
+    for session, which in live:
+        if session.status != "finished":
+            assert isinstance(session.continue_(), Finished)
+        length = len(prompts[which].ids)
+        assert tuple(session.tokens[length:]) == references[which].tokens
+        assert different(session.logits, references[which].last) == 0
+        session.terminate()
+    settled(local)
