@@ -482,7 +482,8 @@ def _weights(model: m.ModelInfo) -> str:
 _STATE_REQUESTS = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
     m.Evict, m.Restore, m.Pin, m.Hint, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
-    m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits,
+    m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens,
+    m.ReadCapture, m.ReadLogits,
     m.ReadLog, m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites,
     m.ReadRouter,
 )  # fmt: skip

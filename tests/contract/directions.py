@@ -78,9 +78,13 @@ ALLOWED: dict[str, frozenset[str]] = {
             "kernel_server.models",
             "kernel_server.state",
             "kernel_server.telemetry",
+            "kernel_server.tiers",
             "kernel_server.transfers",
             "kernel_server.version",
         }
+    ),
+    "kernel_server.tiers": frozenset(
+        {_PROTOCOL, "kernel_server.config", "kernel_server.engine", "kernel_server.state"}
     ),
     # wiring: only these may import everything
     "kernel_server.server": _ANYTHING,
