@@ -333,7 +333,10 @@ class _Stretch:
         runs = forward.layer_runs
         if forward.point < min(stretch.until, logits_point(engine.num_layers)):
             until = min(stretch.until, logits_point(engine.num_layers))
-            engine.segments.advance(forward, until, stretch.tables, self.on_point, self.visits)
+            if self.captures is not None and self.captures.what == "router":
+                self._catch_router(forward, self.captures)
+            if not self.halted:
+                engine.segments.advance(forward, until, stretch.tables, self.on_point, self.visits)
         point, token = forward.point, None
         if stretch.until == sampled_point(engine.num_layers) and not self.halted:
             logits = engine.segments.logits(forward)
@@ -368,8 +371,9 @@ class _Stretch:
         if edits := self.edits.get(point):
             self._edit(forward, edits)
         held.note_value(forward, engine.num_layers)
-        if self.captures is not None and point in self.captures.points:
-            self._catch(point, forward, self.captures)
+        captures = self.captures
+        if captures is not None and captures.what != "router" and point in captures.points:
+            self._catch(point, forward, captures)
         found: dict[int, tuple[int, ...]] = {}
         if checks := self.checks.get(point):
             found = self._judge(forward, checks)
@@ -407,6 +411,23 @@ class _Stretch:
         else:
             # copies: a view would keep the whole tensor of every location alive
             self.held.caught[point] = [row.clone() for row in rows]
+
+    def _catch_router(self, forward: ForwardState, captures: Captures) -> None:
+        """Run to the layer, and into it as far as its last edit; keep what its router chooses.
+
+        Between two stretches of the forward, since a layer cannot be visited while it runs.
+        """
+        (point,) = captures.points
+        layer, held = int(point), self.held
+        if point in held.caught:
+            return  # by the stretch before, which was interrupted behind it
+        last = max([point, *(at for at in self.edits if point < at < point + 1)])
+        if forward.point < last:
+            advance = self.engine.segments.advance
+            advance(forward, last, self.stretch.tables, self.on_point, self.visits)
+        if not self.halted:
+            reading = self.engine.segments.router(forward, layer, self.stretch.tables)
+            held.caught[point] = reading
 
     def _judge(self, forward: ForwardState, checks: Sequence[Check]) -> dict[int, tuple[int, ...]]:
         self.lens.stand(forward)

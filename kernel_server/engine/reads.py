@@ -15,6 +15,7 @@ from kernel_server.engine.held import Captured, SessionTensors
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import Segments
 from kernel_server.engine.variables import summarize
+from kernel_server.models.routers import RouterReading
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.errors import (
@@ -23,6 +24,7 @@ from kernel_server.protocol.errors import (
     NotFinished,
     NotStopped,
     NotSupported,
+    QuotaExceeded,
 )
 from kernel_server.protocol.location import (
     EMBEDDING,
@@ -41,6 +43,8 @@ LENS_ROWS = 64
 #: Most rows and entries per row a lens answers.
 MAX_LENS_ROWS = 4096
 MAX_TOP_K = 1000
+#: What a router chose travels inside the reply, whole: less than a frame.
+ROUTER_BYTES = 6 << 20
 
 #: Opens a download for an owner: (owner, source) -> transfer id.
 Offer = Callable[[str, "TensorSource"], str]
@@ -105,6 +109,8 @@ class Reader:
                 return self._sites(errand, held)
             case m.ReadAttribution():
                 return self._attribution(errand, held)
+            case m.ReadRouter():
+                return self._router(errand, held)
             case m.ReadValue():
                 return self._value(errand, held)
             case m.ReadLens():
@@ -307,6 +313,23 @@ class Reader:
             logit=parts.logit,
             rest=parts.logit - float(parts.values.sum()),
             note=parts.note,
+        )
+
+    def _router(self, errand: ReadTensors, held: SessionTensors) -> m.RouterReply:
+        (reading,) = held.caught.values()
+        assert isinstance(reading, RouterReading)
+        arrays = [reading.experts, reading.weights.float(), reading.logits.float()]
+        nbytes = sum(array.numel() * array.element_size() for array in arrays)
+        if nbytes > ROUTER_BYTES:
+            raise QuotaExceeded(
+                f"what the router chose for {len(reading.logits)} tokens is {nbytes:,} bytes, one"
+                f" answer holds {ROUTER_BYTES:,}: ask in a decode, or of a shorter prompt",
+                needed=nbytes,
+                limit=ROUTER_BYTES,
+            )
+        experts, weights, logits = map(to_array, arrays)
+        return m.RouterReply(
+            first_token=errand.first_token, experts=experts, weights=weights, logits=logits
         )
 
     # -- capture -------------------------------------------------------------------------------

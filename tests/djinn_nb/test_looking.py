@@ -336,6 +336,11 @@ def test_a_capture_of_some_tokens(stop):
     assert found["layers.4.attention.q"].shape == (2, HEADS, WIDTH)
 
 
+def test_a_model_without_experts_has_no_router(stop):
+    with pytest.raises(errors.NotSupported, match="layer 2 of this .* model has no router"):
+        stop.router()
+
+
 def test_a_routers_choices_are_listed_first_choice_first():
     reply = m.RouterReply(
         first_token=7,

@@ -66,6 +66,10 @@ def test_attention_is_what_the_site_holds(local: Local) -> None:
     site_cases.attention_is_what_the_site_holds(local)
 
 
+def test_a_router_is_read_with_the_edits_on_the_way(local: Local) -> None:
+    site_cases.a_router_is_read_with_the_edits_on_the_way(local)
+
+
 def test_sites_that_are_off_are_refused(local: Local) -> None:
     site_cases.sites_that_are_off_are_refused(local)
 

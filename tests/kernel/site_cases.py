@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from djinn_nb import Finished, Session, Stopped
 from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import NotSupported
 from kernel_server.protocol.location import INNER_SITES, location_at
 from notebooks.harness.exactness import Prompt, different, reference_run, watching
 from notebooks.harness.inprocess import Local
@@ -254,6 +256,37 @@ def sites_that_are_off_are_refused(local: Local) -> None:
                 assert isinstance(session.run_to(f"layers.{layer}.{site}"), Stopped)
             else:
                 assert site in local.kernel.info.sites_off
+            session.terminate()
+
+
+def a_router_is_read_with_the_edits_on_the_way(local: Local) -> None:
+    """Choices of every token, in prefill and decode; an edit before the router shows, one behind it
+    does not, and nobody's run is changed; a model without experts is refused by name."""
+    prompt = prompt_of(local, 2.5, new_tokens=3)
+    layer = local.num_layers // 2
+    for forward in (0, 1):
+        session, stop = stopped_at(local, prompt, f"layers.{layer}.output", forward)
+        question = m.ReadRouter(session_id=session.id, seen=stop.number, layer=layer)
+        if "Mixtral" not in local.kernel.info.architecture:
+            with pytest.raises(NotSupported, match=f"layer {layer} of this .* model has no router"):
+                ask(session, question)
+            session.terminate()
+            continue
+        plain = ask(session, question)
+        shown = stop.router()
+        session.terminate()
+
+        count = len(stop.tokens)
+        assert plain.first_token == stop.tokens[0].position
+        assert plain.logits.shape == (count, 4) and plain.experts.shape == (count, 2)
+        assert len(shown) == 2 * count
+        best = plain.logits.numpy().argmax(1)
+        assert (shown[shown["rank"] == 1].expert.to_numpy() == best).all()
+        for site, seen in (("middle", True), ("mlp.output", False)):
+            session, stop = stopped_at(local, prompt, f"layers.{layer}.{site}", forward)
+            stop.edit(scale=-1.5)
+            edited = stop.router()
+            assert (not edited.equals(shown)) is seen, (site, forward)
             session.terminate()
 
 

@@ -72,3 +72,7 @@ def test_edits_equal_hooks(local: Local) -> None:
         pytest.skip("hooks on modules mean something else in this family")
     tolerance = 1e-3 if local.kernel.info.dtype == "float32" else 0.1
     site_cases.edits_equal_hooks(local, tolerance)
+
+
+def test_a_router_is_read_with_the_edits_on_the_way(local: Local) -> None:
+    site_cases.a_router_is_read_with_the_edits_on_the_way(local)

@@ -394,6 +394,9 @@ LOOKS: Cases = (
     }
     | {
         "capture where nothing runs": (lambda o: o.waiting.capture(1), e.NotStopped),
+        "router of a layer without": (lambda o: o.s.router(), e.NotSupported),
+        "router of no layer": (lambda o: o.s.router(99), e.UnknownLocation),
+        "old router": (lambda o: o.old_stop.router(), e.StaleStop),
         "old preview": (lambda o: o.old_stop.preview(scale=2), e.StaleStop),
         "old attention": (lambda o: o.old_stop.attention(), e.StaleStop),
         "old attribution": (lambda o: o.old_stop.attribution(), e.StaleStop),
