@@ -337,7 +337,7 @@ def test_a_capture_of_some_tokens(stop):
 
 
 def test_a_model_without_experts_has_no_router(stop):
-    with pytest.raises(errors.NotSupported, match="layer 2 of this .* model has no router"):
+    with pytest.raises(errors.NotSupported, match=r"layer 2 of this .* model has no router"):
         stop.router()
 
 
