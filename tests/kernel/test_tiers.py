@@ -42,8 +42,7 @@ def test_an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
 
 
 def test_more_sessions_than_the_device_holds(local: Local) -> None:
-    page = local.cache.page_bytes
-    tier_cases.more_sessions_than_the_device_holds(local, count=12 if page < 40000 else 8)
+    tier_cases.more_sessions_than_the_device_holds(local)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -46,8 +46,11 @@ def an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
         session.terminate()
 
 
-def more_sessions_than_the_device_holds(local: Local, count: int) -> None:
-    """Many stopped sessions, more pages than the device has; all of them go on exactly."""
+def more_sessions_than_the_device_holds(local: Local) -> None:
+    """Many stopped sessions, a half more pages than the device has; all of them go on exactly."""
+    shape = local.kernel.state.shape
+    length = len(prompt_of(local, 2.5).ids) + 1
+    count = int(1.5 * shape.num_device_pages / (shape.num_groups * shape.pages_for(length))) + 1
     prompts = [prompt_of(local, 2.5, new_tokens=3, seed=i) for i in range(count)]
     references: list[Trace] = []
     with watching(local) as watch:

@@ -1,0 +1,62 @@
+"""Pages in three tiers on one GPU: pinned host memory, a file, copies beside what is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from notebooks.harness.inprocess import Local, local_kernel
+from notebooks.harness.tiny import make_folder
+from tests.kernel import tier_cases
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def local(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Local]:
+    folder = make_folder(request.param, tmp_path_factory.mktemp("models"))
+    with local_kernel(
+        model=folder, dtype="bfloat16", device="cuda:0", prefill_chunk=16,
+        kv_memory_bytes=400 << 10, host_memory_bytes=600 << 10, disk_memory_bytes=2 << 20,
+    ) as made:  # fmt: skip
+        host = made.kernel.state.residency.slots["host"]
+        for _ in range(500):
+            if host.capacity == made.kernel.state.shape.num_host_pages:
+                break
+            time.sleep(0.01)
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every page came back, in every tier."""
+    local: Local = request.getfixturevalue("local")
+    yield
+    tier_cases.settled(local)
+    state = local.kernel.state
+    state.check()
+    assert not any(slots.used for slots in state.residency.slots.values())
+
+
+def test_the_host_pool_is_pinned_beside_everything_else(local: Local) -> None:
+    host = local.kernel.tiers._host
+    assert host is not None and host.ready == host.num_slots
+    assert host.slot(0).is_pinned() and host.slot(host.num_slots - 1).is_pinned()
+
+
+@pytest.mark.parametrize("to", ["host", "disk"])
+def test_an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
+    tier_cases.an_evicted_session_goes_on_bit_for_bit(local, to)
+
+
+def test_more_sessions_than_the_device_holds(local: Local) -> None:
+    tier_cases.more_sessions_than_the_device_holds(local)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_moves_end_alike(local: Local, seed: int) -> None:
+    tier_cases.random_moves_end_alike(local, seed)
