@@ -321,7 +321,8 @@ def test_a_capture_is_what_stops_there_would_show(server):
         assert summaries[place].shape == found[place].shape == there.shape
         assert summaries[place].norm == pytest.approx(there.summary().norm, rel=1e-5)
     np.testing.assert_allclose(found.frame().norm, summaries.frame().norm, rtol=1e-4)
-    assert len(found.frame()) == 3 * len(stop.tokens) + 1
+    last = len(stop.tokens) - 1
+    assert found.frame().position.tolist() == [*range(last + 1)] * 3 + [last]
     assert "scratch fork" in repr(found)
     assert "hidden_states[4]" in found
     with pytest.raises(errors.UnknownLocation, match="was not captured"):
