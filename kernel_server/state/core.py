@@ -103,6 +103,8 @@ class Core:
         self.lost: dict[int, str] = {}
         #: sessions at rest whose pages are to be copied down
         self.to_clean: dict[str, None] = {}
+        #: so much of the device cannot leave at once that the host gives to the disk
+        self.pressing = False
         #: session -> who asked for its pages to be in a tier
         self.settling: dict[str, Any] = {}
         self._story = Story(self.limits.story_entries)

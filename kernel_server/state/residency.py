@@ -27,9 +27,13 @@ TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
 @dataclass(slots=True)
 class Slots:
-    """The slots of one tier: free ones on a stack, lowest on top."""
+    """The slots of one tier: free ones on a stack, lowest on top.
+
+    capacity: those that may be used. budget: no more than so many, however many there are.
+    """
 
     capacity: int
+    budget: int | None = None
     _free: list[int] = field(default_factory=list)
     _made: int = 0
 
@@ -41,16 +45,26 @@ class Slots:
         if capacity > self._made:
             self._free[:0] = range(capacity - 1, self._made - 1, -1)
             self._made = capacity
-        self.capacity = capacity
+        self.capacity = capacity if self.budget is None else min(capacity, self.budget)
+
+    def limit(self, budget: int) -> None:
+        """Use no more than `budget` slots from now on; what is taken stays until it leaves."""
+        self.budget = budget
+        self.capacity = min(self._made, budget)
 
     @property
     def used(self) -> int:
         return self._made - len(self._free)
 
     @property
+    def room(self) -> int:
+        """Slots that may be taken; negative while more are taken than the budget allows."""
+        return self.capacity - self.used
+
+    @property
     def num_free(self) -> int:
         """Slots that may be taken: fewer than are empty when the capacity was lowered."""
-        return max(0, self.capacity - self.used)
+        return max(0, self.room)
 
     def take(self) -> int:
         assert self.num_free > 0, "no slot is free"
@@ -116,6 +130,8 @@ class Residency:
         self.epoch = 0
         #: pages that are not on the device
         self.num_absent = 0
+        #: pages on the device without a good copy below: they cannot leave at once
+        self.dirty: set[int] = set()
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -140,6 +156,25 @@ class Residency:
     def free(self, tier: Tier) -> int:
         return self.slots[tier].num_free
 
+    def pages(self) -> list[int]:
+        """All pages that have a place."""
+        return list(self._places)
+
+    def is_spare(self, page: int, tier: Tier) -> bool:
+        """Whether its copy in a tier below can be given up, because another tier has the page."""
+        place = self._places[page]
+        others = any(place.slot(t) is not None for t in TIERS if t != tier)
+        return place.slot(tier) is not None and not place.moving and others
+
+    def reclaimable_host(self) -> int:
+        """Slots of the host that come free when pages there go on to the disk."""
+        both = alone = 0
+        for place in self._places.values():
+            if place.host is not None:
+                both += place.disk is not None
+                alone += place.disk is None and place.device is None and not place.moving
+        return both + min(alone, self.free("disk"))
+
     def count(self, tables: Iterable[Iterable[int]]) -> dict[str, int]:
         """Of the pages in these tables, how many each tier holds."""
         found: dict[str, int] = dict.fromkeys(TIERS, 0)
@@ -158,6 +193,7 @@ class Residency:
         assert page not in self._places, f"page {page} has a place already"
         slot = self.slots["device"].take()
         self._places[page] = Place(device=slot)
+        self.dirty.add(page)
         return slot
 
     def forget(self, page: int) -> int | None:
@@ -166,6 +202,7 @@ class Residency:
         Returns its device slot if that is free now.
         """
         place = self._places.pop(page)
+        self.dirty.discard(page)
         self.num_absent -= place.device is None
         if place.moving:
             self._dying[self._next_dead] = place
@@ -180,6 +217,7 @@ class Residency:
         assert place.device is not None, f"page {page} is written and not on the device"
         place.version += 1
         place.clean = False
+        self.dirty.add(page)
         if not place.moving:
             self._let_copies_go(place)
 
@@ -215,6 +253,7 @@ class Residency:
         good = place.version == move.version
         if not good and not place.moving:
             self._let_copies_go(place)
+        self._sort(move.page, place)
         return good
 
     def failed(self, move: Move) -> None:
@@ -231,6 +270,7 @@ class Residency:
             self.num_absent += 1
         if place.version != move.version and not place.moving:
             self._let_copies_go(place)
+        self._sort(move.page, place)
 
     def drop(self, page: int, tier: Tier) -> None:
         """Give up the page's slot in one tier; a good copy must remain in another."""
@@ -249,6 +289,7 @@ class Residency:
             self.num_absent += 1
         if place.device is not None and place.host is None and place.disk is None:
             place.clean = False
+        self._sort(page, place)
 
     # -- checking -----------------------------------------------------------------------------
 
@@ -266,8 +307,17 @@ class Residency:
             below = place.host is not None or place.disk is not None
             assert place.device is not None or below, f"page {page} is nowhere"
             assert not place.clean or below, f"page {page} is clean without a copy"
+            stuck = place.device is not None and not place.clean
+            assert stuck == (page in self.dirty), f"page {page} is counted wrongly as dirty or not"
+        assert self.dirty <= wanted, "pages that are gone count as dirty"
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _sort(self, page: int, place: Place) -> None:
+        if place.device is not None and not place.clean:
+            self.dirty.add(page)
+        else:
+            self.dirty.discard(page)
 
     def _found(self, move: Move) -> Place:
         for place in (self._places.get(move.page), *self._dying.values()):

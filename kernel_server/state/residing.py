@@ -13,6 +13,7 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
 from kernel_server.state.events import PoolGrown, Requested, Ticked
 from kernel_server.state.paging import Settling
+from kernel_server.state.residency import Tier
 from kernel_server.state.scratch import Scratching
 from kernel_server.state.sessions import Session
 
@@ -36,21 +37,23 @@ class Residing(Scratching):
         if request.to == "disk" and not self.residency.slots["host"].capacity:
             raise NotSupported("pages reach the disk through the host: start with --host-memory")
         self._require_below(session)
-        self._ask_for(event.request_id, session, request.to)
+        self._ask_for(event.request_id, session, request.to, "asked for")
 
     def restore(self, event: Requested, request: m.Restore, session: Session) -> None:
         self._require_still(session)
-        absent = sum(not self.residency.is_resident(p) for t in session.tables for p in t)
-        if absent > (free := self.residency.free("device")):
+        absent = len(self._absent(session))
+        if not self._room_from_others(session, absent):
+            free = self.residency.free("device")
             raise OutOfPages(
                 f"{absent} pages of session {session.id} are to come, and {free} of"
-                f" {self.residency.slots['device'].capacity} are free on the device: evict another"
-                " session first, or continue this one, which makes room by itself",
+                f" {self.residency.slots['device'].capacity} are free on the device and too few"
+                " others can leave it at once: evict another session first, or continue this one,"
+                " which makes room by itself",
                 needed=absent,
                 free=free,
                 total=self.residency.slots["device"].capacity,
             )
-        self._ask_for(event.request_id, session, "device")
+        self._ask_for(event.request_id, session, "device", "asked for")
 
     def pin(self, event: Requested, request: m.Pin, session: Session) -> None:
         session.pinned = request.pinned
@@ -88,7 +91,7 @@ class Residing(Scratching):
     def _require_below(self, session: Session) -> None:
         """Room below for every page that has no copy there yet."""
         dirty = len(self._dirty(session))
-        room = self.residency.free("host") + self._reclaimable_host()
+        room = self.residency.free("host") + self.residency.reclaimable_host()
         if dirty > room:
             raise OutOfPages(
                 f"{dirty} pages of session {session.id} are to go down, and {room} fit there:"
@@ -97,9 +100,34 @@ class Residing(Scratching):
                 free=room,
             )
 
-    def _ask_for(self, request_id: int | None, session: Session, tier: str) -> None:
-        self.settling[session.id] = Settling(request_id, tier)  # type: ignore[arg-type]
+    def _ask_for(self, request_id: int | None, session: Session, tier: Tier, reason: str) -> None:
+        self.settling[session.id] = Settling(request_id, tier, reason)
         self._settle()
+
+    def _absent(self, session: Session) -> set[int]:
+        return {p for t in session.tables for p in t if not self.residency.is_resident(p)}
+
+    def _room_from_others(
+        self, session: Session, count: int, later_than_s: float | None = None
+    ) -> bool:
+        """Have pages of others at rest leave, if that alone makes room for `count`.
+
+        later_than_s: only of those that are not expected before so many seconds.
+        """
+        lacking = count - self.residency.slots["device"].room
+        if lacking <= 0:
+            return True
+        expected = {entry.session_id: entry for entry in self._resting(session, None)}
+        leaving = [
+            (page, other)
+            for page, other in self._leavers(whom=session).droppable
+            if not expected[other.id].runs
+            and (later_than_s is None or expected[other.id].expected_s > later_than_s)
+        ]
+        if len(leaving) < lacking:
+            return False
+        self._drop_all(leaving[:lacking], f"room for session {session.id}")
+        return True
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -120,18 +148,20 @@ class Residing(Scratching):
         if session.pinned or not on_device or not below or session.idled:
             return
         session.idled = True
-        room = self.residency.free("host") + self._reclaimable_host()
+        room = self.residency.free("host") + self.residency.reclaimable_host()
         if len(self._dirty(session)) <= room:
-            self.note(session, "idle", self.now - session.touched)
-            self._ask_for(None, session, "host")
+            idle_s = self.now - session.touched
+            self.note(session, "idle", idle_s)
+            self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
 
     def _come_back_in_time(self, session: Session) -> None:
-        absent = sum(not self.residency.is_resident(p) for t in session.tables for p in t)
+        absent = len(self._absent(session))
         if session.resumes_at is None or not absent or session.id in self.settling:
             return
-        lead = _LEAD_S + absent * self.shape.page_bytes / _LEAD_BYTES_PER_S
-        if session.resumes_at - self.now <= lead and absent <= self.residency.free("device"):
-            self._ask_for(None, session, "device")
+        left_s = session.resumes_at - self.now
+        lead_s = _LEAD_S + absent * self.shape.page_bytes / _LEAD_BYTES_PER_S
+        if left_s <= lead_s and self._room_from_others(session, absent, max(left_s, _LEAD_S)):
+            self._ask_for(None, session, "device", "its hint says that it goes on soon")
 
     def pool_grown(self, event: PoolGrown) -> None:
         """More of the host's pool is ready."""

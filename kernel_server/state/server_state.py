@@ -121,6 +121,7 @@ class ServerState(Residing):
             case _:
                 raise TypeError(f"{type(event).__name__} is not an event of the state machine")
         self.dispatch()
+        self.keep_to_budgets()
         self.write_behind()
         if self.checking:
             self.check()

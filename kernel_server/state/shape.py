@@ -131,6 +131,12 @@ class Limits:
     name_length: int = 200
     #: copies of pages under way at once, for write-behind
     copies_in_flight: int = 4
+    #: parts of the device that may be unable to leave at once before the host gives to the disk,
+    #: and until it need not any more
+    high_mark: float = 0.85
+    low_mark: float = 0.75
+    #: how many owners there are; one alone may change the budgets
+    owners: int = 1
     #: a session left alone for so long leaves the device, seconds; None: never for that
     idle_after_s: float | None = 30.0
     #: questions about stops that are being computed

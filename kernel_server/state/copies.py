@@ -1,0 +1,97 @@
+"""Copies of pages between tiers: begun here, and told of when they are made.
+
+Which pages are copied, and when, is decided by `leaving` and `paging`; the bytes are the engine's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kernel_server.state.core import Core
+from kernel_server.state.events import CopiesDone
+from kernel_server.state.instructions import CopyPages
+from kernel_server.state.residency import Move, Tier
+from kernel_server.state.sessions import Session
+
+#: Pages in one copy: the first of them can be used before the last has come.
+RUN = 16
+#: Of copies that nobody is told of: they were made before anyone needed room.
+WRITE_BEHIND = "write-behind"
+
+
+@dataclass(slots=True)
+class Copying:
+    """One copy under way."""
+
+    moves: tuple[Move, ...]
+    #: whose pages they are; None where nobody is told
+    session_id: str | None
+    reason: str
+
+
+class Copies(Core):
+    """Begins copies and tells of them."""
+
+    def _copy(
+        self, session: Session | None, pages: list[int], source: Tier, target: Tier, reason: str
+    ) -> None:
+        """Begin copies in runs of a few pages."""
+        for start in range(0, len(pages), RUN):
+            run = pages[start : start + RUN]
+            moves = tuple(self.residency.begin(page, source, target) for page in run)
+            self._tickets_made += 1
+            ticket = self._tickets_made
+            owner = None if session is None or reason == WRITE_BEHIND else session.id
+            self.copying[ticket] = Copying(moves, owner, reason)
+            if target == "device":
+                for page in run:
+                    self.inbound[page] = ticket
+            self.emit(
+                CopyPages(
+                    ticket=ticket,
+                    way=f"{source}-{target}",
+                    moves=tuple((move.source_slot, move.target_slot) for move in moves),
+                )
+            )
+
+    def _drop_all(self, pages: Iterable[tuple[int, Session]], reason: str) -> None:
+        """Let pages leave the device that have a good copy below, and tell whose they were."""
+        for session, run in by_session(pages):
+            for page in run:
+                self.drop(page)
+            self.note(session, "left the device", (reason, len(run)))
+            what = "1 page" if len(run) == 1 else f"{len(run)} pages"
+            self.publish(
+                session, "swapped", text=f"{what} left the device, copied before: {reason}"
+            )
+
+    def _tell(self, copying: Copying, event: CopiesDone) -> None:
+        session = self.sessions.get(copying.session_id or "")
+        if session is None or session.scratch:
+            return
+        self.note(session, "swapped", (copying.reason, event.ticket, event.nbytes))
+        rate = event.nbytes / event.seconds / 1e9 if event.seconds > 0 else 0.0
+        move = copying.moves[0]
+        count = len(copying.moves)
+        pages = "1 page" if count == 1 else f"{count} pages"
+        what = f"{pages} {move.source} to {move.target}"
+        if event.error is not None:
+            what += f" failed: {event.error.message}"
+        self.publish(
+            session,
+            "swapped",
+            done=event.nbytes,
+            text=f"{what}, {rate:.1f} GB/s: {copying.reason}",
+        )
+
+
+def by_session(pages: Iterable[tuple[int, Session]]) -> list[tuple[Session, list[int]]]:
+    """Pages that lie next to each other in the order and are of the same session."""
+    groups = itertools.groupby(pages, key=lambda item: item[1].id)
+    found = []
+    for _, group in groups:
+        items = list(group)
+        found.append((items[0][1], [page for page, _ in items]))
+    return found

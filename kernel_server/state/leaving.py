@@ -1,0 +1,248 @@
+"""Pages that leave: room on the device and on the host, and copying down beforehand.
+
+Room is made by dropping pages that have a good copy below, and by copying others down. Pages of
+sessions at rest are copied down beforehand (*write-behind*), so that most drops cost nothing: a
+page stays on the device until somebody needs its room. How much of the device cannot leave at once
+is kept between two marks; above the higher one the host gives pages to the disk to take more. Who
+goes first is decided in `eviction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from kernel_server.protocol.errors import OutOfPages
+from kernel_server.protocol.location import layers_executed
+from kernel_server.state.copies import RUN, WRITE_BEHIND, Copies, by_session
+from kernel_server.state.eviction import Resting, eviction_order
+from kernel_server.state.residency import Tier
+from kernel_server.state.sessions import Session
+
+#: Why a page goes to the disk that nobody asked to go there.
+_HOST_ROOM = "room on the host"
+_BUDGET = "the budget was lowered"
+
+
+@dataclass(slots=True)
+class Leavers:
+    """Pages that may leave the device, with whose they are, those missed least first."""
+
+    #: at once
+    droppable: list[tuple[int, Session]] = field(default_factory=list)
+    #: after a copy
+    copyable: list[tuple[int, Session]] = field(default_factory=list)
+    #: on their way down already
+    coming: int = 0
+
+
+class Leaving(Copies):
+    """Decides what leaves the device, the host and the disk."""
+
+    # -- the device ---------------------------------------------------------------------------
+
+    def _leavers(self, needed: Iterable[int] = (), whom: Session | None = None) -> Leavers:
+        """What may leave the device so that `whom` can run, without the pages `needed`."""
+        found, keep = Leavers(), set(needed)
+        for page, session in self._by_expendability(whom):
+            place = self.residency.place(page)
+            if page in keep or place.device is None:
+                continue
+            if place.moving:
+                # on its way down, it can be dropped once it is there
+                found.coming += page not in self.inbound
+            elif self.residency.can_drop(page):
+                found.droppable.append((page, session))
+            else:
+                found.copyable.append((page, session))
+        return found
+
+    def _make_room(self, count: int, whom: Session, needed: Iterable[int]) -> bool:
+        """Free so many slots of the device; False when they come free a little later.
+
+        Raises OutOfPages when they cannot.
+        """
+        found = self._leavers(needed, whom)
+        lacking = count - len(found.droppable)
+        below = self.residency.free("host") + self.residency.reclaimable_host()
+        if lacking > found.coming + min(len(found.copyable), below):
+            raise self._out_of_pages(count, len(found.droppable))
+        self._drop_all(found.droppable[:count], f"room for session {whom.id}")
+        if lacking <= 0:
+            return True
+        if lacking > found.coming:
+            going = found.copyable[: lacking - found.coming]
+            self._push_down(going, f"room for session {whom.id}")
+        return False
+
+    def _out_of_pages(self, count: int, droppable: int) -> OutOfPages:
+        have = self.residency.slots
+        return OutOfPages(
+            f"needs {count} more pages on the device, and {droppable} of"
+            f" {have['device'].capacity} can leave it (host: {have['host'].num_free} of"
+            f" {have['host'].capacity} free, disk: {have['disk'].num_free} of"
+            f" {have['disk'].capacity}): terminate a session, or start the server with more"
+            " --kv-memory or --host-memory",
+            needed=count,
+            free=droppable,
+            total=have["device"].capacity,
+        )
+
+    def _by_expendability(self, whom: Session | None) -> Iterator[tuple[int, Session]]:
+        """Pages of sessions that are not in the engine, those missed least first, each once."""
+        in_engine = self.slot.session.id if self.slot is not None else None
+        shared: list[tuple[int, Session]] = []
+        seen: set[int] = set()
+        for entry in eviction_order(self._resting(whom, in_engine)):
+            session = self.sessions[entry.session_id]
+            for group in self._least_needed_first(session):
+                for page in session.tables[group]:
+                    if page in seen:
+                        continue
+                    seen.add(page)
+                    if self.pool.owners(page) > 1:
+                        shared.append((page, session))
+                    else:
+                        yield page, session
+        in_use = {p for s in self._kept(whom, in_engine) for t in s.tables for p in t}
+        if self.slot is not None:
+            in_use.update(self.slot.sources)
+        yield from (item for item in shared if item[0] not in in_use)
+
+    def _resting(self, whom: Session | None, in_engine: str | None) -> list[Resting]:
+        return [
+            Resting(
+                session_id=s.id,
+                runs=s.status == "running",
+                finished=s.status == "finished",
+                pinned=s.pinned,
+                num_pages=sum(map(len, s.tables)),
+                idle_s=max(self.now - s.touched, 0.0),
+                resumes_in_s=None if s.resumes_at is None else s.resumes_at - self.now,
+            )
+            for s in self.sessions.values()
+            if s.id != in_engine and s is not whom
+        ]
+
+    def _kept(self, whom: Session | None, in_engine: str | None) -> list[Session]:
+        return [s for s in self.sessions.values() if s is whom or s.pinned or s.id == in_engine]
+
+    def _least_needed_first(self, session: Session) -> list[int]:
+        """Groups in the reverse of the order in which going on needs them."""
+        layer = layers_executed(session.point, self.shape.num_layers)
+        if layer >= self.shape.num_layers:
+            layer = 0  # the next layer it needs is the first of the next forward
+        first, count = layer // self.shape.layers_per_group, self.shape.num_groups
+        return [(first + i) % count for i in range(count)][::-1]
+
+    def _push_down(self, pages: list[tuple[int, Session]], reason: str) -> int:
+        """Copy pages to the host, as many as there is room for; returns how many."""
+        lacking = len(pages) - self.residency.slots["host"].room
+        if lacking > 0:
+            self._free_host(lacking)
+        going = pages[: self.residency.free("host")]
+        for session, run in by_session(going):
+            self._copy(session, run, "device", "host", reason)
+        return len(going)
+
+    # -- the host -----------------------------------------------------------------------------
+
+    def _free_host(self, count: int) -> None:
+        """Free slots of the host at once, where the disk has a copy; have others copied there."""
+        freed, pushed = 0, list[int]()
+        for page, _ in self._by_expendability(None):
+            place = self.residency.place(page)
+            if place.host is None or place.moving:
+                continue
+            if place.disk is not None and freed < count:
+                self.residency.drop(page, "host")
+                freed += 1
+            elif place.disk is None and place.device is None:
+                pushed.append(page)
+            if freed + len(pushed) >= count:
+                break
+        free = min(self.residency.free("disk"), max(count - freed, 0))
+        self._copy(None, pushed[:free], "host", "disk", _HOST_ROOM)
+
+    # -- beforehand ---------------------------------------------------------------------------
+
+    def write_behind(self) -> None:
+        """Copy pages of sessions at rest to the host, a few at a time.
+
+        Where the host is full that ends, unless so much of the device could not leave at once that
+        it is above the higher mark: then the host gives to the disk until it is below the lower.
+        """
+        host = self.residency.slots["host"]
+        if not host.capacity:
+            return
+        self._watch_marks()
+        room = self.limits.copies_in_flight - len(self.copying)
+        while room > 0 and self.to_clean:
+            if not host.num_free and not (self.pressing and self._press()):
+                return
+            session = self._next_to_clean()
+            pages = [] if session is None else self._dirty(session)
+            if session is None or not pages:
+                continue
+            self.to_clean[session.id] = None
+            self._copy(session, pages[: min(RUN, host.num_free)], "device", "host", WRITE_BEHIND)
+            room -= 1
+
+    def _watch_marks(self) -> None:
+        capacity, stuck = self.residency.slots["device"].capacity, len(self.residency.dirty)
+        if stuck > self.limits.high_mark * capacity:
+            self.pressing = True
+        elif stuck <= self.limits.low_mark * capacity:
+            self.pressing = False
+
+    def _press(self) -> bool:
+        """Have the host give to the disk; True when it has room at once."""
+        if not any(copying.reason == _HOST_ROOM for copying in self.copying.values()):
+            self._free_host(RUN)
+        return self.residency.free("host") > 0
+
+    def _next_to_clean(self) -> Session | None:
+        """Take the next session whose pages are to be copied; None if that one needs none."""
+        session_id = next(iter(self.to_clean))
+        if self.pressing:
+            waiting = [r for r in self._resting(None, None) if r.session_id in self.to_clean]
+            session_id = next((r.session_id for r in eviction_order(waiting)), session_id)
+        del self.to_clean[session_id]
+        session = self.sessions.get(session_id)
+        return None if session is None or session.status == "running" else session
+
+    def _dirty(self, session: Session) -> list[int]:
+        """Its pages on the device that have no good copy below, and none under way."""
+        return [
+            page
+            for table in session.tables
+            for page in table
+            if page in self.residency.dirty and not self.residency.place(page).moving
+        ]
+
+    # -- budgets ------------------------------------------------------------------------------
+
+    def keep_to_budgets(self) -> None:
+        """Have pages leave a tier that holds more than its budget, which was lowered."""
+        slots = self.residency.slots
+        if (over := -slots["device"].room) > 0:
+            found = self._leavers()
+            self._drop_all(found.droppable[:over], _BUDGET)
+            if (over := over - len(found.droppable) - found.coming) > 0:
+                self._push_down(found.copyable[:over], _BUDGET)
+        for tier in ("host", "disk"):
+            if (over := -slots[tier].room) > 0:
+                self._let_copies_go(tier, over)
+        if (over := -slots["host"].room) > 0 and not self.copying:
+            self._free_host(over)
+
+    def _let_copies_go(self, tier: Tier, count: int) -> None:
+        """Give up copies in a tier whose pages another tier has, which is free at once."""
+        for page in [p for p in self.residency.pages() if self.residency.is_spare(p, tier)][:count]:
+            self.residency.drop(page, tier)
+            if page in self.residency.dirty:
+                # nothing else would have it copied again once there is room
+                self.to_clean.update(dict.fromkeys(self._owners(page)))
+
+    def _owners(self, page: int) -> list[str]:
+        return [s.id for s in self.sessions.values() if any(page in t for t in s.tables)]
