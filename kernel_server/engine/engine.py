@@ -310,6 +310,8 @@ class _Stretch:
         #: the points inside layers that have to be shown on the way
         shown = (*self.checks, *self.logs.points, *self.edits, *caught)
         self.visits = sorted({point for point in shown if is_inner(point)})
+        #: the points at which there is anything to do
+        self.marked = frozenset(shown)
         self.results: list[EditResult] = []
         self.told_at = time.monotonic()
         self.hits: dict[int, tuple[int, ...]] = {}
@@ -368,9 +370,20 @@ class _Stretch:
         if self.arrivals:
             self.await_pages(layer_of(point))
         held.arrive()
-        if edits := self.edits.get(point):
+        marked, full = point in self.marked, False
+        if marked and (edits := self.edits.get(point)):
             self._edit(forward, edits)
         held.note_value(forward, engine.num_layers)
+        if marked:
+            full = self._look(point, forward)
+        # an interrupt sent for an earlier stretch of this session was cleared when this one came
+        interrupted = engine._interrupted == self.stretch.session_id or engine._closing
+        self.halted = full or interrupted or bool(self.hits)
+        return self.halted
+
+    def _look(self, point: Point, forward: ForwardState) -> bool:
+        """Catch, judge and note what is asked for here; True when a log has no room."""
+        engine = self.engine
         captures = self.captures
         if captures is not None and captures.what != "router" and point in captures.points:
             self._catch(point, forward, captures)
@@ -383,10 +396,7 @@ class _Stretch:
             for plan in plans:
                 found.pop(plan.breakpoint_id, None)
         self.hits = found
-        # an interrupt sent for an earlier stretch of this session was cleared when this one came
-        interrupted = engine._interrupted == self.stretch.session_id or engine._closing
-        self.halted = bool(self.hits) or full or interrupted
-        return self.halted
+        return full
 
     def _tell(self, point: Point) -> None:
         self.told_at = time.monotonic()

@@ -117,9 +117,13 @@ class SessionTensors:
 
     def note_value(self, forward: ForwardState, num_layers: int) -> None:
         """Capture the residual at the point reached; at the same point again, replace it."""
-        if forward.point > num_layers or is_inner(forward.point):
+        point = forward.point
+        if point.__class__ is not int:
+            if is_inner(point):
+                return
+            point = int(point)
+        if point > num_layers:
             return
-        point = int(forward.point)
         chunks = forward.residual
         if len(forward.token_ids) <= KEEP_ROWS:
             # references only: a decode pays for its figures once, at its end

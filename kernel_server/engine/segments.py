@@ -23,7 +23,7 @@ from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.routers import RouterReading, reading_router
-from kernel_server.models.sites import SiteLayout, Visit
+from kernel_server.models.sites import Visit
 from kernel_server.protocol.errors import (
     BadArgument,
     NotSupported,
@@ -38,6 +38,7 @@ from kernel_server.protocol.location import (
     location_at,
     site_of,
 )
+from kernel_server.protocol.messages import SiteLayout
 
 __all__ = ["NOT_STARTED", "ForwardState", "OnPoint", "Segments"]
 
@@ -284,6 +285,8 @@ class Segments:
         model, begin = self.model, state.start
         end = begin + len(state.token_ids)
         stopped = False
+        #: nothing is to be seen inside a layer: every decode that nobody watches there
+        passing = not inner.waiting
 
         def step(index: int, hidden: Tensor, call: Call) -> Tensor | None:
             nonlocal stopped
@@ -293,20 +296,19 @@ class Segments:
                 stopped = on_point(0, state)
                 if stopped or until == 0:
                     return None
-            while (point := inner.next(index)) is not None:
-                state.arrive(point, [self._probe(state, point, 0, call, work)])
-                state.layer_runs += 1
-                stopped = on_point(point, state)
-                if stopped or until == point:
-                    return None
-            if state.injected:
-                output = self._replay(state, index, 0, call, work)
-            else:
+            if passing:
                 work.enter(index, begin, end)
-                output = model.call_layer(index, state.residual[0], call)
+                state.residual = [model.call_layer(index, state.residual[0], call)]
                 work.leave()
-            state.residual = [output]
-            state.leave_layer()
+            else:
+                while (point := inner.next(index)) is not None:
+                    state.arrive(point, [self._probe(state, point, 0, call, work)])
+                    state.layer_runs += 1
+                    stopped = on_point(point, state)
+                    if stopped or until == point:
+                        return None
+                state.residual = [self._replay_or_run(state, index, call, work)]
+                state.leave_layer()
             state.layer_runs += 1
             state.point = index + 1
             stopped = on_point(index + 1, state)
@@ -375,6 +377,17 @@ class Segments:
         return cut_call(
             recording, index, self.model.axes[index], begin, end, keys=state.start + end
         )
+
+    def _replay_or_run(
+        self, state: ForwardState, index: int, call: Call, work: PagedWork
+    ) -> Tensor:
+        """Call layer `index` for a forward of one chunk, with the edits inside it if any."""
+        if state.injected:
+            return self._replay(state, index, 0, call, work)
+        work.enter(index, state.start, state.start + len(state.token_ids))
+        output = self.model.call_layer(index, state.residual[0], call)
+        work.leave()
+        return output
 
     # -- inside a layer ------------------------------------------------------------------------
 

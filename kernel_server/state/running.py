@@ -80,7 +80,8 @@ class Running(Paging):
         shape = self.shape
         until = self.until(session, session.target)
         plan = self.writes(session, until)
-        self.pool.require(plan.num_pages, session.owner)
+        if plan.num_pages:
+            self.pool.require(plan.num_pages, session.owner)
         arrivals = self.bring(session, until, plan)
         if arrivals is None:
             return
