@@ -77,7 +77,7 @@ class Prompt:
             list(self.ids),
             max_new_tokens=self.new_tokens,
             temperature=self.temperature,
-            seed=self.seed,
+            seed=self.seed if self.temperature else None,
         )
 
 

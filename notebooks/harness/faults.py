@@ -26,7 +26,7 @@ Fault = Callable[[Local, int], contextlib.AbstractContextManager[None]]
 
 
 @contextlib.contextmanager
-def _instead(target: Any, name: str, function: Any) -> Iterator[None]:
+def instead(target: Any, name: str, function: Any) -> Iterator[None]:
     """Let an instance answer to `name` with `function` for the time of a `with`."""
     setattr(target, name, function)
     try:
@@ -50,7 +50,7 @@ def eager_attention(local: Local, layer: int) -> Iterator[None]:
         finally:
             work.eager = before
 
-    with _instead(local.model, "call_layer", call):
+    with instead(local.model, "call_layer", call):
         yield
 
 
@@ -81,7 +81,7 @@ def other_chunks(local: Local, layer: int) -> Iterator[None]:
             joined.append(torch.cat(parts, 1))
         return joined
 
-    with _instead(segments, "_layer", run):
+    with instead(segments, "_layer", run):
         yield
 
 
@@ -92,7 +92,7 @@ def no_final_norm(local: Local, layer: int) -> Iterator[None]:
     def norm(hidden: Tensor, *rest: Any) -> Tensor:
         return hidden
 
-    with _instead(local.model, "norm", norm):
+    with instead(local.model, "norm", norm):
         yield
 
 
@@ -107,7 +107,7 @@ def one_layer_late(local: Local, layer: int) -> Iterator[None]:
             return list(state.residual)
         return run_layer(state, index, work)
 
-    with _instead(segments, "_layer", run):
+    with instead(segments, "_layer", run):
         yield
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import secrets
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ import torch
 from djinn_nb.client import Client
 from djinn_nb.server import Server
 from djinn_nb.transport import Transport
-from kernel_server.config import ModelConfig, ServerConfig
+from kernel_server.config import ModelConfig, Quotas, ServerConfig
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.engine.segments import Segments
+from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
 from kernel_server.kernel import Kernel, load
 from kernel_server.models.resumable import ResumableModel
+from kernel_server.vectors import Vectors
+from kernel_server.version import VERSION
 from kernel_server.wire import PlainConnection
 
 OWNER = "evaluation"
@@ -122,12 +127,14 @@ def local_kernel(
     host_memory_bytes: int = 0,
     disk_memory_bytes: int = 0,
     idle_after_s: float | None = None,
+    sessions: int = 64,
     check: bool = True,
 ) -> Iterator[Local]:
     """Load a model and serve it inside this process, on one thread.
 
     model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
-    check: judge every invariant of the state at every event; benchmarks do without.
+    sessions: how many there may be. check: judge every invariant of the state at every event;
+    benchmarks do without. Named vectors are kept as long as the kernel.
 
         with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
             session = local.server.launch("When Mary and John", max_new_tokens=4)
@@ -145,9 +152,13 @@ def local_kernel(
         host_memory_bytes=host_memory_bytes,
         disk_memory_bytes=disk_memory_bytes,
         idle_after_s=idle_after_s,
+        quotas=Quotas(sessions=sessions),
         check=check,
     )
-    kernel = Kernel(load(config, _quiet), config).start()
+    kept = tempfile.TemporaryDirectory(prefix="djinn-vectors-")
+    vectors = Vectors(Path(kept.name))
+    gateway = Gateway(secrets.token_hex(4), VERSION, EventLog(), vectors=vectors)
+    kernel = Kernel(load(config, _quiet), config, gateway).start()
     transport = cast(Transport, InProcessTransport(kernel.gateway))
     server = Server(Client(transport, "evaluation"))
     try:
@@ -155,8 +166,9 @@ def local_kernel(
     finally:
         server.close()
         kernel.close()
+        kept.cleanup()
         # The next model needs the room, and modules refer to each other in circles.
-        del server, transport, kernel
+        del server, transport, kernel, gateway
         gc.collect()
         torch.cuda.empty_cache()
 
