@@ -29,7 +29,7 @@ from kernel_server.models import registry
 from kernel_server.models.registry import LoadedModel, open_model
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.vocabulary import Vocabulary
-from kernel_server.protocol.messages import ModelInfo, SiteLayout
+from kernel_server.protocol.messages import ModelInfo
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, process_rows
@@ -215,17 +215,9 @@ def _describe(loaded: LoadedModel, ready: Ready, config: ServerConfig) -> ModelI
         config=registry.describe_config(stock),
         modules=registry.module_tree(stock),
         load_check=ready.report.as_dict(),
-        sites=_sites(model),
+        sites=ready.sites,
         sites_off=_sites_off(model),
         max_prompt=ready.max_prompt,
-    )
-
-
-def _sites(model: ResumableModel) -> tuple[tuple[SiteLayout, ...], ...]:
-    """What can be seen inside each layer, as the contract says it."""
-    return tuple(
-        tuple(SiteLayout(site=s.site, heads=s.heads, width=s.width) for s in layer.supported)
-        for layer in model.sites
     )
 
 

@@ -23,7 +23,6 @@ from kernel_server.models.altered import refuse_quantised_model
 from kernel_server.models.resumable import AttentionRoute, ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
 from kernel_server.models.site_check import LayerRun
-from kernel_server.models.sites import SiteLayout
 from kernel_server.protocol.errors import (
     BadArgument,
     DjinnError,
@@ -31,6 +30,7 @@ from kernel_server.protocol.errors import (
     UnsupportedModel,
 )
 from kernel_server.protocol.location import Point
+from kernel_server.protocol.messages import SiteLayout
 
 #: Without --kv-memory: this part of what is free, and on the CPU no more than this.
 _FREE_SHARE = 0.85

@@ -23,13 +23,13 @@ from kernel_server.models.sites import (
     Additions,
     LayerSites,
     Projection,
-    SiteLayout,
     Visit,
     addends,
     linear_operands,
     same_memory,
 )
 from kernel_server.protocol.errors import DjinnError
+from kernel_server.protocol.messages import SiteLayout
 
 if TYPE_CHECKING:
     from kernel_server.models.resumable import LayerObserver, ResumableModel
@@ -168,7 +168,7 @@ class _Learning:
             heads = visit.asked[site]
             assert heads is not None
             width = 0 if site == "attention.pattern" else visit.taken[site].shape[2] // heads
-            found.layouts[site] = SiteLayout(site, heads, width)
+            found.layouts[site] = SiteLayout(site=site, heads=heads, width=width)
         found.output_projection = _reader(trace, visit.taken.get("attention.heads"))
         try:
             self._find_additions(found, trace, stream, visit.taken)
@@ -249,7 +249,7 @@ class _Learning:
         hidden = int(self._hidden.shape[-1])
         for site in sites:
             if site != "mlp.neurons":
-                found.layouts[site] = SiteLayout(site, None, hidden)
+                found.layouts[site] = SiteLayout(site=site, heads=None, width=hidden)
 
     def _find_neurons(self, found: LayerSites, trace: _Trace) -> None:
         """The last linear map into the residual stream, if without it the MLP adds nothing."""
@@ -272,7 +272,7 @@ class _Learning:
             return
         found.down_projection = last.weight
         width = int(last.fed.shape[-1])
-        found.layouts["mlp.neurons"] = SiteLayout("mlp.neurons", None, width)
+        found.layouts["mlp.neurons"] = SiteLayout(site="mlp.neurons", heads=None, width=width)
         fed = last.fed.reshape(1, tokens, width)
         silent = self._visited(
             found,

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from kernel_server.protocol.errors import ServerFault
 from kernel_server.protocol.location import INNER_SITES
+from kernel_server.protocol.messages import SiteLayout
 
 #: Sites that the attention work offers; the others are met by following the residual stream.
 ATTENTION_SITES = (
@@ -33,19 +34,6 @@ RESIDUAL_SITES = tuple(site for site in INNER_SITES if site not in ATTENTION_SIT
 #: What `a + b`, `a += b`, `a.add(b)` and `torch.add(a, b)` are to a function mode.
 ADDITIONS = frozenset({torch.add, torch.Tensor.add, torch.Tensor.add_})
 _PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul})
-
-
-@dataclass(frozen=True, slots=True)
-class SiteLayout:
-    """The channels of a site: head i of `heads` has the channels i * width … (i + 1) * width - 1.
-
-    heads: None where a vector has no heads; then `width` is all of it. width: of
-    `attention.pattern` 0, for it is the number of keys.
-    """
-
-    site: str
-    heads: int | None
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
