@@ -197,7 +197,7 @@ def _host_rows(chunks: Sequence[int], repetitions: int) -> list[Row]:
 
 def _hardware(device: str | None) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version()} | _versions(),
@@ -224,7 +224,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's own name, or its architecture where the system does not tell."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

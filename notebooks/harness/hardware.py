@@ -6,8 +6,9 @@ import importlib.metadata
 import os
 import platform
 import re
-from pathlib import Path
 from typing import Any
+
+from kernel_server.doctor.bandwidth import cpu_name
 
 #: Packages whose version may change a bit or a time.
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "rpyc", "djinn-nb")
@@ -38,7 +39,7 @@ def describe(device: str) -> dict[str, Any]:
     import torch
 
     gpu = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if gpu else _cpu_name()
+    name = torch.cuda.get_device_name(device) if gpu else cpu_name()
     return {
         "name": name,
         "slug": slug(name if gpu else f"cpu {name}"),
@@ -75,16 +76,6 @@ def versions() -> dict[str, str]:
 
     # A checkout on the path has no entry of its own; torch's own version names its build.
     return found | {"torch": torch.__version__, "djinn-nb": djinn_nb.__version__}
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _host_bytes() -> int:
