@@ -1,0 +1,306 @@
+"""Times resumptions: by the caller's clock, by the kernel's, and copies by the device's own events.
+
+The caller's time is that of a client's call in this process: messages, gateway, state, engine and
+events, without a socket. Every timed call waits until the device has done the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from djinn_nb import Session
+from kernel_server.protocol.location import layers_executed
+from kernel_server.state.events import Requested, StretchDone
+from notebooks.harness.exactness import Prompt, Trace, Watch, different, layer_calls
+from notebooks.harness.faults import instead
+from notebooks.harness.inprocess import Local
+from notebooks.harness.pressure import evict
+from notebooks.harness.tier_watch import Moves, wait_until_settled, watching_moves
+
+
+@dataclass(slots=True)
+class Clock:
+    """When the kernel was last asked to run and last had run, and how long it took to decide."""
+
+    asked_s: float = 0.0
+    done_s: float = 0.0
+    handled_s: float = 0.0
+
+    @property
+    def server_ms(self) -> float:
+        """From the request's arrival to the end of the work, milliseconds."""
+        return (self.done_s - self.asked_s) * 1e3
+
+
+@contextlib.contextmanager
+def timing(local: Local) -> Iterator[Clock]:
+    """Note the time of requests and of finished stretches, once the device has done them."""
+    clock, state = Clock(), local.kernel.state
+    handle = state.handle
+
+    def note(event: Any) -> Any:
+        if isinstance(event, StretchDone):
+            synchronize(local)
+            clock.done_s = time.perf_counter()
+        began = time.perf_counter()
+        instructions = handle(event)
+        if isinstance(event, Requested):
+            clock.asked_s, clock.handled_s = began, time.perf_counter() - began
+        return instructions
+
+    with instead(state, "handle", note):
+        yield clock
+
+
+def synchronize(local: Local) -> None:
+    """Wait until the device has done what it was given."""
+    if local.cache.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed_ms(local: Local, work: Callable[..., Any], *given: Any) -> float:
+    """Milliseconds of the wall clock until the device has done it."""
+    synchronize(local)
+    began = time.perf_counter()
+    work(*given)
+    synchronize(local)
+    return (time.perf_counter() - began) * 1e3
+
+
+@dataclass(slots=True)
+class Resumption:
+    """One way to resume, repeated. Lists have an entry per repetition.
+
+    before_ms: of the way to the stop. unlike: logits that differ from the reference run's.
+    misplaced: layer calls missing or too many. surplus_pages: brought beyond those needed.
+    """
+
+    client_ms: list[float] = field(default_factory=list)
+    server_ms: list[float] = field(default_factory=list)
+    before_ms: list[float] = field(default_factory=list)
+    unlike: int = 0
+    misplaced: int = 0
+    surplus_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A kernel, its watch, a prompt of a given length and its reference run."""
+
+    local: Local
+    watch: Watch
+    prompt: Prompt
+    reference: Trace
+
+    def in_decode(self, layer: int, place: str, repetitions: int) -> Resumption:
+        """Stop after `layer` of one decode after the other and resume to the logits.
+
+        place: where the pages lie meanwhile, `device`, `host` or `disk`. The first is not counted:
+        it warms up.
+        """
+        found = Resumption()
+        session = self.prompt.launch(self.local)
+        session.run_to("logits")
+        with watching_moves(self.local) as moves, timing(self.local) as clock:
+            for forward in range(1, repetitions + 2):
+                before = timed_ms(self.local, session.run_to, f"layers.{layer}.output")
+                self._resume(session, forward, layer, place, found, moves, clock)
+                found.before_ms.append(before)
+        session.terminate()
+        return _warm(found)
+
+    def in_prefill(self, layer: int, place: str, repetitions: int) -> Resumption:
+        """Stop after `layer` of the prefill and resume to its logits; a session each."""
+        found = Resumption()
+        with watching_moves(self.local) as moves, timing(self.local) as clock:
+            for _ in range(repetitions + 1):
+                made: list[Session] = []
+
+                def begin(made: list[Session] = made) -> None:
+                    made.append(self.prompt.launch(self.local))
+                    made[0].run_to(f"layers.{layer}.output")
+
+                before = timed_ms(self.local, begin)
+                self._resume(made[0], 0, layer, place, found, moves, clock)
+                found.before_ms.append(before)
+                made[0].terminate()
+        return _warm(found)
+
+    def _resume(
+        self, session: Session, forward: int, layer: int, place: str, found: Resumption,
+        moves: Moves, clock: Clock,
+    ) -> None:  # fmt: skip
+        local, watch = self.local, self.watch
+        if place == "device":
+            wait_until_settled(local)
+        else:
+            evict(session, place)
+        needed = self.pages_needed(session)
+        moves.copies.clear()
+        watch.layers.clear()
+        watch.logits.clear()
+        found.client_ms.append(timed_ms(local, session.step_out))
+        found.server_ms.append(clock.server_ms)
+        found.unlike += different(watch.logits[-1], self.reference.logits[forward : forward + 1])
+        found.misplaced += abs(len(watch.layers) - self.calls_left(layer, forward))
+        brought = sum(one.pages for one in moves.copies if one.way == "host-device")
+        found.surplus_pages += abs(brought - needed)
+
+    def calls_left(self, layer: int, forward: int) -> int:
+        """Layer calls from a stop after `layer` to the end of the forward."""
+        calls = layer_calls(self.local, len(self.prompt.ids))(forward)
+        return sum(index > layer for index in calls)
+
+    def pages_needed(self, session: Session) -> int:
+        """Pages off the device that the layers after the stop read."""
+        state = self.local.kernel.state
+        inside = state.sessions[session.id]
+        done = layers_executed(inside.point, self.local.num_layers)
+        if done == self.local.num_layers:
+            return 0
+        groups = inside.tables[done // self.local.cache.shape.group_layers :]
+        return sum(not state.residency.is_resident(p) for table in groups for p in table)
+
+    def uninterrupted_decode(self, repetitions: int) -> list[float]:
+        """Milliseconds of whole decodes, from logits to logits."""
+        session = self.prompt.launch(self.local)
+        session.run_to("logits")
+        times = [timed_ms(self.local, session.run_to, "logits") for _ in range(repetitions + 1)]
+        session.terminate()
+        return times[1:]
+
+    def uninterrupted_prefill(self, repetitions: int) -> list[float]:
+        """Milliseconds of whole prefills, from launch to logits."""
+        return [self._from_token_0(0)[0] for _ in range(repetitions + 1)][1:]
+
+    def rerun(self, repetitions: int) -> tuple[list[float], int]:
+        """Milliseconds from token 0 to the logits of the first decode, and its layer calls."""
+        found = [self._from_token_0(1) for _ in range(repetitions + 1)]
+        return [ms for ms, _ in found[1:]], found[-1][1]
+
+    def _from_token_0(self, forward: int) -> tuple[float, int]:
+        made: list[Session] = []
+
+        def work() -> None:
+            made.append(self.prompt.launch(self.local))
+            for _ in range(forward + 1):
+                made[0].run_to("logits")
+
+        self.watch.layers.clear()
+        took = timed_ms(self.local, work)
+        made[0].terminate()
+        return took, len(self.watch.layers)
+
+    def by_hand(self, layer: int, repetitions: int) -> list[float]:
+        """Milliseconds of a manual offload that does the same work: one copy back, then the rest.
+
+        The bytes that the layers after the stop read lie in one piece of host memory (pinned on a
+        GPU), are copied to the device in one go and waited for; then the session, which is there,
+        runs on.
+        """
+        local = self.local
+        shape, cuda = local.cache.shape, local.cache.device.type == "cuda"
+        session = self.prompt.launch(local)
+        session.run_to("logits")
+        times: list[float] = []
+        for _ in range(repetitions + 1):
+            session.run_to(f"layers.{layer}.output")
+            wait_until_settled(local)
+            tables = local.kernel.state.sessions[session.id].tables
+            pages = sum(len(t) for t in tables[(layer + 1) // shape.group_layers :])
+            away = torch.zeros(pages * shape.page_bytes, dtype=torch.uint8, pin_memory=cuda)
+            here = torch.empty(away.shape, dtype=torch.uint8, device=local.cache.device)
+
+            def work(away: Any = away, here: Any = here) -> None:
+                here.copy_(away, non_blocking=cuda)
+                synchronize(local)
+                session.step_out()
+
+            times.append(timed_ms(local, work))
+        session.terminate()
+        return times[1:]
+
+
+def _warm(found: Resumption) -> Resumption:
+    for times in (found.client_ms, found.server_ms, found.before_ms):
+        del times[0]
+    return found
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Spans:
+    """Copies between tiers by the device's own events; by the wall clock on a CPU."""
+
+    #: way, bytes, begin and end: CUDA events, or seconds
+    copies: list[tuple[str, int, Any, Any]] = field(default_factory=list)
+
+    def rate(self, way: str) -> float:
+        """Bytes of all copies one way ÷ the time from the first's begin to the last's end, GB/s."""
+        ours = [one for one in self.copies if one[0] == way]
+        first, last = ours[0][2], ours[-1][3]
+        cuda = isinstance(first, torch.cuda.Event)
+        seconds = first.elapsed_time(last) / 1e3 if cuda else last - first
+        return sum(nbytes for _, nbytes, _, _ in ours) / seconds / 1e9
+
+
+@contextlib.contextmanager
+def copy_spans(local: Local) -> Iterator[Spans]:
+    """Note when copies between device and host begin and end."""
+    copier = local.kernel.engine._copier
+    assert copier is not None, "this kernel has one tier"
+    carry_out, spans = copier._carry_out, Spans()
+    cuda = local.cache.device.type == "cuda"
+    page = local.cache.page_bytes
+
+    def note(copy: Any, after: Any, arrival: Any) -> None:
+        nbytes = len(copy.moves) * page
+        if not cuda or copy.way not in ("device-host", "host-device"):
+            began: Any = time.perf_counter()
+            carry_out(copy, after, arrival)
+            spans.copies.append((copy.way, nbytes, began, time.perf_counter()))
+            return
+        stream = copier._streams[copy.way]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream.wait_event(after)  # of the copy's time, not the wait for what it copies
+        begin.record(stream)
+        carry_out(copy, after, arrival)
+        end.record(stream)
+        end.synchronize()
+        spans.copies.append((copy.way, nbytes, begin, end))
+
+    with instead(copier, "_carry_out", note):
+        yield spans
+
+
+def plain_copies(device: str, nbytes: int, repetitions: int) -> dict[str, list[float]]:
+    """GB/s of one copy of `nbytes` each way, host memory pinned; on a CPU, within its memory."""
+    cuda = device.startswith("cuda")
+    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda)
+    there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    rates: dict[str, list[float]] = {}
+    for way, source, target in (("device-host", there, host), ("host-device", host, there)):
+        rates[way] = []
+        for _ in range(repetitions + 1):
+            if cuda:
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                target.copy_(source, non_blocking=True)
+                end.record()
+                end.synchronize()
+                seconds = begin.elapsed_time(end) / 1e3
+            else:
+                began = time.perf_counter()
+                target.copy_(source)
+                seconds = time.perf_counter() - began
+            rates[way].append(nbytes / seconds / 1e9)
+        del rates[way][0]
+    return rates

@@ -1,0 +1,81 @@
+"""Figures of the notebooks about tiers, each a function of a record file and of nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from notebooks.harness.records import read_table
+
+_COLOURS = {"device": "tab:blue", "host": "tab:orange", "disk": "tab:green"}
+
+
+def memory_pressure(path: Path) -> Any:
+    """Pages by tier over time, by stage, stopped in a decode; and how long each swap took."""
+    from matplotlib.figure import Figure
+
+    records = read_table(path)
+    decode = records[records["stopped_in"] == "decode"]
+    stages = list(dict.fromkeys(decode["stage"]))
+    figure = Figure(figsize=(12, 3.6 * len(stages)), layout="constrained")
+    axes = figure.subplots(len(stages), 2, squeeze=False)
+    for (left, right), stage in zip(axes, stages, strict=True):
+        here = decode[decode["stage"] == stage]
+        (seconds,) = here[here["name"] == "time of a sample"]["values"]
+        for _, row in here[here["name"] == "pages in a tier"].iterrows():
+            if any(row["values"]):
+                left.plot(seconds, row["values"], color=_COLOURS[row["tier"]], label=row["tier"])
+        left.set_xlabel("seconds")
+        left.set_ylabel("pages")
+        left.legend(fontsize=8)
+        left.set_title(f"{stage}: all are stopped, then all are resumed", fontsize=10)
+        for _, row in here[here["name"] == "duration of a swap"].iterrows():
+            ordered = sorted(row["values"])
+            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
+            right.step(ordered, share, where="post", label=f"{row['way']} ({len(ordered):,})")
+        right.set_xscale("log")
+        right.set_xlabel("milliseconds of a copy that somebody waited for")
+        right.set_ylabel("share of the copies")
+        right.legend(fontsize=8)
+        right.set_title(f"{stage}: swaps", fontsize=10)
+    return figure
+
+
+def resume_latency(path: Path) -> Any:
+    """Client latency by the layer of the stop and the context, in prefill and in decode."""
+    from matplotlib.figure import Figure
+
+    records = read_table(path)
+    models = list(dict.fromkeys(records["model"]))
+    figure = Figure(figsize=(12, 4 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), 2, squeeze=False)
+    for row, model in zip(axes, models, strict=True):
+        here = records[records["model"] == model]
+        for panel, kind in zip(row, ("decode", "prefill"), strict=True):
+            _latencies(panel, here[here["stopped_in"] == kind])
+            panel.set_title(f"{model}, stopped in a {kind}", fontsize=10)
+        hand = here[here["name"] == "time of a manual offload"]
+        rerun = here[here["name"] == "time of a rerun from token 0"]
+        for place, tokens in enumerate(dict.fromkeys(here["tokens"])):
+            ours = hand[hand["tokens"] == tokens]
+            colour = f"C{place}"
+            row[0].plot(ours["layer"], ours["value"], "x:", color=colour, linewidth=0.8)
+            again = rerun[rerun["tokens"] == tokens]["value"].iloc[0]
+            row[0].axhline(again, color=colour, linestyle="-.", linewidth=0.8)
+        row[0].plot([], [], "kx:", label="manual offload")
+        row[0].plot([], [], "k-.", label="rerun from token 0")
+        row[0].legend(fontsize=7)
+    return figure
+
+
+def _latencies(panel: Any, records: Any) -> None:
+    client = records[records["name"] == "client latency"]
+    for place, tokens in enumerate(dict.fromkeys(client["tokens"])):
+        for where, style in (("device", "o-"), ("host", "s--")):
+            ours = client[(client["tokens"] == tokens) & (client["place"] == where)]
+            label = f"{int(tokens):,} tokens, {where}"
+            panel.plot(ours["layer"], ours["value"], style, color=f"C{place}", label=label)
+    panel.set_yscale("log")
+    panel.set_xlabel("layer of the stop")
+    panel.set_ylabel("ms to the logits")
+    panel.legend(fontsize=7)

@@ -1,0 +1,185 @@
+"""Watches pages move between the tiers of a kernel, and where the bytes are meanwhile.
+
+It listens where the state is told of copies and lets pages leave, and samples on a thread; it
+changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernel_server.protocol import messages as m
+from notebooks.harness.faults import instead
+from notebooks.harness.inprocess import Local
+from notebooks.harness.records import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """One copy of a few pages. way: such as `device-host`. session_id: None for write-behind."""
+
+    way: str
+    pages: int
+    nbytes: int
+    seconds: float
+    session_id: str | None
+    reason: str
+
+
+@dataclass(slots=True)
+class Moves:
+    """Copies that were made, pages that left the device, and what the owner was told of it."""
+
+    copies: list[Copied] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    left: int = 0
+    told: list[tuple[str, int]] = field(default_factory=list)
+
+    def nbytes(self, way: str) -> int:
+        return sum(one.nbytes for one in self.copies if one.way == way)
+
+    def untold(self, timeout_s: float = 10.0) -> int:
+        """Bytes that sessions waited for and no event told of; events may be on their way still."""
+        swapped = sum(one.nbytes for one in self.copies if one.session_id is not None)
+        end = time.monotonic() + timeout_s
+        while True:
+            told = sum(nbytes for _, nbytes in self.told)
+            if told == swapped or time.monotonic() > end:
+                return swapped - told
+            time.sleep(0.01)
+
+    def swaps(self, way: str) -> list[Copied]:
+        """Copies that some session waited for."""
+        return [one for one in self.copies if one.way == way and one.session_id is not None]
+
+
+@contextlib.contextmanager
+def watching_moves(local: Local) -> Iterator[Moves]:
+    """Note every copy between tiers and every page that leaves the device."""
+    moves = Moves()
+    state, mirror = local.kernel.state, local.server._client.mirror
+    done, drop, take = state.copies_done, state.residency.drop, mirror.take
+
+    def note_copy(event: Any) -> None:
+        copying = state.copying[event.ticket]
+        one = copying.moves[0]
+        if event.error is not None:
+            moves.failed.append(event.error.message)
+        moves.copies.append(
+            Copied(
+                f"{one.source}-{one.target}",
+                len(copying.moves),
+                event.nbytes,
+                event.seconds,
+                copying.session_id,
+                copying.reason,
+            )
+        )
+        done(event)
+
+    def note_drop(page: int, tier: Any) -> None:
+        drop(page, tier)
+        moves.left += tier == "device"
+
+    def note_event(event: m.Event) -> None:
+        if event.kind == "swapped":
+            moves.told.append((event.session_id, event.done))
+        take(event)
+
+    with (
+        instead(state, "copies_done", note_copy),
+        instead(state.residency, "drop", note_drop),
+        instead(mirror, "take", note_event),
+    ):
+        yield moves
+
+
+@dataclass(slots=True)
+class Samples:
+    """What was seen every few milliseconds: seconds since the first, bytes, pages by tier."""
+
+    source: Source
+    seconds: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+    pages: dict[str, list[int]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def sampling(local: Local, every_s: float = 0.05) -> Iterator[Samples]:
+    """Sample device memory and the pages in each tier's slots, on a thread.
+
+    On a GPU the memory is NVML's figure for the whole card, contexts and other processes included:
+    no less than this process has. On the CPU nothing can be measured that is the pool's alone, and
+    the kernel's own table is summed: weights, pages in use, activations.
+    """
+    cuda = local.cache.device.type == "cuda"
+    measure = card_bytes if cuda else lambda: _table_bytes(local)
+    samples = Samples("NVML" if cuda else "count")
+    slots = local.kernel.state.residency.slots
+    ended = threading.Event()
+    began = time.perf_counter()
+
+    def look() -> None:
+        samples.memory_bytes.append(measure())
+        samples.seconds.append(time.perf_counter() - began)
+        for tier in ("device", "host", "disk"):
+            samples.pages.setdefault(tier, []).append(slots[tier].used)
+
+    def sample() -> None:
+        while not ended.wait(every_s):
+            look()
+
+    look()
+    thread = threading.Thread(target=sample, name="samples", daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
+def card_bytes() -> int:
+    """Bytes in use on the card, by NVML."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    properties = torch.cuda.get_device_properties(0)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+    return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def _table_bytes(local: Local) -> int:
+    rows = {kind: nbytes for kind, nbytes, _ in local.kernel.memory()}
+    return rows["weights"] + rows["KV pages in use"] + rows["activations"]
+
+
+def wait_until_ready(local: Local, timeout_s: float = 300.0) -> None:
+    """Wait until the host's pool is pinned as far as it goes."""
+    state = local.kernel.state
+    _until(
+        lambda: state.residency.slots["host"].capacity >= state.shape.num_host_pages,
+        timeout_s,
+        "the host's pool is not ready",
+    )
+
+
+def wait_until_settled(local: Local, timeout_s: float = 120.0) -> None:
+    """Wait until no copy between tiers is under way."""
+    _until(lambda: not local.kernel.state.copying, timeout_s, "copies do not end")
+
+
+def _until(holds: Callable[[], bool], timeout_s: float, complaint: str) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{complaint} after {timeout_s:.0f} s")
+        time.sleep(0.002)

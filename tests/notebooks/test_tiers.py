@@ -1,0 +1,148 @@
+"""What the notebooks about tiers measure is there: checksums see a bit, clocks see the work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from notebooks.harness import capacity, latency, pressure, tier_watch, tiny
+from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
+from notebooks.harness.inprocess import local_kernel
+from notebooks.harness.latency import Bench
+
+PROMPT = Prompt(random_ids(20, 320, seed=1), new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tiny.make_folder("llama", tmp_path_factory.mktemp("tiny"))
+    with local_kernel(
+        model=folder, dtype="float32", device="cpu", prefill_chunk=8,
+        kv_memory_bytes=400 << 10, host_memory_bytes=800 << 10,
+    ) as made:  # fmt: skip
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference(local):
+    with watching(local) as watch:
+        return reference_run(local, watch, PROMPT)
+
+
+def held_and_resumed(local, reference, between=lambda held: None, forward=1):
+    with watching(local) as watch:
+        held = pressure.hold(local, PROMPT, reference, 2, forward)
+        between(held)
+        return held, pressure.resume(local, watch, held)
+
+
+@pytest.mark.parametrize("forward", [0, 1])
+def test_a_session_that_is_evicted_meanwhile_is_found_to_be_as_it_was(local, reference, forward):
+    held, end = held_and_resumed(
+        local, reference, lambda held: pressure.evict(held.session), forward
+    )
+
+    assert (end.differ, end.torn) == (0, 0)
+    assert end.new_tokens == PROMPT.new_tokens - forward
+    rows = (20 + forward) * 3 + (20 * forward) * (local.num_layers - 3)  # computed at the stop
+    assert held.sums.nbytes == rows * 2 * local.cache.shape.row * 4
+
+
+def test_a_page_zeroed_in_the_hosts_memory_is_found_in_pages_and_in_logits(local, reference):
+    def zero(held):
+        pressure.evict(held.session)
+        assert pressure.zero_host_page(local, held.session) > 0
+
+    _, end = held_and_resumed(local, reference, zero)
+
+    assert end.torn >= 1 and end.differ > 0
+
+
+def test_a_checksum_sees_one_bit_of_one_computed_row_and_no_other_row(local, reference):
+    with watching(local) as watch:
+        held = pressure.hold(local, PROMPT, reference, 2, 1)
+        tier_watch.wait_until_settled(local)
+        table = local.kernel.state.sessions[held.session.id].tables[0]
+        page = local.cache.pool[local.kernel.state.residency.device_slot(table[-1])]
+        words = page.view(torch.int32)  # of positions 16 … 31, of which 16 … 20 are computed
+        found = []
+        for row in (4, 5):
+            words[0, 1, row, 3] ^= 1
+            sums = pressure.checksums(local, held.session.id, held.extent)
+            found.append(sums.differ_from(held.sums))
+            words[0, 1, row, 3] ^= 1
+        end = pressure.resume(local, watch, held)
+
+    assert found == [1, 0] and end.torn == 0
+
+
+def test_every_copy_and_every_page_that_leaves_is_seen_and_told(local, reference):
+    with tier_watch.watching_moves(local) as moves, tier_watch.sampling(local, 0.001) as samples:
+        held, _ = held_and_resumed(local, reference, lambda held: pressure.evict(held.session))
+        tier_watch.wait_until_settled(local)
+        untold = moves.untold()
+
+    page = local.cache.page_bytes
+    assert moves.left == held.num_pages
+    assert moves.nbytes("host-device") == held.num_pages * page and untold == 0
+    assert max(samples.pages["host"]) == held.num_pages and samples.source == "count"
+    assert "copies_done" not in vars(local.kernel.state)
+    assert "drop" not in vars(local.kernel.state.residency)
+
+
+@pytest.mark.parametrize(("demand", "verdict"), [(1.37, "a test"), (1.0, "not a test")])
+def test_what_fits_is_not_a_test(demand, verdict):
+    assert pressure.is_a_test(demand) == verdict
+
+
+def test_plain_eager_holds_what_there_is_room_for(local):
+    row = 2 * local.num_layers * local.cache.shape.row * 4  # bytes of one token
+
+    count, nbytes = capacity.plain_eager(local, [PROMPT] * 4, [5] * 4, room_bytes=60 * row)
+
+    assert (count, nbytes) == (2, 2 * 21 * row)
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("where", ["in_decode", "in_prefill"])
+def test_a_timed_resumption_runs_what_is_left_and_brings_what_that_needs(
+    local, reference, where, place
+):
+    with watching(local) as watch:
+        bench = Bench(local, watch, PROMPT, reference)
+        found = getattr(bench, where)(1, place, 2)
+
+    assert (found.unlike, found.misplaced, found.surplus_pages) == (0, 0, 0)
+    assert len(found.client_ms) == len(found.before_ms) == 2
+    assert all(0 < s < c for s, c in zip(found.server_ms, found.client_ms, strict=True))
+
+
+def test_a_rerun_from_token_0_makes_more_calls_than_are_left(local, reference):
+    with watching(local) as watch:
+        bench = Bench(local, watch, PROMPT, reference)
+        times, calls = bench.rerun(2)
+
+        assert len(times) == 2 and calls == local.num_layers * (3 + 1)  # three chunks, a decode
+        assert bench.calls_left(1, 1) == local.num_layers - 2
+        assert bench.calls_left(1, 0) == 3 * (local.num_layers - 2)
+
+
+def test_spans_have_every_byte_that_was_evicted_and_restored(local, reference):
+    def there_and_back(held):
+        pressure.evict(held.session)
+        pressure.restore(held.session)
+
+    with latency.copy_spans(local) as spans:
+        held, _ = held_and_resumed(local, reference, there_and_back)
+        tier_watch.wait_until_settled(local)
+
+    back = sum(nbytes for way, nbytes, _, _ in spans.copies if way == "host-device")
+    assert back == held.num_pages * local.cache.page_bytes
+    assert spans.rate("host-device") > 0 and spans.rate("device-host") > 0
+
+
+def test_a_plain_copy_has_a_rate_each_way():
+    rates = latency.plain_copies("cpu", 1 << 20, 2)
+
+    assert set(rates) == {"device-host", "host-device"}
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
