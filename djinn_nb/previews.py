@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Pair: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MetricChange:
     """A metric of the next token's distribution without the edits, and with them."""
 
@@ -36,6 +36,10 @@ class MetricChange:
     @property
     def change(self) -> float:
         return self.after - self.before
+
+    def __repr__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.name}: {self.before:.4g} → {self.after:.4g} ({self.change:+.4g}){unit}"
 
 
 class Preview:
@@ -189,12 +193,7 @@ class Preview:
         return rows
 
     def _notes(self) -> list[str]:
-        notes = [
-            f"{one.name}: {one.before:.4g} → {one.after:.4g} ({one.change:+.4g})"
-            + (f" {one.unit}" if one.unit else "")
-            for one in self._changes
-        ]
-        return [*notes, "computed on scratch forks; the session is unchanged"]
+        return [*map(repr, self._changes), "computed on scratch forks; the session is unchanged"]
 
     def __repr__(self) -> str:
         rows = [("next token", "before", "after"), *self._rows()]
