@@ -303,4 +303,7 @@ class Pair:
         if self._values is None:
             return f"Pair by {self.metric.name}, not measured"
         clean, corrupt = self._values
-        return f"Pair by {self.metric.name}: clean {clean:.4g}, corrupt {corrupt:.4g}"
+        note = None if self.alignment is None else self.alignment.note
+        return f"Pair by {self.metric.name}: clean {clean:.4g}, corrupt {corrupt:.4g}" + (
+            f" · {note}" if note else ""
+        )

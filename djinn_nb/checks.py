@@ -5,6 +5,7 @@ sent; whether a value fits the session is decided by the server.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 
@@ -63,6 +64,18 @@ def seconds(value: object, name: str) -> float:
     if not fits or isinstance(value, bool) or not value >= 0:  # type: ignore[operator]
         raise BadArgument(f"{name} is seconds from 0, or None for no limit, not {shown(value)}")
     return real(value, name)
+
+
+def warn_of_unused(temperature: float, **wishes: object) -> None:
+    """Say that what only a sampler uses was asked of a greedy run; None is what was not asked."""
+    named = [f"{name}={value}" for name, value in wishes.items() if value is not None]
+    if temperature == 0 and named:
+        part = "has" if len(named) == 1 else "have"
+        warnings.warn(
+            f"temperature is 0, which takes the most probable token, so {' and '.join(named)}"
+            f" {part} no effect: temperature=0.8, say, draws tokens",
+            stacklevel=3,
+        )
 
 
 def shown(value: object) -> str:

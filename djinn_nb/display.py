@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -71,10 +72,12 @@ def stop_html(view: StopView) -> str:
     return f"<div role='region' aria-label='{label}' style='{CARD}'>{''.join(parts)}</div>"
 
 
-def finished_html(model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str]) -> str:
+def finished_html(
+    model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str], notes: Sequence[str] = ()
+) -> str:
     """The end of a generation: prompt plain, continuation in bold."""
     head = finished_line(model, info)
-    missed = "".join(f"<div>{escape(line)}</div>" for line in missed_lines(info))
+    missed = "".join(f"<div>{escape(line)}</div>" for line in (*notes, *missed_lines(info)))
     if any(texts):
         prompt, made = texts
         shown = f"<span style='{MUTED}'>{escape(prompt)}</span><b>{escape(made)}</b>"

@@ -254,7 +254,7 @@ def edit_line(info: m.EditInfo) -> str:
     parts = [f"edit {info.id}: {info.description}"]
     if info.elements_changed is not None:
         numbers = "1 number" if info.elements_changed == 1 else f"{info.elements_changed} numbers"
-        parts.append(f"{numbers} changed")
+        parts.append(f"{numbers} changed" + ": it does nothing" * (not info.elements_changed))
     if info.norm_before is not None and info.norm_after is not None:
         parts.append(f"norm {info.norm_before:.4g} → {info.norm_after:.4g}")
     if info.sticky:

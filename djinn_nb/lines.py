@@ -90,10 +90,12 @@ def ended_ids(info: m.SessionInfo) -> str:
     return f"ids {_ids(info.tokens[info.num_prompt_tokens :])}"
 
 
-def finished_text(model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str]) -> str:
+def finished_text(
+    model: m.ModelInfo, info: m.SessionInfo, texts: tuple[str, str], notes: Sequence[str] = ()
+) -> str:
     """The end of a generation, as text; `texts` are the prompt and the continuation."""
     body = "".join(texts) or ended_ids(info)
-    return "\n  ".join([finished_line(model, info), body, *missed_lines(info)])
+    return "\n  ".join([finished_line(model, info), body, *notes, *missed_lines(info)])
 
 
 def session_text(

@@ -92,6 +92,13 @@ class LogitDifference(Metric):
     def name(self) -> str:
         return self._shown
 
+    def on(self, model: Model) -> LogitDifference:
+        """As of any metric. Raises BadArgument too when both are the same token."""
+        known = super().on(model)
+        if known._tokens[0] == known._tokens[1]:
+            raise BadArgument(f"{self.name} is 0 everywhere: both are token {known._tokens[0]}")
+        return known
+
     def _value(self, logits: _Floats, ids: Sequence[int]) -> float:
         first, second = (_logit(logits, one) for one in ids)
         if first == second == -np.inf:

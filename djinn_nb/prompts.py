@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from djinn_nb import ahead
+from djinn_nb import ahead, cards
 from djinn_nb.checks import shown, whole
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.metrics import Metric, metrics_on
+from djinn_nb.misses import missed_by_all
 from djinn_nb.progress import Progress
 from djinn_nb.runs import end, error_text, last_logits, raise_if_all
 from djinn_nb.stopped import Finished
@@ -52,11 +53,18 @@ class _Item:
     prompt: Any
     session: Session | None = None
     error: DjinnError | None = None
+    #: a breakpoint or an edit it was refused, and runs without
+    refused: DjinnError | None = None
     #: what was read before its session was ended here
     read: Finished | None = None
     logits: npt.NDArray[np.float32] | None = None
     #: its session was ended here
     is_ended: bool = False
+
+    @property
+    def wrong(self) -> DjinnError | None:
+        """What its row tells."""
+        return self.error or self.refused
 
     @property
     def is_open(self) -> bool:
@@ -113,7 +121,10 @@ class Sessions:
             index = self._items.index(item)
             item.session = self._with_room(lambda: self._launch(index, item.prompt))
             for give in self._recipe:
-                give(item.session)
+                try:
+                    give(item.session)
+                except DjinnError as error:
+                    item.refused = item.refused or error
         return item.session
 
     def _with_room(self, work: Callable[[], _T]) -> _T:
@@ -172,6 +183,8 @@ class Sessions:
             made.append(work(item.session))
 
         self._attempt(launched, give)
+        for item in launched:
+            item.refused = item.refused or item.error
         self._recipe.append(work)
         return made
 
@@ -238,7 +251,7 @@ class Sessions:
     @property
     def errors(self) -> list[DjinnError]:
         """What went wrong last, of the prompts where something did."""
-        return [item.error for item in self._items if item.error is not None]
+        return [item.wrong for item in self._items if item.wrong is not None]
 
     def frame(self, metric: object = None) -> pd.DataFrame:
         """One row per prompt: prompt, session, status, location, forward, text, tokens, …, error.
@@ -273,7 +286,7 @@ class Sessions:
     def _row(
         self, item: _Item, metrics: Sequence[Metric]
     ) -> tuple[dict[str, Any], DjinnError | None]:
-        row: dict[str, Any] = {"prompt": item.prompt, "error": error_text(item.error)}
+        row: dict[str, Any] = {"prompt": item.prompt, "error": error_text(item.wrong)}
         if item.session is None:
             return row | {"status": "not launched", "text": "", "tokens": 0}, None
         info = item.session.newest
@@ -356,10 +369,16 @@ class Sessions:
         ]
         counts = ", ".join(f"{statuses.count(one)} {one}" for one in dict.fromkeys(statuses))
         wrong = f" · {len(self.errors)} with an error (.frame())" if self.errors else ""
-        return f"Sessions of {len(self)} prompts: {counts}{wrong}"
+        return "\n  ".join([f"Sessions of {len(self)} prompts: {counts}{wrong}", *self._missed()])
 
     def _repr_html_(self) -> str:
-        return str(self.frame().to_html(max_rows=60))
+        table = str(self.frame().to_html(max_rows=60))
+        return "".join([table, *map(cards.note, self._missed())])
+
+    def _missed(self) -> list[str]:
+        """Breakpoints and edits that did nothing where a session is finished."""
+        infos = [item.session.newest for item in self._items if item.session is not None]
+        return missed_by_all(info for info in infos if info.status == "finished")
 
 
 def is_list_of_prompts(prompt: object) -> bool:

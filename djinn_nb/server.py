@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from djinn_nb.checks import flag, real, shown, text_or_none, whole
+from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
 from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
@@ -124,12 +124,18 @@ class Server(Planned):
             add_special_tokens=flag(add_special_tokens, "add_special_tokens"),
             name=text_or_none(name, "name"),
         )
+        made = self._launch(wishes, prompt, messages)
+        warn_of_unused(wishes.temperature, seed=seed, top_p=None if wishes.top_p == 1 else top_p)
+        return made
+
+    def _launch(self, wishes: m.Launch, prompt: Any, messages: object) -> Session | Sessions:
         if messages is not None:
             if prompt is not None:
                 raise BadPrompt("give a prompt or messages, not both")
             return self._launch_one(replace(wishes, messages=_messages(messages)))
         if not is_list_of_prompts(prompt):
             return self._launch_one(_with_prompt(wishes, prompt))
+        name = wishes.name
 
         def launch_numbered(number: int, one: Any) -> Session:
             named = wishes if name is None else replace(wishes, name=f"{name} {number}")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from djinn_nb.captured import Captured, capture
-from djinn_nb.checks import flag, real, shown, text_or_none, whole
+from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
 from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.logs import Logpoint, lost_records
@@ -371,7 +371,10 @@ class Session(Planned):
     def run_to(self, location: int | str, timeout: float | None = None) -> Stopped | Finished:
         """Run until `location` is reached next, in this forward or a later one."""
         message = m.RunTo(session_id=self.id, seen=self._seen, location=location_name(location))
-        return self._run(message, timeout)
+        found = self._run(message, timeout)
+        if isinstance(found, Finished):
+            found._notes.append(f"run_to({location!r}) was never reached: the run ended before it")
+        return found
 
     def pause(self) -> Stopped | Finished:
         """Stop at the next layer boundary, and wait for it; a session at rest is left alone."""
@@ -442,12 +445,14 @@ class Session(Planned):
             ),
         )
         try:
-            return Session(self.client, self.client.control(message))
+            made = Session(self.client, self.client.control(message))
         except KeyboardInterrupt:
             raise Interrupted(
                 f"the fork of {self._label} may have been made: server.sessions() lists it,"
                 " server.attach(id) gives it"
             ) from None
+        warn_of_unused(made.newest.temperature, seed=seed, top_p=top_p)
+        return made
 
     def terminate(self) -> None:
         """End it and free what it holds; its handle then knows only what it has shown."""

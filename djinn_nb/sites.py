@@ -56,6 +56,11 @@ def is_residual(location: str, num_layers: int) -> bool:
     return place.site != "logits" and (not place.is_inner or place.site in RESIDUAL_SITES)
 
 
+def is_added(location: str, num_layers: int) -> bool:
+    """Whether the tensor at a location is a part that a layer adds to the residual stream."""
+    return parse_location(location, num_layers).site in ("attention.output", "mlp.output")
+
+
 def locations(model: m.ModelInfo) -> list[str]:
     """Every place where this model can be stopped, in the order of a forward."""
     missing = {

@@ -18,7 +18,7 @@ from djinn_nb.edits import Editing
 from djinn_nb.looking import Looking
 from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import selector
-from djinn_nb.sites import axes_at, is_residual, shape_at
+from djinn_nb.sites import axes_at, is_added, is_residual, shape_at
 from djinn_nb.variables import Source, Variable
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
@@ -148,14 +148,17 @@ class Stopped(Editing, Continuing, Looking, Planned):
         Raises NotSupported where the tensor is another; `value` is the tensor here everywhere.
         """
         model = self.session.client.model
-        if not is_residual(self.location, model.num_layers):
+        added = is_added(self.location, model.num_layers)
+        if added or not is_residual(self.location, model.num_layers):
             instead = "stop one step earlier, at 'final_norm', for hidden states"
             if self.location != "logits":
                 layer = ".".join(self.location.split(".")[:2])
                 instead = f"session.run_to('{layer}.output') goes on to hidden states"
+            what = shape_at(model, self.location)
+            if added:
+                what = f"what is added to the residual stream, {what}"
             raise NotSupported(
-                f"stopped at {self.location}: the tensor here is"
-                f" {shape_at(model, self.location)}, use stop.value; {instead}"
+                f"stopped at {self.location}: the tensor here is {what}, use stop.value; {instead}"
             )
         return self.value
 
@@ -272,6 +275,8 @@ class Finished:
             self._parts = (prompt, self._text[len(prompt) :])
         else:  # the prompt's last token and the first one generated spell one character
             self._parts = (prompt, session.client.text_of(ids[prompt_length:]))
+        #: what the call that ended here has to say
+        self._notes: list[str] = []
 
     @property
     def tokens(self) -> list[int]:
@@ -312,12 +317,12 @@ class Finished:
     def __repr__(self) -> str:
         from djinn_nb.lines import finished_text
 
-        return finished_text(self.session.client.model, self._info, self._parts)
+        return finished_text(self.session.client.model, self._info, self._parts, self._notes)
 
     def _repr_html_(self) -> str:
         from djinn_nb.display import finished_html
 
-        return finished_html(self.session.client.model, self._info, self._parts)
+        return finished_html(self.session.client.model, self._info, self._parts, self._notes)
 
 
 def _layer_numbers(layers: Iterable[Any], num_layers: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from djinn_nb.selectors import plain_array
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import BadSelector, DjinnError
+from kernel_server.protocol.errors import BadSelector, DjinnError, NotSupported
 
 if TYPE_CHECKING:
     from djinn_nb.client import Client
@@ -194,6 +194,13 @@ class Variable:
                 one = self._rows_of(one, indexes)
             chosen[axis], keep[axis] = _take(indexes, one, self._source.axes[axis])
         return Variable(self._source, tuple(chosen), tuple(keep), self._size, self._dtype)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        """Refused: the tensor is on the server, and changed by `stop.edit()`."""
+        raise NotSupported(
+            f"the tensor at {self.location} is on the server and is not assigned to:"
+            " stop.edit(set=…, tokens=…, channels=…) changes it"
+        )
 
     def _rows_of(self, text: str, rows: _Indexes) -> list[int]:
         texts = self._source.texts()

@@ -44,18 +44,27 @@ def with_value(
     if edit.vector is not None:
         entry = vectors.get(owner, edit.vector, inexact=edit.inexact)
         foreign = vectors.is_foreign(entry.info)
-        label = f"{edit.vector} (of {entry.info.model or 'another model'})"
-        return dataclasses.replace(
-            edit,
-            value=Array.from_numpy(entry.array),
-            vector=label if foreign else edit.vector,
-        )
+        label = edit.vector
+        if foreign:
+            label += f" (of {entry.info.model or 'another model'})"
+        elif entry.info.location != edit.location:
+            label += f" (made at {entry.info.location})"
+        return dataclasses.replace(edit, value=Array.from_numpy(entry.array), vector=label)
     if edit.source is not None:
         value = value_at_stop(edit.source, owner, loop=loop, transfers=transfers)
         if edit.sticky and value.shape[0] == 1:
             value = Array(value.dtype, value.shape[1:], value.data)  # one row for every forward
-        return dataclasses.replace(edit, value=value)
+        return dataclasses.replace(edit, value=value, source=_placed(edit.source, owner, loop))
     return edit
+
+
+def _placed(source: m.PatchSource, owner: str, loop: Loop) -> m.PatchSource:
+    """The source with its location, as long as the session stands there."""
+    found = loop.request(owner, m.Describe(session_id=source.session_id))
+    location = ""
+    if isinstance(found, m.SessionReply) and found.session.stop_number == source.seen:
+        location = found.session.location or ""
+    return dataclasses.replace(source, location=location)
 
 
 def value_at_stop(source: m.PatchSource, owner: str, *, loop: Loop, transfers: Transfers) -> Array:

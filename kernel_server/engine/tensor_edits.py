@@ -83,7 +83,7 @@ def _apply(
         elements_changed=changed,
         norm_before=norm_before,
         norm_after=norm_after,
-        note=change.note,
+        note=_squares(norm_after) if change.note is None else change.note,
     )
     return (made if changed else chunks), result
 
@@ -178,6 +178,13 @@ def _figures(before: Tensor, after: Tensor, change: Change) -> Tensor:
 
 def _norm(values: Tensor) -> Tensor:
     return torch.linalg.vector_norm(values.to(torch.float32))
+
+
+def _squares(norm: float) -> str | None:
+    """What norm layers, which square in float32, will make of values as large as these."""
+    if norm**2 <= torch.finfo(torch.float32).max:
+        return None
+    return "so large that the square overflows float32: a norm layer makes 0 of such a token"
 
 
 def _totals(figures: list[Tensor], plan: EditPlan, dtype: torch.dtype) -> tuple[int, float, float]:

@@ -16,6 +16,9 @@ from kernel_server.state.edits import Edit, Standing
 from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.shape import ModelShape
 
+#: Kinds that steer: meant for every token, they are usually meant for those to come as well.
+_STEERS = ("scale", "add", "set", "zero", "clamp", "project_out", "ban")
+
 
 def make_edit(
     spec: EditSpec, shape: ModelShape, stand: Standing, *, edit_id: int, stop_number: int
@@ -140,7 +143,21 @@ def _note(
             )
     if edit.spec.kind == "mean" and len(positions) == 1:
         notes.append("one token is selected, which is its own mean: nothing changes")
+    if _leaves_later_tokens(edit, stand):
+        notes.append(f"in forward {stand.forward} only: sticky=True changes later tokens too")
     return "; ".join(notes) or None
+
+
+def _leaves_later_tokens(edit: Edit, stand: Standing) -> bool:
+    """Whether an edit of all tokens, which might be sticky, lasts for one forward of several."""
+    value = edit.spec.value
+    return (
+        not edit.sticky
+        and edit.selector.kind == "all"
+        and edit.spec.kind in _STEERS
+        and stand.forward + 1 < stand.max_new_tokens
+        and (value is None or len(value.shape) < 2 or edit.spec.kind == "project_out")
+    )
 
 
 def _elsewhere(position: int, stand: Standing) -> str:

@@ -21,7 +21,10 @@ def description(edit: Edit, num_layers: int) -> str:
     description(edit, 24)    # "add 4 × vector 'joy' at layers.16.output, tokens all, sticky"
     """
     spec = edit.spec
-    text = f"{_what(spec)} at {location_at(edit.point, num_layers)}, tokens {edit.selector}"
+    place = str(location_at(edit.point, num_layers))
+    text = f"{_what(spec)} at {place}, tokens {edit.selector}"
+    if spec.source is not None and spec.source.location not in ("", place):
+        text += f", from {spec.source.location}"
     if spec.heads.kind != "all":
         text += f", heads {describe(spec.heads)}"
     if spec.channels.kind != "all":

@@ -162,7 +162,9 @@ def test_a_list_used_with_with_leaves_no_session_but_its_table(server: djinn.Ser
 
 
 def test_names_are_numbered_and_options_are_of_all(server: djinn.Server) -> None:
-    sessions = server.launch(PROMPTS, max_new_tokens=2, name="run", seed=5, stop_on_entry=True)
+    sessions = server.launch(
+        PROMPTS, max_new_tokens=2, name="run", seed=5, temperature=0.8, stop_on_entry=True
+    )
 
     assert [session.name for session in sessions] == ["run 0", "run 1", "run 2"]
     assert {session.seed for session in sessions} == {5}

@@ -96,7 +96,10 @@ def the_next_token_is_decided(local: Local) -> None:
     for wishes in ({"force": forced}, {"ban": sorted({*drawn, *eos})}):
         for temperature in (0.0, 1.0, 50.0):
             session = local.server.launch(
-                list(prompt.ids), max_new_tokens=5, temperature=temperature, seed=4
+                list(prompt.ids),
+                max_new_tokens=5,
+                temperature=temperature,
+                seed=4 if temperature else None,
             )
             session.run_to("embedding").edit(**wishes, sticky=True)
             session.continue_()

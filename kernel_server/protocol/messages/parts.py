@@ -55,7 +55,8 @@ ALL = Selector(kind="all")
 class SiteLayout:
     """The tensor at a site of one layer: `[tokens, width]`, or `[tokens, heads, width]`.
 
-    Channels are counted along the last axis. `width` 0: as many as there are keys
+    Channels are counted along the last axis; with heads flattened, head i has those from i * width
+    on. heads: None where a vector has none. width 0: as many as there are keys
     (`attention.pattern`).
     """
 
@@ -73,6 +74,8 @@ class PatchSource:
     tokens: Selector = ALL
     heads: Selector = ALL
     channels: Selector = ALL
+    #: where that stop is; found by the server, whatever a client says
+    location: str = ""
 
 
 @message
