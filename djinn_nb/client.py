@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from djinn_nb.progress import Progress
+from djinn_nb.swaps import Swaps
 from djinn_nb.transport import Transport
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
@@ -338,6 +340,7 @@ class Mirror:
         self._gone: set[str] = set()
         self._versions: dict[str, int] = {}
         self._waiters: list[Waiter] = []
+        self.swaps = Swaps()
         self._lock = threading.Lock()
 
     def update(self, info: m.SessionInfo) -> None:
@@ -355,6 +358,7 @@ class Mirror:
         with self._lock:
             self._infos.clear()
             self._gone.clear()
+            self.swaps = Swaps()
 
     def take(self, event: m.Event) -> None:
         """Learn from an event."""
@@ -363,6 +367,7 @@ class Mirror:
         if event.kind == "terminated":
             with self._lock:
                 self._gone.add(event.session_id)
+        self.swaps.take(event, time.time())
         self._wake(event.session_id, event)
 
     def doubt(self) -> None:

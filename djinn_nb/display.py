@@ -11,6 +11,7 @@ from djinn_nb.cards import text_html as text_html
 from djinn_nb.handles import edit_line
 from djinn_nb.lines import (
     MAX_SHOWN_TOKENS,
+    away_line,
     edits_here,
     ended_ids,
     finished_line,
@@ -58,6 +59,8 @@ def stop_html(view: StopView) -> str:
         parts.append(f"<div style='{MUTED}'>{escape(hits_line(view))}</div>")
     if inside := inside_line(view.stop, view.model, view.session):
         parts.append(f"<div style='{MUTED}'>{escape(inside)}</div>")
+    if away := away_line(view.session):
+        parts.append(f"<div style='{MUTED}'>{escape(away)}</div>")
     parts += [
         _ladder(view.stop, view.model.num_layers),
         _token_strip(view),

@@ -53,9 +53,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 OPTIONS: dict[str, tuple[str, type]] = {
     "check": ("--check", bool),
     "debug": ("--debug", bool),
+    "device_memory": ("--device-memory", str),
+    "disk_memory": ("--disk-memory", str),
+    "disk_path": ("--disk-path", str),
     "decode_bucket": ("--decode-bucket", int),
     "geometry": ("--geometry", str),
     "gpu": ("--gpu", int),
+    "host_memory": ("--host-memory", str),
+    "idle_after": ("--idle-after", float),
     "kv_memory": ("--kv-memory", str),
     "linger_s": ("--linger-s", float),
     "prefill_chunk": ("--prefill-chunk", int),
@@ -123,7 +128,9 @@ def _option(name: str, value: Any) -> Any:
     kind = OPTIONS[name][1]
     if value is None:
         return None
-    if name == "kv_memory" and isinstance(value, int) and not isinstance(value, bool):
+    if name == "disk_path" and isinstance(value, (str, os.PathLike)):
+        value = str(Path(value).expanduser().absolute())
+    if name.endswith("_memory") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     fits = (int, float) if kind is float else kind
     if not isinstance(value, fits) or (isinstance(value, bool) and kind is not bool):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from djinn_nb.handles import breakpoint_line, edit_line
 from djinn_nb.misses import missed_lines
 from djinn_nb.plots import visible
+from djinn_nb.residency import Residency
 from djinn_nb.sites import shape_at
 from djinn_nb.view import LensRow, StopView
 from kernel_server.protocol import messages as m
@@ -61,6 +62,17 @@ def _stop_lines(
     return "\n".join(lines)
 
 
+def residency_line(info: m.SessionInfo) -> str:
+    """Where a session's pages lie."""
+    return f"KV: {Residency.of(info)!r}"
+
+
+def away_line(info: m.SessionInfo) -> str:
+    """Where its pages lie if some have left the device or are kept there; empty otherwise."""
+    found = Residency.of(info)
+    return residency_line(info) if found.pinned or not found.is_resident else ""
+
+
 def stop_text(view: StopView) -> str:
     """A stop in full, as text."""
     lines = [_stop_lines(view.model, view.session, view.stop, view.texts)]
@@ -75,6 +87,8 @@ def stop_text(view: StopView) -> str:
         )
     elif view.lens_refusal:
         lines.append(f"  no lens: {view.lens_refusal}")
+    if away := away_line(view.session):
+        lines.append(f"  {away}")
     lines += [f"  {edit_line(edit)}" for edit in edits_here(view)]
     return "\n".join(lines)
 
@@ -119,6 +133,8 @@ def session_text(
         lines.append(f"  {shown}{'…' * (len(texts) > MAX_SHOWN_TOKENS)}")
     if info.error is not None:
         lines.append(f"  {info.error.code}: {info.error.message}")
+    if info.num_pages and not terminated:
+        lines.append(f"  {residency_line(info)}")
     lines += [f"  {breakpoint_line(point)}" for point in info.breakpoints]
     lines += [f"  {edit_line(edit)}" for edit in info.edits]
     return "\n".join(lines)

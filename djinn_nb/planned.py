@@ -17,12 +17,8 @@ PLANNED: dict[str, dict[str, str]] = {
     "Session": {
         "step_back": "going back to the previous stop; fork() before you go on today",
         "rewind": "going back to an earlier forward; fork() before you go on today",
-        "evict": "moving a session's pages off the device by hand",
-        "restore": "bringing an evicted session's pages back by hand",
-        "pin": "keeping a session's pages on the device",
         "save": "checkpoints on disk",
         "branches": "the tree of forks; server.sessions() lists parents today",
-        "hint": "announcing what will be resumed next",
     },
     "Stopped": {},
 }

@@ -12,11 +12,13 @@ from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
 from djinn_nb.prompts import Sessions, is_list_of_prompts
+from djinn_nb.residency import TIERS, Residency
 from djinn_nb.session import Session
 from djinn_nb.vector_store import VectorStore
 from djinn_nb.waiting import Interrupted
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, BadPrompt, UnknownSession
+from kernel_server.protocol.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,17 +199,67 @@ class Server(Planned):
                 "parent": info.parent or "",
                 "pages": info.num_pages,
                 "kv_MiB": info.kv_bytes / MIB,
+                **{f"{t}_MiB": Residency.of(info).nbytes(t) / MIB for t in TIERS},
+                "pinned": info.pinned,
             }
             for info in self._infos()
         ]
         columns = [
             "id", "name", "model", "status", "location", "forward", "prompt_tokens", "new_tokens",
-            "max_new_tokens", "seed", "parent", "pages", "kv_MiB",
+            "max_new_tokens", "seed", "parent", "pages", "kv_MiB", "device_MiB", "host_MiB",
+            "disk_MiB", "pinned",
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=columns).set_index("id")
 
+    def set_budget(
+        self,
+        *,
+        device: int | str | None = None,
+        host: int | str | None = None,
+        disk: int | str | None = None,
+    ) -> pd.DataFrame:
+        """Change how much KV each tier may hold, while the server runs; one row per tier named.
+
+        Bytes, or a text such as "2GiB"; at most what was allocated at the start. What a lowered
+        tier holds too much leaves as copies are made. Refused where the server has several owners.
+        Raises BadArgument with the bounds, OutOfPages where the pages have nowhere to go.
+
+            server.set_budget(device="1GiB")
+        """
+        import pandas as pd
+
+        asked: dict[Any, Any] = {"device": device, "host": host, "disk": disk}
+        sizes = {tier: _size(value, tier) for tier, value in asked.items() if value is not None}
+        if not sizes:
+            raise BadArgument("name a tier: set_budget(device='1GiB'), host= or disk=")
+        rows = []
+        for tier, nbytes in sizes.items():
+            message = m.SetBudget(tier=tier, nbytes=nbytes)
+            reply = self._client.call(message, m.BudgetReply)
+            rows.append(
+                {
+                    "tier": tier,
+                    "budget_MiB": reply.nbytes / MIB,
+                    "used_MiB": reply.used / MIB,
+                    "allocated_MiB": reply.allocated / MIB,
+                }
+            )
+        return pd.DataFrame(rows).set_index("tier")
+
+    def swaps(self) -> pd.DataFrame:
+        """The swaps this connection was told of, one row each: time, session, bytes, text.
+
+        A swap is a copy of a session's pages between tiers, or their leaving the device; its text
+        says how many, how fast and why. Copies made beforehand (write-behind) are not told.
+        """
+        return self._client.mirror.swaps.frame()
+
     def memory(self) -> pd.DataFrame:
-        """What the server holds, by kind: bytes, MiB and a note."""
+        """What the server holds, by kind: bytes, MiB and a note.
+
+        Every byte of the process: the rows above `host process` add up to it and, on a GPU, those
+        above `device used` to that. What has no name of its own is in a row for the rest.
+        """
         import pandas as pd
 
         reply = self._client.call(m.DescribeMemory(), m.MemoryReply)
@@ -250,6 +302,12 @@ class Server(Planned):
     def __repr__(self) -> str:
         closed = " · disconnected" if self.closed else ""
         return f"Server {self.address}{closed}\n  {model_line(self._client.model)}"
+
+
+def _size(value: object, name: str) -> int:
+    if isinstance(value, str):
+        return parse_bytes(value)
+    return whole(value, name, least=0)
 
 
 def _with_prompt(wishes: m.Launch, prompt: object) -> m.Launch:

@@ -17,6 +17,7 @@ from djinn_nb.client import Client
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.logs import Logpoint, lost_records
 from djinn_nb.planned import Planned
+from djinn_nb.residency import Moving
 from djinn_nb.selectors import selector
 from djinn_nb.stopped import Finished, Stopped
 from djinn_nb.waiting import Interrupted, run_until_rest, wait_until_rest
@@ -42,7 +43,7 @@ class Story(list[str]):
         return "\n".join(self)
 
 
-class Session(Planned):
+class Session(Moving, Planned):
     """A prompt being debugged; made by `server.launch()`, found again by `server.attach(id)`.
 
     session = server.launch("When Mary and John", max_new_tokens=24)

@@ -68,7 +68,7 @@ class Asking:
         ]
         rows = self.ask(m.DescribeMemory()).rows
         lines += ["memory"]
-        lines += [f"  {kind:<18} {size / 2**20:>10.1f} MiB  {note}" for kind, size, note in rows]
+        lines += [f"  {kind:<22} {size / 2**20:>10.1f} MiB  {note}" for kind, size, note in rows]
         sessions = self.ask(m.ListSessions()).sessions
         return [*lines, f"sessions  {len(sessions)}"]
 

@@ -16,9 +16,9 @@ from kernel_server.config import (
     ModelConfig,
     Quotas,
     ServerConfig,
-    parse_bytes,
 )
 from kernel_server.protocol.errors import BadArgument, DjinnError
+from kernel_server.protocol.sizes import parse_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(serve)
     _add_address(serve)
     serve.add_argument("--kv-memory", metavar="SIZE", help="KV page pool, e.g. 2GiB")
+    serve.add_argument(
+        "--device-memory", metavar="SIZE", help="a cap over weights, workspace and KV page pool"
+    )
     serve.add_argument(
         "--host-memory", metavar="SIZE", help="KV pages of sessions that left the device"
     )
@@ -205,6 +208,7 @@ def _serve(options: argparse.Namespace) -> int:
         port=None if options.socket else options.port,
         socket=options.socket,
         kv_memory_bytes=parse_bytes(options.kv_memory) if options.kv_memory else None,
+        device_memory_bytes=parse_bytes(options.device_memory) if options.device_memory else None,
         host_memory_bytes=parse_bytes(options.host_memory) if options.host_memory else 0,
         disk_memory_bytes=parse_bytes(options.disk_memory) if options.disk_memory else 0,
         disk_path=options.disk_path,

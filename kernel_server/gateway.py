@@ -182,8 +182,7 @@ class Gateway:
             case m.DescribeModel():
                 return m.ModelReply(model=served.model)
             case m.DescribeMemory():
-                rows = served.memory()
-                return m.MemoryReply(rows=(*rows, self._transfer_row()))
+                return m.MemoryReply(rows=served.memory())
             case m.Tokenize():
                 ids = self._encode(served, request.text, request.add_special_tokens)
                 return m.TokenIds(token_ids=tuple(ids))
@@ -282,9 +281,6 @@ class Gateway:
             return m.UploadReply(transfer_id=request.transfer_id, received=received)
         data = self.transfers.read(owner, request.transfer_id, request.offset, request.length)
         return m.Chunk(offset=request.offset, data=Array("uint8", (len(data),), data))
-
-    def _transfer_row(self) -> tuple[str, int, str]:
-        return ("transfers", self.transfers.bytes_open(), "tensors on their way to clients")
 
     # -- named vectors --------------------------------------------------------------------
 
@@ -481,11 +477,10 @@ def _weights(model: m.ModelInfo) -> str:
 
 _STATE_REQUESTS = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
-    m.Evict, m.Restore, m.Pin, m.Hint, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
-    m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit, m.ReadValue, m.ReadLens,
-    m.ReadCapture, m.ReadLogits,
-    m.ReadLog, m.ReadStory, m.Preview, m.ReadAttention, m.ReadAttribution, m.ReadSites,
-    m.ReadRouter,
+    m.Evict, m.Restore, m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint,
+    m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit,
+    m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog, m.ReadStory, m.Preview,
+    m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
@@ -494,8 +489,8 @@ _WAITING = (m.Initialize, m.PollEvents, m.Pause)
 #: Requests that the state answers at once; the other ones about sessions wait for the engine.
 _AT_ONCE = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
-    m.Pin, m.Hint, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint,
-    m.ReadStory,
+    m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
+    m.RemoveBreakpoint, m.ReadStory,
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from kernel_server.models.vocabulary import Vocabulary
 from kernel_server.protocol.messages import ModelInfo
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
-from kernel_server.telemetry import Row, process_rows
+from kernel_server.telemetry import Row, device_rows, host_rows, untouched_bytes
 from kernel_server.tiers import Tiers
 
 #: Told how far loading is: (text, 0 to 1).
@@ -91,7 +91,10 @@ class Kernel:
         default = GPU_PREFILL_CHUNK if loaded.device.type == "cuda" else CPU_PREFILL_CHUNK
         chunk = config.prefill_chunk or default
         self.ready: Ready = serve(
-            loaded.model, kv_memory_bytes=config.kv_memory_bytes, prefill_chunk=chunk
+            loaded.model,
+            kv_memory_bytes=config.kv_memory_bytes,
+            device_memory_bytes=config.device_memory_bytes,
+            prefill_chunk=chunk,
         )
         self.info: ModelInfo = _describe(loaded, self.ready, config)
         # a model may have rows without a token: its vocabulary is as wide as its logits
@@ -101,7 +104,9 @@ class Kernel:
         self.tiers = Tiers(config, self.ready.cache)
         shape = self.tiers.widen(_shape(self.info, self.ready))
         limits = dataclasses.replace(
-            _limits(config.quotas, shape, owners), idle_after_s=config.idle_after_s
+            _limits(config.quotas, shape, owners),
+            idle_after_s=config.idle_after_s,
+            owners=owners,
         )
         self.state = ServerState(
             shape, limits, check=config.check, host_ready=self.tiers.host_ready
@@ -144,20 +149,35 @@ class Kernel:
 
     def memory(self) -> tuple[Row, ...]:
         """Where the bytes are, as (kind, bytes, note)."""
-        cache = self.ready.cache
-        slots = self.state.residency.slots
+        cache, info = self.ready.cache, self.info
+        slots, absent = self.state.residency.slots, self.state.residency.num_absent
         used, page = slots["device"].used, cache.page_bytes
+        clean = used - len(self.state.residency.dirty)
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
-        logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
-        return (
-            ("weights", weights, self.info.name + " · random weights" * self.info.random_weights),
-            ("KV pages in use", used * page, f"{used} of {cache.num_pages} pages"),
+        device: list[Row] = [
+            ("weights", weights, info.name + " · random weights" * info.random_weights),
+            (
+                "KV pages in use", used * page,
+                f"{used} of {cache.num_pages} pages, {clean} with a copy below",
+            ),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
-            *self.tiers.rows(slots),
             ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
-            ("logs", logs, "records of logpoints, in host memory"),
-            *process_rows(self.info.device),
-        )
+        ]  # fmt: skip
+        logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
+        transfers = self.gateway.transfers.bytes_open()
+        host: list[Row] = [
+            *self.tiers.host_rows(slots["host"], absent),
+            ("logs", logs, "records of logpoints"),
+            ("transfers", transfers, "tensors on their way to clients"),
+        ]
+        untouched = self.tiers.untouched_bytes()
+        if self.ready.cache.device.type == "cuda":
+            rows = [*device_rows(info.device, device), *host_rows(host, untouched)]
+        else:
+            pool = cache.pool
+            untouched += untouched_bytes(pool.data_ptr(), pool.nbytes)
+            rows = host_rows([*device, *host], untouched)
+        return (*rows, *self.tiers.disk_rows(slots["disk"]))
 
     def _offer(self, owner: str, source: TensorSource) -> str:
         """Open a download for an owner."""

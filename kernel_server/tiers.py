@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from kernel_server.config import ServerConfig
@@ -19,8 +19,9 @@ from kernel_server.engine.tiers import Copier, CopyDone, DiskPool, HostPool
 from kernel_server.protocol.errors import BadArgument
 from kernel_server.protocol.messages import error_info
 from kernel_server.state.events import CopiesDone, PoolGrown, StateEvent, Ticked
-from kernel_server.state.residency import Slots, Tier
+from kernel_server.state.residency import Slots
 from kernel_server.state.shape import ModelShape
+from kernel_server.telemetry import Row, untouched_bytes
 
 #: How often idle sessions are looked for, seconds.
 TICK_S = 1.0
@@ -105,15 +106,29 @@ class Tiers:
             threading.Thread(target=prepare, name="host pool", daemon=True).start()
         threading.Thread(target=tick, name="clock", daemon=True).start()
 
-    def rows(self, slots: Mapping[Tier, Slots]) -> tuple[tuple[str, int, str], ...]:
-        """What the tiers hold, as (kind, bytes, note)."""
-        page, made = self._cache.page_bytes, []
-        below: tuple[Tier, Tier] = ("host", "disk")
-        for tier, count in zip(below, self._pages, strict=True):
-            if count:
-                used = slots[tier].used
-                made.append((f"KV pages in use ({tier})", used * page, f"{used} of {count} pages"))
-        return tuple(made)
+    def host_rows(self, slots: Slots, absent: int) -> list[Row]:
+        """What the host's pool holds, as (kind, bytes, note). absent: pages not on the device."""
+        count, page = self._pages[0], self._cache.page_bytes
+        if not count:
+            return []
+        used, free = slots.used, count - slots.used
+        return [
+            ("KV pages in use (host)", used * page,
+             f"{used} of {count} pages; {absent} pages of sessions are not on the device"),
+            ("KV pages free (host)", free * page, f"budget {slots.capacity} pages"),
+        ]  # fmt: skip
+
+    def disk_rows(self, slots: Slots) -> list[Row]:
+        """What the file of pages holds; no part of the process's memory."""
+        count, page = self._pages[1], self._cache.page_bytes
+        if not count:
+            return []
+        note = f"{slots.used} of {count} pages, in a file"
+        return [("KV pages in use (disk)", slots.used * page, note)]
+
+    def untouched_bytes(self) -> int:
+        """Bytes of the host's pool that were never written, and take no memory yet."""
+        return 0 if self._host is None else untouched_bytes(*self._host.where)
 
     def close(self) -> None:
         """End the copies; the file of pages is removed."""

@@ -19,6 +19,7 @@ from kernel_server.engine.attention import Calibration, PagedAttentionRoute
 from kernel_server.engine.cache_route import CacheCalibration, CacheRoute, longest_prompt
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
+from kernel_server.engine.workspace import measure_workspace
 from kernel_server.models.altered import refuse_quantised_model
 from kernel_server.models.resumable import AttentionRoute, ResumableModel
 from kernel_server.models.selftest import REPEATED, LoadReport, Trace, check_model, narrowed
@@ -65,6 +66,7 @@ def serve(
     model: PreTrainedModel,
     *,
     kv_memory_bytes: int | None = None,
+    device_memory_bytes: int | None = None,
     prefill_chunk: int = 512,
     page_tokens: int | None = None,
     group_layers: int | None = None,
@@ -72,6 +74,7 @@ def serve(
     """Make a stock model resumable, check it against transformers, and give it a page pool.
 
     kv_memory_bytes: of the pool; without it 85 % of what is free, at most 1 GiB on the CPU.
+    device_memory_bytes: a cap over weights, pool and the workspace of a chunk, which is measured.
     page_tokens, group_layers: T and G of a page, chosen for the geometry when not given.
 
     Raises UnsupportedModel, BadArgument if the pool is too small, or OutOfDeviceMemory.
@@ -80,6 +83,14 @@ def serve(
     """
     resumable, shape, report = resume(model, page_tokens=page_tokens, group_layers=group_layers)
     wanted = kv_memory_bytes
+    if device_memory_bytes is not None:
+        room = _room_under(device_memory_bytes, resumable, shape, prefill_chunk)
+        if wanted is not None and wanted > room.pages:
+            raise BadArgument(f"--kv-memory of {wanted:,} bytes does not fit: {room.why}")
+        wanted = room.pages if wanted is None else wanted
+        least = shape.num_groups * shape.page_bytes
+        if wanted < least:
+            raise BadArgument(f"a session needs {least:,} bytes of pages: {room.why}")
     if wanted is None:
         wanted = _default_bytes(resumable.device)
     num_pages = wanted // shape.page_bytes
@@ -183,6 +194,11 @@ class CheckRunner:
         self._cache = KVCache(shape, 2 * self._groups * self._pages, model.device)
         self._half = 0
 
+    def fill(self) -> int:
+        """Write every page once, so that its memory is taken; returns the bytes."""
+        self._cache.poison(range(self._cache.num_pages))
+        return self._cache.pool.nbytes
+
     def run(
         self,
         prompt: Sequence[int],
@@ -263,6 +279,32 @@ class CheckRunner:
 
 def _go_on(point: Point, state: ForwardState) -> bool:
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What a cap leaves for pages, bytes, and the sum that says so."""
+
+    pages: int
+    why: str
+
+
+def _room_under(cap: int, model: ResumableModel, shape: PageShape, chunk: int) -> _Room:
+    stock = model.model
+    weights = sum(t.nbytes for t in (*stock.parameters(), *stock.buffers()))
+    runner = CheckRunner(model, shape, max_tokens=chunk + 1)
+    held = weights + runner.fill()
+
+    def prefill() -> None:
+        runner.run([0] * chunk, [0], chunk=chunk)
+
+    used = measure_workspace(model.device, prefill, held)
+    pages = cap - weights - used
+    return _Room(
+        max(pages, 0),
+        f"--device-memory of {cap:,} leaves {pages:,} after {weights:,} of weights and {used:,} of"
+        f" workspace for a chunk of {chunk} tokens; give more, or a smaller --prefill-chunk",
+    )
 
 
 def _default_bytes(device: torch.device) -> int:

@@ -76,6 +76,11 @@ class HostPool:
         start = number * self.page_bytes
         return self._bytes[start : start + self.page_bytes]
 
+    @property
+    def where(self) -> tuple[int, int]:
+        """Address and bytes of the pool."""
+        return self._bytes.data_ptr(), self._bytes.nbytes
+
     def close(self) -> None:
         """Let the pinned pieces go."""
         for start, length in self._registered:

@@ -104,12 +104,13 @@ class Control(Running):
                 max_prompt=shape.max_prompt,
             )
         pages = shape.num_groups * shape.pages_for(num_prompt + new - 1)
-        if pages > shape.num_device_pages:
+        total = self.residency.slots["device"].capacity
+        if pages > total:
             raise PromptTooLong(
                 f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, the whole pool"
-                f" has {shape.num_pages}: ask for less, or start the server with more --kv-memory",
+                f" has {total}: ask for less, or start the server with more --kv-memory",
                 needed=pages,
-                total=shape.num_pages,
+                total=total,
             )
         most = self.pool.per_tenant
         if most is not None and pages > most:

@@ -157,9 +157,9 @@ class Leaving(Copies):
             if place.disk is not None and freed < count:
                 self.residency.drop(page, "host")
                 freed += 1
-            elif place.disk is None and place.device is None:
+            elif place.disk is None and place.device is None and len(pushed) < count:
                 pushed.append(page)
-            if freed + len(pushed) >= count:
+            if freed >= count:
                 break
         free = min(self.residency.free("disk"), max(count - freed, 0))
         self._copy(None, pushed[:free], "host", "disk", _HOST_ROOM)

@@ -134,6 +134,9 @@ class Paging(Leaving):
         lacking = len(still) - self.residency.slots["host"].room
         if lacking > 0:
             self._free_host(lacking)
+            if not self.residency.free("host") and not self.copying:
+                # all of it copies of pages that the device has, and the disk is full
+                self._let_copies_go("host", lacking)
         self._copy(session, still[: self.residency.free("host")], "disk", "host", "needed")
         return True
 

@@ -14,6 +14,7 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadMessage, DjinnError, QuotaExceeded, ServerFault
 from kernel_server.protocol.location import layers_begun, layers_executed
 from kernel_server.protocol.messages import error_info
+from kernel_server.state.budgets import Budgets
 from kernel_server.state.events import (
     CopiesDone,
     EditsApplied,
@@ -27,7 +28,6 @@ from kernel_server.state.events import (
     Ticked,
 )
 from kernel_server.state.instructions import Instruction, Reply
-from kernel_server.state.residing import Residing
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.state.story import brief
@@ -38,7 +38,7 @@ __all__ = ["Limits", "ModelShape", "ServerState"]
 _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
 
-class ServerState(Residing):
+class ServerState(Budgets):
     """All sessions of a server, and what is to be done next."""
 
     def __init__(
@@ -82,6 +82,7 @@ class ServerState(Residing):
             m.Restore: self.restore,
             m.Pin: self.pin,
             m.Hint: self.hint,
+            m.SetBudget: self.set_budget,
             m.ReadAttention: self.read_attention,
             m.ReadAttribution: self.read_attribution,
             m.ReadSites: self.read_sites,
@@ -154,7 +155,7 @@ class ServerState(Residing):
         answer = self._requests.get(type(message))
         if answer is None:
             raise BadMessage(f"{type(message).__name__} is not a request about sessions")
-        if isinstance(message, (m.Launch, m.ListSessions)):
+        if isinstance(message, (m.Launch, m.ListSessions, m.SetBudget)):
             answer(event, message)
             return
         session = self.own(event.owner, message.session_id)

@@ -84,7 +84,13 @@ ALLOWED: dict[str, frozenset[str]] = {
         }
     ),
     "kernel_server.tiers": frozenset(
-        {_PROTOCOL, "kernel_server.config", "kernel_server.engine", "kernel_server.state"}
+        {
+            _PROTOCOL,
+            "kernel_server.config",
+            "kernel_server.engine",
+            "kernel_server.state",
+            "kernel_server.telemetry",
+        }
     ),
     # wiring: only these may import everything
     "kernel_server.server": _ANYTHING,

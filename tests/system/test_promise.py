@@ -27,6 +27,8 @@ SIGNATURES = {
     "Server.attach": "(self, id)",
     "Server.sessions": "(self)",
     "Server.memory": "(self)",
+    "Server.set_budget": "(self, *, device=None, host=None, disk=None)",
+    "Server.swaps": "(self)",
     "Server.close": "(self)",
     "Session.break_at": "(self, location, *, when='any', condition=None, ignore=0, once=False)",
     "Session.continue_": "(self, timeout=None)",
@@ -39,6 +41,10 @@ SIGNATURES = {
     "Session.fork": "(self, seed=None, *, name=None, temperature=None, top_p=None,"
     " max_new_tokens=None)",
     "Session.capture": "(self, locations, what='summary', tokens='all')",
+    "Session.evict": "(self, to='host')",
+    "Session.restore": "(self)",
+    "Session.pin": "(self, pinned=True)",
+    "Session.hint": "(self, *, resume_in_s)",
     "Session.terminate": "(self)",
     "Session.story": "(self)",
     "Stopped.edit": "(self, *, scale=None, add=None, set=None, zero=False, clamp=None,"
@@ -57,11 +63,12 @@ PROPERTIES = {
     "Server": ["address", "model"],
     "Session": [
         "breakpoints", "edits", "tokens", "text", "logits", "status", "layers_executed",
+        "residency",
     ],
     "Stopped": ["location", "reason", "forward", "hit_tokens", "tokens", "hidden_states", "value"],
 }  # fmt: skip
 PLANNED = {
-    "Session": ["step_back", "evict", "save"],
+    "Session": ["step_back", "save"],
 }
 LINE_MAGICS = [
     "connect", "load", "break", "breaks", "continue", "next", "in", "out", "pause", "edit", "lens",

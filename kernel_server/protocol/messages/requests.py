@@ -167,6 +167,14 @@ class Hint:
 
 
 @message
+class SetBudget:
+    """Use no more than `nbytes` of a tier from now on; at most what was allocated at the start."""
+
+    tier: Literal["device", "host", "disk"]
+    nbytes: int
+
+
+@message
 class SetBreakpoint:
     """Add a breakpoint, data breakpoint or logpoint to a session.
 

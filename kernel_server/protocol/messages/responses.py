@@ -238,6 +238,16 @@ class MemoryReply:
 
 
 @message
+class BudgetReply:
+    """Bytes of a tier that may be used, that are used, and that there are."""
+
+    tier: Literal["device", "host", "disk"]
+    nbytes: int
+    used: int
+    allocated: int
+
+
+@message
 class Chunk:
     offset: int
     data: Array

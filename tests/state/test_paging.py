@@ -1,0 +1,344 @@
+"""Pages on their way: what leaves, what comes back, and the faults that others had."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
+from kernel_server.state.events import Ticked
+from kernel_server.state.instructions import CopyPages
+from kernel_server.state.server_state import Limits
+from tests.state.world import SHAPE, World
+
+#: pages of a stopped session with the world's prompt: two in each of three groups
+PAGES = 6
+PAGE = SHAPE.page_bytes
+
+
+def tiers(
+    device: int, host: int = 0, disk: int = 0, limits: Limits | None = None, kind: type = World
+) -> Any:
+    shape = dataclasses.replace(
+        SHAPE, num_pages=device + host + disk, num_host_pages=host, num_disk_pages=disk
+    )
+    return kind(shape, limits)
+
+
+def stopped(world: World, at: str = "logits", **options: Any) -> str:
+    """A session that stands at a location, and whose copies have not been told of."""
+    session_id = world.launch(max_new_tokens=options.pop("max_new_tokens", 2), **options)
+    world.go(session_id, m.RunTo, location=at)
+    while world.engine.stretch is not None:
+        world.done()
+    return session_id
+
+
+def wait(world: World, seconds: float) -> None:
+    world.now += seconds
+    world.handle(Ticked(now=world.now))
+
+
+def texts(world: World, session_id: str) -> list[str]:
+    return [
+        e.text for e in world.events["ada"] if e.kind == "swapped" and e.session_id == session_id
+    ]
+
+
+def device_pages(world: World, session_id: str) -> int:
+    state = world.state
+    return state.residency.count(state.sessions[session_id].tables)["device"]
+
+
+# -- faults of others ---------------------------------------------------------------------------
+
+
+def test_a_page_is_not_let_go_before_its_backup_is_done() -> None:
+    """Write-through that lost prefixes which were evicted before the backup finished."""
+    world = tiers(device=PAGES, host=2 * PAGES)
+    first = stopped(world)
+    assert world.engine.copies, "nothing is being backed up"
+    second = world.launch(max_new_tokens=2)
+    world.go(second)
+
+    assert device_pages(world, first) == PAGES
+    assert world.engine.stretch is None, "the other runs on room that is not free yet"
+    world.work()
+    assert world.session(second).status == "finished"
+    world.run(first)
+    assert world.session(first).status == "finished"
+    world.finish_checks()
+
+
+def test_a_host_slot_is_not_used_again_while_a_copy_reads_it() -> None:
+    """A host slot that was given to another page in the middle of a copy."""
+    world = tiers(device=2 * PAGES, host=PAGES)
+    first = stopped(world)
+    world.work()
+    world.ask(m.Evict(session_id=first))
+    request = world.send(m.Restore(session_id=first))
+    (copy,) = world.engine.copies.values()
+    assert copy.way == "host-device"
+    world.ask(m.Terminate(session_id=first))
+    stopped(world)
+
+    assert not any(c.way == "device-host" for c in world.engine.copies.values())
+    world.work()
+    assert isinstance(world.replies[request], m.ErrorReply)
+    assert world.state.residency.slots["host"].used == PAGES, "the second was not copied after all"
+    world.finish_checks()
+
+
+def test_a_page_written_while_it_is_copied_is_not_taken_for_copied() -> None:
+    """Offloading that raced with the computation of the same page."""
+    world = tiers(device=2 * PAGES, host=2 * PAGES)
+    session = stopped(world, at="layers.2.output")
+    assert world.engine.copies
+    world.go(session)
+    while world.engine.stretch is not None:
+        world.done()
+    world.work()
+
+    assert world.session(session).status == "finished"
+    request = world.send(m.Evict(session_id=session))
+    world.work()
+    assert world.answer_to(request).session.device_pages == 0
+    world.finish_checks()
+
+
+def test_pressure_ends_when_its_cause_does() -> None:
+    """Pressure that was never recovered from: once the host was full, nothing was copied again."""
+    world = tiers(device=3 * PAGES, host=PAGES)
+    first, second = stopped(world), stopped(world)
+    world.work()
+    assert len(world.state.residency.dirty) == PAGES
+    third = stopped(world)
+    with pytest.raises(OutOfPages, match="fit there"):
+        world.ask(m.Evict(session_id=second))
+    world.ask(m.Terminate(session_id=first))
+    world.work()
+
+    assert len(world.state.residency.dirty) == PAGES, "the host has room and nothing is copied"
+    world.ask(m.Terminate(session_id=third))
+    world.work()
+    assert not world.state.residency.dirty or device_pages(world, second) == PAGES
+    world.run(second)
+    assert world.session(second).status == "finished"
+    world.finish_checks()
+
+
+def test_a_session_that_makes_room_gives_it_after_its_copy_only() -> None:
+    """A preempted request whose pages were given away before the copy of them was done."""
+    world = tiers(device=PAGES, host=PAGES)
+    first = stopped(world)
+    request = world.send(m.Evict(session_id=first))
+    free = world.state.residency.free
+
+    assert request not in world.replies
+    assert free("device") == 0
+    world.land()
+    assert request in world.replies
+    assert free("device") == PAGES
+    world.finish_checks()
+
+
+def test_a_copy_that_fails_leaves_the_page_where_it_was() -> None:
+    world = tiers(device=PAGES, host=PAGES)
+    first = stopped(world)
+    world.land(error=m.ErrorInfo(code="OutOfDeviceMemory", message="no room"))
+
+    assert device_pages(world, first) == PAGES
+    world.run(first)
+    assert world.session(first).status == "finished"
+
+
+# -- marks --------------------------------------------------------------------------------------
+
+
+def test_the_host_gives_to_the_disk_between_the_marks_and_no_further() -> None:
+    """Begun above 85 % of the device, ended at 75 %: the rest stays on the host."""
+    world = tiers(device=44, host=20, disk=40)
+    sessions = [stopped(world) for _ in range(3)]
+    world.work()
+    for session in sessions:
+        world.ask(m.Evict(session_id=session))
+    disk, dirty = world.state.residency.slots["disk"], world.state.residency.dirty
+    for _ in range(6):
+        stopped(world)
+        assert not world.state.pressing
+        assert disk.used == 0, "the disk was used below the mark"
+    stopped(world)
+    assert len(dirty) > 0.85 * 44
+    assert world.state.pressing
+    world.work()
+
+    assert not world.state.pressing
+    assert 0.5 * 44 < len(dirty) <= 0.75 * 44
+    assert disk.used
+    world.finish_checks()
+
+
+# -- what time does -----------------------------------------------------------------------------
+
+
+def test_an_idle_session_leaves_and_its_event_says_why() -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, limits=Limits(idle_after_s=30.0))
+    session = stopped(world)
+    world.work()
+    wait(world, 29.0)
+    assert device_pages(world, session) == PAGES
+    wait(world, 2.0)
+
+    assert device_pages(world, session) == 0
+    assert texts(world, session) == ["6 pages left the device, copied before: left alone for 31 s"]
+
+
+def test_without_the_policy_an_idle_session_stays() -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, limits=Limits(idle_after_s=None))
+    session = stopped(world)
+    world.work()
+    wait(world, 1e6)
+
+    assert device_pages(world, session) == PAGES
+
+
+def test_a_hint_brings_pages_back_in_time_from_those_expected_later() -> None:
+    world = tiers(device=PAGES, host=3 * PAGES)
+    hinted = stopped(world)
+    world.ask(m.Hint(session_id=hinted, resume_in_s=20.0))
+    world.work()
+    other = stopped(world)
+    world.work()
+    assert device_pages(world, hinted) == 0
+    wait(world, 19.0)
+    assert device_pages(world, hinted) == 0
+    wait(world, 0.9)
+    world.work()
+
+    assert device_pages(world, hinted) == PAGES
+    assert "its hint says" in texts(world, hinted)[-1]
+    assert device_pages(world, other) == 0
+
+
+# -- budgets ------------------------------------------------------------------------------------
+
+
+def budget(world: World, tier: Any, pages: int) -> m.BudgetReply:
+    return world.ask(m.SetBudget(tier=tier, nbytes=pages * PAGE))
+
+
+def test_a_lowered_budget_has_pages_leave_and_a_raised_one_takes_them_again() -> None:
+    world = tiers(device=3 * PAGES, host=3 * PAGES)
+    sessions = [stopped(world) for _ in range(3)]
+    reply = budget(world, "device", PAGES)
+    assert (reply.nbytes, reply.allocated) == (PAGES * PAGE, 3 * PAGES * PAGE)
+    world.work()
+
+    assert world.state.residency.slots["device"].used <= PAGES
+    for session in sessions:
+        world.run(session)
+        assert world.session(session).status == "finished"
+        assert world.state.residency.slots["device"].used <= PAGES
+    budget(world, "device", 3 * PAGES)
+    assert world.state.residency.free("device") >= 2 * PAGES
+    world.finish_checks()
+
+
+def test_a_host_budget_moves_pages_on_to_the_disk() -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, disk=2 * PAGES)
+    session = stopped(world)
+    world.work()
+    world.ask(m.Evict(session_id=session))
+    budget(world, "host", 2)
+    world.work()
+
+    assert world.state.residency.slots["host"].used <= 2
+    with pytest.raises(OutOfPages, match="would have to leave the disk"):
+        budget(world, "disk", 0)
+    budget(world, "host", 2 * PAGES)
+    world.run(session)
+    assert world.session(session).status == "finished"
+    world.finish_checks()
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_numbers() -> None:
+    world = tiers(device=2 * PAGES, host=2)
+    session = stopped(world)
+    world.work()
+    with pytest.raises(BadArgument, match=f"give 3,000 to {2 * PAGES},000 bytes"):
+        budget(world, "device", 2 * PAGES + 1)
+    with pytest.raises(BadArgument, match="--host-memory"):
+        budget(world, "host", 3)
+    with pytest.raises(OutOfPages) as caught:
+        budget(world, "device", 3)
+
+    assert caught.value.details["needed"] == 3
+    assert caught.value.details["free"] == 2
+    assert device_pages(world, session) == PAGES
+    with pytest.raises(NotSupported, match="2 owners"):
+        budget(tiers(device=PAGES, limits=Limits(owners=2)), "device", 3)
+
+
+# -- many agents --------------------------------------------------------------------------------
+
+
+class Counting(World):
+    """Counts how often each page crosses the border of the device."""
+
+    crossings: Counter[int]
+
+    def _carry_out(self, instruction: Any) -> None:
+        if isinstance(instruction, CopyPages) and "device" in instruction.way:
+            for move in self.state.copying[instruction.ticket].moves:
+                self.crossings[move.page] += 1
+        super()._carry_out(instruction)
+
+
+@pytest.mark.parametrize("hints", [False, True])
+def test_eighty_agents_that_think(hints: bool) -> None:
+    """Each acts, thinks for some seconds and acts again, on a device for a quarter of them."""
+    agents, acts, any_ = 80, 4, random.Random(7)
+    limits = Limits(sessions_per_owner=agents, idle_after_s=30.0)
+    world = tiers(device=120, host=200, disk=500, limits=limits, kind=Counting)
+    world.crossings = Counter()
+    world.draw = lambda position: position % 40
+    due: list[tuple[float, int, str]] = []
+    for number in range(agents):
+        heapq.heappush(due, (any_.uniform(0, 60), number, world.launch(max_new_tokens=acts)))
+    acted = Counter[str]()
+    while due:
+        at, number, session_id = heapq.heappop(due)
+        while world.now + 1.0 < at:
+            wait(world, 1.0)
+            world.work()
+        world.now = max(world.now, at)
+        session = world.state.sessions[session_id]
+        mine = {page for table in session.tables for page in table}
+        # down once after it was written, and up once
+        assert all(world.crossings.pop(page, 0) <= 2 for page in mine), session_id
+        world.run(session_id, m.RunTo, location="logits")
+        acted[session_id] += 1
+        slots = world.state.residency.slots["device"]
+        assert slots.used <= slots.capacity
+        assert session.status == "stopped", (session.error.message, world.now, sum(acted.values()))
+        think = any_.choice([2.0, 10.0, 45.0, 120.0]) * any_.uniform(0.5, 1.5)
+        if hints:
+            world.ask(m.Hint(session_id=session_id, resume_in_s=think))
+        if acted[session_id] < acts:
+            heapq.heappush(due, (world.now + think, number, session_id))
+
+    assert min(acted.values()) == acts
+    assert len(acted) == agents
+    assert world.state.residency.num_absent > 100, "everything fitted: nothing was tested"
+    for session_id in list(acted):
+        world.run(session_id)
+        end = world.session(session_id)
+        assert end.status == "finished"
+        assert end.tokens[6:] == tuple(position % 40 for position in range(6, 6 + acts))
+    world.finish_checks()
