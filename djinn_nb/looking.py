@@ -19,7 +19,7 @@ from djinn_nb.client import COMPUTE_S, Opened
 from djinn_nb.edits import Place, edit_spec
 from djinn_nb.metrics import metrics_on
 from djinn_nb.model import Model
-from djinn_nb.previews import Pair, Preview
+from djinn_nb.previews import BothLogits, Preview
 from djinn_nb.selectors import selector
 from djinn_nb.variables import Variable
 from kernel_server.protocol import messages as m
@@ -74,7 +74,7 @@ class Looking:
         count = whole(top_k, "top_k", least=1)
         version = client.mirror.values_version(self.session.id)
 
-        def ask(logits: bool) -> tuple[m.PreviewReply, Pair | None]:
+        def ask(logits: bool) -> tuple[m.PreviewReply, BothLogits | None]:
             with Opened(client) as opened:  # large values sent, logits received
                 message = m.Preview(
                     session_id=self.session.id,
@@ -88,7 +88,7 @@ class Looking:
                 rows = [client.tensor(one, "logits").reshape(-1) for one in sent if one is not None]
                 return reply, (rows[0], rows[1]) if rows else None
 
-        def ask_again() -> Pair:
+        def ask_again() -> BothLogits:
             if client.mirror.values_version(self.session.id) != version:
                 raise StaleStop(
                     "the session was edited after this preview, so its logits are not those any"

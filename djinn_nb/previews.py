@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from djinn_nb.metrics import Metric
 
 #: Logits `[vocabulary]`, float32: without the edits, and with them.
-Pair: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+BothLogits: TypeAlias = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -55,9 +55,9 @@ class Preview:
     def __init__(
         self,
         reply: m.PreviewReply,
-        ask: Callable[[], Pair],
+        ask: Callable[[], BothLogits],
         label: str,
-        logits: Pair | None = None,
+        logits: BothLogits | None = None,
         metrics: Sequence[Metric] = (),
     ) -> None:
         self._reply = reply
@@ -125,7 +125,7 @@ class Preview:
         """
         return self._both()[1].copy()
 
-    def _both(self) -> Pair:
+    def _both(self) -> BothLogits:
         if self._logits is None:
             self._logits = self._ask()
         return self._logits
