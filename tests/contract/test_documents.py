@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 import djinn_nb
 
 ROOT = Path(__file__).parents[2]
+FAMILIES = "kernel_server/models/FAMILIES.md"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -99,6 +100,14 @@ def test_every_part_of_the_server_has_a_line_in_its_readme():
     }
 
     assert {part for part in parts if not re.search(rf"`{part}(/|\.py)?`", text)} == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
+def test_a_document_counts_the_families_as_their_table_does(document: str):
+    [served] = re.findall(r"^## Served \((\d+)\)$", _text(FAMILIES), re.MULTILINE)
+    named = re.findall(r"\b(\d+)(?= are served| families)", _text(document))
+
+    assert named == [served]
 
 
 def test_the_results_in_the_readme_are_those_of_the_records():
