@@ -39,3 +39,14 @@ def test_a_pool_too_small_for_one_session_is_refused_with_the_numbers() -> None:
 def test_a_prefill_chunk_of_no_tokens_is_refused() -> None:
     with pytest.raises(BadArgument, match="at least 1"):
         serve(tiny.family("llama"), kv_memory_bytes=1 << 20, prefill_chunk=0)
+
+
+def test_a_cap_over_the_device_leaves_the_rest_for_pages():
+    model = tiny.family("llama")
+    weights = sum(p.nbytes for p in model.parameters())
+    served = serve(model, device_memory_bytes=64 << 20, prefill_chunk=64)
+
+    assert 0 < served.cache.pool.nbytes <= (64 << 20) - weights
+    assert served.cache.pool.nbytes > 32 << 20
+    with pytest.raises(BadArgument, match=r"leaves -[\d,]+ after .* of weights and"):
+        serve(tiny.family("llama"), device_memory_bytes=weights - 1, prefill_chunk=64)

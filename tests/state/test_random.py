@@ -393,6 +393,10 @@ class TieredClients(Clients):
         else:
             self.world.send(m.Hint(session_id=session_id, resume_in_s=seconds), owner)
 
+    @rule(tier=st.sampled_from(["device", "host", "disk"]), pages=st.integers(0, 24))
+    def change_a_budget(self, tier: Any, pages: int) -> None:
+        self.world.send(m.SetBudget(tier=tier, nbytes=pages * SHAPE.page_bytes), "ada")
+
     @rule(seconds=st.floats(0, 60))
     def wait(self, seconds: float) -> None:
         self.world.now += seconds
