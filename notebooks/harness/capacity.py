@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -35,6 +36,23 @@ def capped(cap_bytes: int, device: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def wait_until_freed(device: str, timeout_s: float = 30.0) -> None:
+    """Wait until no tensor of a closed kernel is left on the card: its threads end a little later.
+
+    Raises TimeoutError when more than 256 MiB stay.
+    """
+    gc.collect()
+    if not device.startswith("cuda"):
+        return
+    end = time.monotonic() + timeout_s
+    while (held := torch.cuda.memory_allocated()) > 256 << 20:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{held:,} bytes of a closed kernel are still on the card")
+        time.sleep(0.2)
+        gc.collect()
+    torch.cuda.empty_cache()
 
 
 def beside_the_pages(local: Local) -> int:
