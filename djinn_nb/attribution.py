@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
+#: A rest of this share of the logit, or of the largest part, is no rounding, in low precision too.
+_ROUNDING = 0.05
+
 
 class Attribution:
     """The parts of a token's logit, or of the difference of two: embedding, heads, MLPs, bias.
@@ -63,7 +66,8 @@ class Attribution:
 
     @property
     def rest(self) -> float:
-        """What the logit has besides the parts: rounding, unless the model's norm is not linear."""
+        """What the logit has besides the parts: rounding, unless the model's norm is not linear, or
+        the residual stream was edited between its parts, or after them."""
         return self.logit - self.total
 
     @property
@@ -164,6 +168,11 @@ class Attribution:
 
     def _notes(self) -> list[str]:
         notes = [self.note] if self.note else []
+        if abs(self.rest) > _ROUNDING * max(abs(self.logit), float(np.abs(self._values).max())):
+            notes.append(
+                f"the parts are not the whole logit, {self.rest:.2g} is left: an edit of the stream"
+                " between the parts, of final_norm or the logits is none of them"
+            )
         return [*notes, "recomputed on a scratch fork, the final norm's scale held fixed"]
 
     def __repr__(self) -> str:

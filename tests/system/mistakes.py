@@ -224,6 +224,15 @@ def pair_of(corrupt: str) -> Script:
     return script
 
 
+def attributed_after(factor: float) -> Script:
+    def script(desk: Desk) -> Any:
+        stop = desk.at()
+        stop.edit(scale=factor, tokens=-1)
+        return stop.attribution()
+
+    return script
+
+
 def metric_of(*tokens: str) -> Script:
     def script(desk: Desk) -> Any:
         metric = LogitDifference(*tokens) if len(tokens) == 2 else Probability(*tokens)
@@ -491,6 +500,11 @@ RUNS = [
         "two prompts compared that are of different lengths", "nnsight 399",
         "the lengths differ: 11 tokens have no counterpart",
         pair_of(SHORT), pair_of(OTHER),
+    ),
+    Mistake(
+        "an attribution of a stream that was edited between its parts", "TL PR 1191",
+        "the parts are not the whole logit",
+        attributed_after(2), attributed_after(1),
     ),
     Mistake(
         "a metric of a text that is several tokens", "TL PR 1256", "is 3 tokens of tiny",
