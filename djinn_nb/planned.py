@@ -15,10 +15,7 @@ PLANNED: dict[str, dict[str, str]] = {
         "load": "another model in the same server; connect(model=...) starts one beside it today",
     },
     "Session": {
-        "step_back": "going back to the previous stop; fork() before you go on today",
-        "rewind": "going back to an earlier forward; fork() before you go on today",
         "save": "checkpoints on disk",
-        "branches": "the tree of forks; server.sessions() lists parents today",
     },
     "Stopped": {},
 }

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.branches import Branches
 from djinn_nb.captured import Captured, capture
 from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
 from djinn_nb.client import Client
@@ -376,6 +377,68 @@ class Session(Moving, Planned):
         if isinstance(found, Finished):
             found._notes.append(f"run_to({location!r}) was never reached: the run ended before it")
         return found
+
+    # -- going back -----------------------------------------------------------------------
+
+    def step_back(self, timeout: float | None = None) -> Stopped | Finished:
+        """Return to the previous stop: its tokens, place, edits and values, bit for bit.
+
+        Breakpoints and logs stay as they are. What lay ahead stays in `branches()`. Raises
+        BadArgument at the first stop, NotStopped while it runs, QuotaExceeded.
+
+            session.continue_()
+            session.step_back().edit(scale=0.5)
+        """
+        return self._run(m.StepBack(session_id=self.id, seen=self._seen), timeout)
+
+    def rewind(
+        self, forward: int, location: int | str, timeout: float | None = None
+    ) -> Stopped | Finished:
+        """Return to any place the session has passed, whether or not it stopped there.
+
+        Where it did not stop, the forward is run again from its start, or from a stop before, with
+        the edits of that time; no breakpoint counts on that way. Raises BadArgument for a place not
+        passed, UnknownLocation, OutOfPages.
+
+            session.rewind(0, "layers.3.output")
+        """
+        message = m.Rewind(
+            session_id=self.id,
+            seen=self._seen,
+            forward=whole(forward, "forward", least=0),
+            location=location_name(location),
+        )
+        return self._run(message, timeout)
+
+    def branches(self) -> Branches:
+        """Where the session stood, as a tree: stops, ends, and what came after each."""
+        return Branches(self.client.call(m.ListBranches(session_id=self.id), m.Branches))
+
+    def go_to(self, node: int | Stopped, timeout: float | None = None) -> Stopped | Finished | None:
+        """Return to a node of `branches()`, or to a stop seen before; None at the start.
+
+        Raises UnknownNode, and what `step_back()` raises.
+
+            first = session.continue_()
+            session.continue_()
+            session.go_to(first)
+        """
+        number = node.number if isinstance(node, Stopped) else whole(node, "node", least=0)
+        message = m.GoTo(session_id=self.id, seen=self._seen, node=number)
+        info = run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
+        if info.status == "waiting" and info.error is None:
+            self.client.mirror.update(info)
+            self._seen = info.stop_number
+            return None
+        return self._arrived(info)
+
+    def prune(self, node: int) -> Branches:
+        """Free a node and all that came after it; returns what is left.
+
+        Raises UnknownNode, BadArgument for a node that the session has come by.
+        """
+        message = m.PruneBranch(session_id=self.id, node=whole(node, "node", least=0))
+        return Branches(self.client.call(message, m.Branches))
 
     def pause(self) -> Stopped | Finished:
         """Stop at the next layer boundary, and wait for it; a session at rest is left alone."""

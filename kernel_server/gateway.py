@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 CAPABILITIES = (
     "breakpoints", "conditions", "data_breakpoints", "logpoints", "edits", "sticky_edits", "fork",
-    "lens", "capture", "pause", "vectors", "chat",
+    "lens", "capture", "pause", "vectors", "chat", "step_back",
 )  # fmt: skip
 
 #: Longest prompt text accepted, characters; the context limits tokens later.
@@ -481,6 +481,7 @@ _STATE_REQUESTS = (
     m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit,
     m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog, m.ReadStory, m.Preview,
     m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter,
+    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
@@ -491,6 +492,7 @@ _AT_ONCE = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
     m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
     m.RemoveBreakpoint, m.ReadStory,
+    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
 )  # fmt: skip
 
 

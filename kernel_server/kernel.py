@@ -144,7 +144,8 @@ class Kernel:
 
     def has_unfinished_sessions(self) -> bool:
         """Whether somebody may want to come back to a session."""
-        statuses = [session.status for session in list(self.state.sessions.values())]
+        sessions = list(self.state.sessions.values())
+        statuses = [session.status for session in sessions if not session.branch]
         return any(status in ("waiting", "running", "stopped") for status in statuses)
 
     def memory(self) -> tuple[Row, ...]:

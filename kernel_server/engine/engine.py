@@ -61,12 +61,15 @@ from kernel_server.state.instructions import (
     Check,
     CopyPages,
     DropLog,
+    DropNodes,
     DropTensors,
     EditPlan,
     ForkTensors,
     Instruction,
+    KeepTensors,
     PoisonPages,
     ReadTensors,
+    RestoreTensors,
     RunStretch,
 )
 
@@ -168,9 +171,16 @@ class Engine:
             case ApplyEdits():
                 self._apply_edits(errand)
             case ForkTensors():
-                parent = self._sessions.get(errand.parent_id)
-                if parent is not None:
-                    self._sessions[errand.child_id] = parent.fork()
+                self._fork(errand)
+            case KeepTensors():
+                held = self._sessions.setdefault(errand.session_id, SessionTensors())
+                held.keep(errand.node)
+            case RestoreTensors():
+                self._restore(errand)
+            case DropNodes():
+                if errand.session_id in self._sessions:
+                    for node in errand.nodes:
+                        self._sessions[errand.session_id].stops.pop(node, None)
             case DropTensors():
                 self._sessions.pop(errand.session_id, None)
             case DropLog():
@@ -183,6 +193,26 @@ class Engine:
                 self._copier.begin(Copy(errand.ticket, errand.way, errand.moves))
             case _:
                 raise TypeError(f"{type(errand).__name__} is not an errand")
+
+    def _fork(self, errand: ForkTensors) -> None:
+        parent = self._sessions.get(errand.parent_id)
+        if parent is None:
+            return
+        if errand.history_only:
+            child = SessionTensors(history=parent.history)
+        else:
+            child = parent.fork()
+            child.stops = {node: parent.stops[node] for node in errand.nodes}
+        self._sessions[errand.child_id] = child
+
+    def _restore(self, errand: RestoreTensors) -> None:
+        held = self._sessions.setdefault(errand.session_id, SessionTensors())
+        if errand.node is not None:
+            found = held.at_stop(errand.node)
+        else:
+            source = self._sessions.get(errand.source_id, held)
+            found = held.at_start(errand.forward, source)
+        self._sessions[errand.session_id] = found
 
     def await_copy(self, ticket: int) -> None:
         """Order what is computed next after a copy to the device."""

@@ -61,9 +61,13 @@ class ForwardState:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that cannot be computed again."""
+        return sum(tensor.nbytes for tensor in {id(t): t for t in self.tensors()}.values())
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that cannot be computed again, some of them twice."""
         kept = [*self.residual, *self.final_norm, self.logits, *(self.site_value or [])]
         kept += [*(self.unedited or []), *(c for put in self.injected.values() for c in put)]
-        return sum(tensor.nbytes for tensor in {id(t): t for t in kept if t is not None}.values())
+        return [tensor for tensor in kept if tensor is not None]
 
     def arrive(self, point: Point, value: list[Tensor]) -> None:
         """Stand at a point inside a layer, where the layer computed `value`."""

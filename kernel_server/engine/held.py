@@ -85,6 +85,8 @@ class SessionTensors:
     logs: dict[int, Log] = field(default_factory=dict)
     #: of a scratch fork: by point, rows `[tokens, elements]` by chunk, or their summary
     caught: dict[Point, Any] = field(default_factory=dict)
+    #: what was held at stops that the session has left
+    stops: dict[int, SessionTensors] = field(default_factory=dict)
 
     def standing(self) -> ForwardState:
         """The forward the session stands in, or `NotStopped`."""
@@ -167,19 +169,39 @@ class SessionTensors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the forward it stands in and of its last logits."""
-        forward = self.forward.nbytes if self.forward is not None else 0
-        return forward + (self.last_logits.nbytes if self.last_logits is not None else 0)
+        """Bytes of the forwards it stands in, or stood in at kept stops, and their last logits."""
+        held = (self, *list(self.stops.values()))
+        tensors = {id(tensor): tensor for one in held for tensor in one._tensors()}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _tensors(self) -> list[Tensor]:
+        forward = [] if self.forward is None else self.forward.tensors()
+        return forward if self.last_logits is None else [*forward, self.last_logits]
+
+    def keep(self, node: int) -> None:
+        """Keep what is held at this stop."""
+        self.stops[node] = self.fork()
+
+    def at_stop(self, node: int) -> SessionTensors:
+        """What was held at a stop; this session's logs and kept stops go along."""
+        found = self.stops[node].fork()
+        found.logs, found.stops = self.logs, self.stops
+        return found
+
+    def at_start(self, forward: int, source: SessionTensors) -> SessionTensors:
+        """What is left at the start of a forward: figures of those before it, as `source` has
+        them; the logits before it are not kept."""
+        return SessionTensors(history=source.history[:forward], logs=self.logs, stops=self.stops)
 
     def fork(self) -> SessionTensors:
-        """The same tensors for another session; its logs are empty."""
+        """The same tensors for another session; its logs and kept stops are empty."""
         return SessionTensors(
             forward=self.forward.fork() if self.forward is not None else None,
             _unedited=self._unedited,
             _kept=list(self._kept),
             _reduced=list(self._reduced),
             _last_rows=list(self._last_rows),
-            history=list(self.history),
+            history=self.history,
             last_logits=self.last_logits,
             lens_before=dict(self.lens_before),
         )

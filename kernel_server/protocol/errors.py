@@ -5,7 +5,7 @@ The branches say whose move it is::
     DjinnError
     ├── RequestError            you asked for something that cannot be; nothing was changed
     │   ├── UnknownLocation, UnknownSession, UnknownBreakpoint, UnknownEdit, UnknownTransfer
-    │   ├── UnknownVector, BrokenVector, WrongModel
+    │   ├── UnknownNode, UnknownVector, BrokenVector, WrongModel
     │   ├── BadCondition, BadEdit, BadSelector, BadPrompt, PromptTooLong, BadArgument, BadMessage
     │   ├── NotStopped, NotFinished, StaleStop, UndoRefused
     │   ├── NoTokenizer, NotSupported, UnsupportedModel, ModelNotFound, BrokenModel
@@ -82,6 +82,10 @@ class UnknownBreakpoint(RequestError, LookupError):
 
 class UnknownEdit(RequestError, LookupError):
     """The session has no edit with this id."""
+
+
+class UnknownNode(RequestError, LookupError):
+    """The session has no such node: it was pruned, or never was."""
 
 
 class UnknownTransfer(RequestError, LookupError):

@@ -182,13 +182,16 @@ class Control(Running):
             error=parent.error,
             breakpoints=parent.breakpoints.copy(),
             edits=parent.edits.copy(),
+            tree=parent.tree.of_fork((request.seed, request.temperature, request.top_p)),
+            applied=dict(parent.applied),
         )
         for table in child.tables:
             self.pool.retain(table)
         self.sessions[child.id] = child
         self.note(parent, "Fork", f"to {child.id}")
         self.note(child, "Fork", f"of {parent.id}, {child.place(self.shape.num_layers)}")
-        self.emit(ForkTensors(parent_id=parent.id, child_id=child.id))
+        nodes = tuple(child.tree.kept)
+        self.emit(ForkTensors(parent_id=parent.id, child_id=child.id, nodes=nodes))
         self.publish(child, "launched")
         self.reply(event.request_id, m.SessionReply(session=self.info(child)))
 

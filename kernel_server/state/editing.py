@@ -82,7 +82,8 @@ class Editing(Control):
             id(other.spec.value): other.spec.value.nbytes
             for session in self.sessions.values()
             if session.owner == owner
-            for other in session.edits
+            for edits in session.edit_lists()
+            for other in edits
             if other.spec.value is not None
         }
         require_room(

@@ -1,8 +1,9 @@
 """What is to be done: the only things that come out of the state machine. Imperatives.
 
 The loop carries them out in order. `RunStretch` goes to the engine's one work slot; `ApplyEdits`,
-`ForkTensors`, `DropTensors`, `DropLog`, `PoisonPages` and `ReadTensors` are errands the engine does
-between two layers of whatever it runs; `Interrupt`, `Reply` and `Publish` take effect at once.
+`ForkTensors`, `KeepTensors`, `RestoreTensors`, `DropNodes`, `DropTensors`, `DropLog`, `PoisonPages`
+and `ReadTensors` are errands the engine does between two layers of whatever it runs; `Interrupt`,
+`Reply` and `Publish` take effect at once.
 """
 
 from __future__ import annotations
@@ -158,8 +159,38 @@ class ApplyEdits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForkTensors:
+    """Give another session the same tensors. nodes: with those kept of these stops.
+    history_only: of a branch, the figures of finished forwards are enough."""
+
     parent_id: str
     child_id: str
+    nodes: tuple[int, ...] = ()
+    history_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepTensors:
+    """Keep the tensors of a stop that the session leaves."""
+
+    session_id: str
+    node: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreTensors:
+    """Put back the tensors kept of a stop; `node` None: those of the start of a forward, as far as
+    `source_id`, a session or its branch, still knows them."""
+
+    session_id: str
+    source_id: str
+    node: int | None
+    forward: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropNodes:
+    session_id: str
+    nodes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +257,9 @@ Instruction = (
     | Interrupt
     | ApplyEdits
     | ForkTensors
+    | KeepTensors
+    | RestoreTensors
+    | DropNodes
     | DropTensors
     | DropLog
     | PoisonPages

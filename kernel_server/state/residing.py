@@ -11,10 +11,10 @@ import math
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
+from kernel_server.state.branching import Branching
 from kernel_server.state.events import PoolGrown, Requested, Ticked
 from kernel_server.state.paging import Settling
 from kernel_server.state.residency import Tier
-from kernel_server.state.scratch import Scratching
 from kernel_server.state.sessions import Session
 
 #: Most seconds ahead that a hint may name: a day.
@@ -23,7 +23,7 @@ _MAX_HINT_S = 86400.0
 _LEAD_S, _LEAD_BYTES_PER_S = 0.25, 10e9
 
 
-class Residing(Scratching):
+class Residing(Branching):
     """Evict, restore, pin, hint; idle sessions."""
 
     def evict(self, event: Requested, request: m.Evict, session: Session) -> None:
@@ -37,6 +37,9 @@ class Residing(Scratching):
         if request.to == "disk" and not self.residency.slots["host"].capacity:
             raise NotSupported("pages reach the disk through the host: start with --host-memory")
         self._require_below(session)
+        for line in session.tree.lines:
+            if line not in self.settling:
+                self._ask_for(None, self.sessions[line], request.to, "asked for")
         self._ask_for(event.request_id, session, request.to, "asked for")
 
     def restore(self, event: Requested, request: m.Restore, session: Session) -> None:

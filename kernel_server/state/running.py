@@ -19,7 +19,7 @@ from kernel_server.protocol.location import (
     layers_executed,
 )
 from kernel_server.protocol.messages import ErrorReply, Reason, error_info
-from kernel_server.state.breakpoints import Breakpoint, questions
+from kernel_server.state.breakpoints import Breakpoint, Place, questions
 from kernel_server.state.core import Slot
 from kernel_server.state.edits import plans_beyond
 from kernel_server.state.events import (
@@ -55,6 +55,8 @@ class Running(Paging):
 
     def until(self, session: Session, target: Target | None) -> Point:
         """How far the current forward may run without asking."""
+        if session.replay is not None:
+            return session.replay.until(session.forward, self.shape.sampled)
         return furthest(
             self.shape,
             session.forward,
@@ -94,14 +96,16 @@ class Running(Paging):
         if long and self.scheduler:
             until = min(until, self._slice_end(session))
         point = session.point
-        armed = tuple(p for p in session.breakpoints.armed(prefill) if point < p.point <= until)
+        armed: tuple[Place, ...] = ()
         edits = []
-        if len(session.edits):
-            edits = [
-                entry
-                for entry in plans_beyond(session.edits, session.standing(), shape.logits)
-                if entry[0].point <= until
-            ]
+        if session.replay is not None:
+            edits = session.replay.plans(session.forward, point)
+        else:
+            places = session.breakpoints.armed(prefill)
+            armed = tuple(p for p in places if point < p.point <= until)
+            if len(session.edits):
+                edits = plans_beyond(session.edits, session.standing(), shape.logits)
+        edits = [entry for entry in edits if entry[0].point <= until]
         first, end = session.first_token, session.end_token
         checks, logs = questions(armed, session.tokens, first, end)
         stretch = RunStretch(

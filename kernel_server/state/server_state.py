@@ -63,6 +63,11 @@ class ServerState(Budgets):
             m.RunTo: self.run_to,
             m.Pause: self.pause,
             m.Fork: self.fork,
+            m.StepBack: self.step_back,
+            m.Rewind: self.rewind,
+            m.GoTo: self.go_to,
+            m.ListBranches: self.list_branches,
+            m.PruneBranch: self.prune_branch,
             m.Terminate: self.terminate,
             m.SetBreakpoint: self.set_breakpoint,
             m.EnableBreakpoint: self.enable_breakpoint,
@@ -163,7 +168,7 @@ class ServerState(Budgets):
         if session.pending is not None and not isinstance(message, _AT_ONCE):
             self._defer(event, session)
             return
-        if not isinstance(message, (m.Describe, m.ReadStory)):
+        if not isinstance(message, (m.Describe, m.ReadStory, m.ListBranches)):
             self.note(session, type(message).__name__, brief(message))
         answer(event, message, session)
 
@@ -220,6 +225,8 @@ class ServerState(Budgets):
             session.check(self.shape)
             places = queued.count(session.id) + (session.id == in_engine)
             places += session.id in self.arriving
+            lines = [s.id for s in self.sessions.values() if s.branch and s.parent == session.id]
+            assert session.branch or sorted(session.tree.lines) == sorted(lines), "branches"
             assert places == (session.status == "running"), f"{session.id} is in {places} places"
         assert set(queued) <= set(self.sessions), "a session that is gone is queued"
         assert self.slot is not None or not queued, "the engine idles beside a runnable session"

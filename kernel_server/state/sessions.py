@@ -28,6 +28,7 @@ from kernel_server.protocol.messages import (
     Status,
     StopInfo,
 )
+from kernel_server.state.branches import Applied, Replay, Tree
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edit, Edits, Standing, positions_here
 from kernel_server.state.events import Requested
@@ -39,7 +40,8 @@ from kernel_server.state.stepping import Target
 #: (from, to) -> what causes the move. Terminate ends a session in any status.
 MOVES: dict[tuple[Status, Status], str] = {
     ("waiting", "running"): "continue, next, step_out, run_to, or launch with stop_on_entry",
-    ("stopped", "running"): "continue, next, step_out, run_to",
+    ("stopped", "running"): "continue, next, step_out, run_to, or going back by running again",
+    ("finished", "running"): "going back by running again",
     ("running", "stopped"): "breakpoint, step, pause, or an exception within a forward",
     ("running", "waiting"): "no room for a forward that has not begun",
     ("running", "finished"): "end of sequence, or max_new_tokens",
@@ -76,7 +78,7 @@ class Session:
     owner: str
     name: str
     parent: str | None
-    #: prompt and generated token ids; only ever appended to
+    #: prompt and generated token ids
     tokens: list[int]
     #: the prompt once more, as a forward is told of it
     prompt: tuple[int, ...]
@@ -109,11 +111,18 @@ class Session:
     idled: bool = False
     #: a scratch fork: in no list, publishes nothing
     scratch: bool = False
+    #: likewise, and it never runs: what lay ahead of a session that went back
+    branch: bool = False
     captures: Captures | None = None
     #: counts every change a client could see
     revision: int = 0
     breakpoints: Breakpoints = field(default_factory=Breakpoints)
     edits: Edits = field(default_factory=Edits)
+    #: where it has stood, and what is kept of that
+    tree: Tree = field(default_factory=Tree)
+    #: edits made, by forward; what a forward that is run again needs
+    applied: dict[int, Applied] = field(default_factory=dict)
+    replay: Replay | None = None
     pending: PendingEdits | None = None
     #: requests that wait until pending edits are applied
     deferred: deque[Requested] = field(default_factory=deque)
@@ -150,6 +159,11 @@ class Session:
             seed=self.seed,
             position=self.end_token,
         )
+
+    def edit_lists(self) -> list[Edits]:
+        """Its edits, and as they were at the places it can return to, each list once."""
+        then = [node.edits for node in self.tree.nodes.values() if node.edits is not None]
+        return [*{id(edits): edits for edits in (self.edits, *then)}.values()]
 
     def move_to(self, status: Status) -> None:
         """Change the status by a legal move."""
@@ -218,6 +232,7 @@ class Session:
         """Assert what must hold of one session by itself."""
         self.breakpoints.check()
         self.edits.check()
+        self.tree.check()
         drawn = self.finished_forwards
         done = self.point == shape.sampled
         assert drawn == self.forward + done, f"{self.id}: {drawn} tokens drawn"
@@ -231,7 +246,8 @@ class Session:
         if self.status == "waiting":
             assert self.point == NOT_STARTED
         if self.status != "running":
-            assert self.target is None and not self.pausing, f"{self.id} rests and is to run on"
+            rests = self.target is None and not self.pausing and self.replay is None
+            assert rests, f"{self.id} rests and is to run on"
         elif self.target is not None:
             ahead = (self.target.forward, self.target.point) > (self.forward, self.point)
             assert ahead, f"{self.id} has passed {self.target}"

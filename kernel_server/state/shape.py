@@ -108,6 +108,12 @@ class ModelShape:
         """Pages of one group that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
 
+    def stop_bytes(self, num_fed: int) -> int:
+        """Bytes at most of the tensors of a stop in a forward of `num_fed` tokens, as float32."""
+        few = min(num_fed, 16) * self.num_layers
+        rows = 2 * num_fed + few + self.num_layers
+        return 4 * (rows * self.hidden_size + 2 * self.vocab_size)
+
     def groups_begun(self, num_layers: int) -> int:
         """Groups of which at least one of the first `num_layers` layers is part."""
         return -(-num_layers // self.layers_per_group)
@@ -139,6 +145,12 @@ class Limits:
     owners: int = 1
     #: a session left alone for so long leaves the device, seconds; None: never for that
     idle_after_s: float | None = 30.0
+    #: of the places where a session stood: those listed, branches, and of how many, and how many
+    #: bytes, the tensors are kept; the others are run to again
+    nodes_per_session: int = 4096
+    branches_per_session: int = 64
+    kept_stops_per_session: int = 256
+    kept_bytes_per_session: int = 256 << 20
     #: questions about stops that are being computed
     scratch_per_owner: int = 4
     #: of one capture, in float32

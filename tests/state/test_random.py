@@ -23,8 +23,9 @@ from tests.state.world import SAMPLED, SHAPE, World, noted, result_of, snapshot
 
 POOL = dataclasses.replace(SHAPE, num_pages=22)
 LIMITS = Limits(
-    sessions_per_owner=4, breakpoints_per_session=4, edits_per_session=4, deferred_per_session=3
-)
+    sessions_per_owner=4, breakpoints_per_session=4, edits_per_session=4, deferred_per_session=3,
+    nodes_per_session=9, branches_per_session=3, kept_stops_per_session=3,
+)  # fmt: skip
 OWNERS = ("ada", "bob", "cyd")
 
 owners = st.sampled_from(OWNERS)
@@ -109,7 +110,7 @@ class Clients(RuleBasedStateMachine):
         return session.id, session.owner, session.stop_number
 
     def room(self) -> bool:
-        return len(self.world.state.sessions) < 6
+        return sum(not s.branch for s in self.world.state.sessions.values()) < 6
 
     @precondition(room)
     @rule(
@@ -253,6 +254,27 @@ class Clients(RuleBasedStateMachine):
         else:
             self.send(m.ReadAttribution(**where), owner)
 
+    @rule(number=picks, forward=st.integers(-1, 5), location=locations)
+    def go_back(self, number: int, forward: int, location: str) -> None:
+        session_id, owner, seen = self.pick(number, "stopped", "finished")
+        if number % 3:
+            self.send(m.StepBack(session_id=session_id, seen=seen - (number == 22)), owner)
+        else:
+            where = {"forward": forward, "location": location}
+            self.send(m.Rewind(session_id=session_id, seen=seen, **where), owner)
+
+    @rule(number=picks, which=st.integers(0, 30), prune=st.booleans())
+    def climb_about(self, number: int, which: int, prune: bool) -> None:
+        session_id, owner, seen = self.pick(number, "stopped", "finished")
+        session = self.world.state.sessions.get(session_id)
+        nodes = [0] if session is None else [*session.tree.nodes, 999]
+        node = nodes[which % len(nodes)]
+        self.send(m.ListBranches(session_id=session_id), owner)
+        if prune:
+            self.send(m.PruneBranch(session_id=session_id, node=node), owner)
+        else:
+            self.send(m.GoTo(session_id=session_id, seen=seen, node=node), owner)
+
     # -- engine -----------------------------------------------------------------------------
 
     def busy(self) -> bool:
@@ -275,6 +297,7 @@ class Clients(RuleBasedStateMachine):
         logs, point = noted(stretch, min(stretch.point + how_far, stretch.until))
         reached = [c for c in stretch.checks if c.point == point] if how_far else []
         self.count_turn()
+        token = self.world.token() if point == SAMPLED else None
         self.world.engine.answer(point)
         self.world.handle(
             StretchDone(
@@ -283,7 +306,7 @@ class Clients(RuleBasedStateMachine):
                 held={c.breakpoint_id: (stretch.first_token,) for c in reached if holds},
                 edits=tuple(result_of(p) for p in stretch.edits if p.point <= point),
                 logs=logs,
-                token=3 if point == SAMPLED else None,
+                token=token,
                 layers_run=how_far,
             )
         )
@@ -339,7 +362,7 @@ class Clients(RuleBasedStateMachine):
         assert world.state.recorded is not None
         again = ServerState.replay(self.pool, world.state.recorded, LIMITS)
         assert snapshot(again) == snapshot(world.state), "the replay went another way"
-        for session in list(world.state.sessions.values()):
+        for session in [s for s in world.state.sessions.values() if not s.branch]:
             world.ask(m.Terminate(session_id=session.id), session.owner)
         while world.engine.copies:
             world.land()

@@ -31,14 +31,17 @@ from kernel_server.state.instructions import (
     ApplyEdits,
     Check,
     CopyPages,
+    DropNodes,
     DropTensors,
     EditPlan,
     ForkTensors,
     Interrupt,
+    KeepTensors,
     PoisonPages,
     Publish,
     ReadTensors,
     Reply,
+    RestoreTensors,
     RunStretch,
 )
 from kernel_server.state.pages import PagePool
@@ -86,6 +89,11 @@ class Held:
     forward: int = -1
     point: int = SAMPLED
     first: int = 0
+    #: what was held at stops that the session has left
+    stops: dict[int, Held] = field(default_factory=dict)
+
+    def copy(self) -> Held:
+        return Held(list(self.fed), self.forward, self.point, self.first)
 
 
 class Engine:
@@ -170,9 +178,23 @@ class Engine:
             case ForkTensors():
                 parent = self.sessions.get(errand.parent_id)
                 if parent is not None:
-                    self.sessions[errand.child_id] = Held(
-                        list(parent.fed), parent.forward, parent.point, parent.first
-                    )
+                    child = self.sessions[errand.child_id] = parent.copy()
+                    child.stops = {node: parent.stops[node] for node in errand.nodes}
+            case KeepTensors():
+                held = self.sessions.setdefault(errand.session_id, Held())
+                held.stops[errand.node] = held.copy()
+            case RestoreTensors():
+                held = self.sessions[errand.session_id]
+                if errand.node is not None:
+                    found = held.stops[errand.node].copy()
+                else:
+                    found = Held(list(self.sessions[errand.source_id].fed), errand.forward)
+                    found.point = NOT_STARTED
+                found.stops = held.stops
+                self.sessions[errand.session_id] = found
+            case DropNodes():
+                for node in errand.nodes:
+                    del self.sessions[errand.session_id].stops[node]
             case DropTensors():
                 self.sessions.pop(errand.session_id, None)
             case PoisonPages():
@@ -340,7 +362,7 @@ class World:
                 point = check.point
                 holding.append((check, positions))
         logs, point = noted(stretch, point)
-        token = self.draw(stretch.sampling.position) if point == SAMPLED else None
+        token = self.token() if point == SAMPLED else None
         self.engine.answer(point)
         self.handle(
             StretchDone(
@@ -352,6 +374,13 @@ class World:
                 token=token,
             )
         )
+
+    def token(self) -> int:
+        """What the forward that ends draws: when it is run again, what it drew before."""
+        session = self.state.sessions.get(self.stretch.session_id)
+        if session is not None and session.replay is not None:
+            return session.replay.tokens[len(session.tokens)]
+        return self.draw(self.stretch.sampling.position)
 
     def fail(self, point: int, fatal: bool = False, code: str = "OutOfDeviceMemory") -> None:
         """Let the engine fail after `point`."""

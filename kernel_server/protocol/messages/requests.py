@@ -144,6 +144,48 @@ class Evict:
 
 
 @message
+class StepBack:
+    """Return to the previous stop: its tokens, cursor, edits and tensors."""
+
+    session_id: str
+    seen: int
+
+
+@message
+class Rewind:
+    """Return to a place that was passed, also one where the session did not stop."""
+
+    session_id: str
+    seen: int
+    forward: int
+    location: str
+
+
+@message
+class GoTo:
+    """Return to a node, on whatever branch."""
+
+    session_id: str
+    seen: int
+    node: int
+
+
+@message
+class ListBranches:
+    """All nodes of a session."""
+
+    session_id: str
+
+
+@message
+class PruneBranch:
+    """Free a node and all that came after it; none on the session's own way can be."""
+
+    session_id: str
+    node: int
+
+
+@message
 class Restore:
     """Have a session's pages come to the device; answered when they have."""
 

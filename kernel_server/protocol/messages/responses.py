@@ -13,7 +13,9 @@ from kernel_server.protocol.messages.parts import (
     ErrorInfo,
     LogRecord,
     ModelInfo,
+    Reason,
     SessionInfo,
+    Status,
     VectorInfo,
 )
 
@@ -208,6 +210,36 @@ class VectorReply:
 @message
 class Vectors:
     vectors: tuple[VectorInfo, ...]
+
+
+@message
+class NodeInfo:
+    """A place where a session stood still, and can return to."""
+
+    #: that of the stop at which it was made
+    number: int
+    parent: int | None
+    status: Status
+    reason: Reason | None
+    forward: int
+    location: str | None
+    #: prompt and generated
+    num_tokens: int
+    num_edits: int
+    current: bool
+    #: its tensors are kept; else its forward is run again
+    kept: bool
+    #: empty: on the way to where the session stands
+    branch: str = ""
+
+
+@message
+class Branches:
+    """num_forgotten: nodes that are not listed any more, since there were too many."""
+
+    session_id: str
+    nodes: tuple[NodeInfo, ...]
+    num_forgotten: int = 0
 
 
 @message
