@@ -272,6 +272,19 @@ class DjinnMagics(StopMagics):
         self.arrived(self.need_session().step_out())
 
     @magic_arguments()
+    @argument("node", nargs="?", type=int, help="a node of session.branches() (the previous stop)")
+    @line_magic
+    def djinn_back(self, line: str) -> None:
+        """Return to the previous stop, or to a node: %djinn_back [NODE]."""
+        args = self._parse(self.djinn_back, line)
+        session = self.need_session()
+        stop = session.step_back() if args.node is None else session.go_to(args.node)
+        if stop is None:
+            self.say(repr(session))
+        else:
+            self.arrived(stop)
+
+    @magic_arguments()
     @argument("location", help="a layer number or a name")
     @line_magic
     def djinn_run_to(self, line: str) -> None:

@@ -306,7 +306,7 @@ def test_a_bad_launch_leaves_no_session(server, prompt, wishes, error):
 
 def test_planned_names_say_so_and_misspelt_ones_are_attribute_errors(session, server):
     stop = session.run_to(1)
-    for owner, name in [(server, "load"), (session, "step_back"), (stop, None)]:
+    for owner, name in [(server, "load"), (session, "save"), (stop, None)]:
         if name is not None:
             with pytest.raises(errors.NotSupported, match="planned"):
                 getattr(owner, name)

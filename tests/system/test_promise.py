@@ -36,6 +36,11 @@ SIGNATURES = {
     "Session.step_in": "(self, timeout=None)",
     "Session.step_out": "(self, timeout=None)",
     "Session.run_to": "(self, location, timeout=None)",
+    "Session.step_back": "(self, timeout=None)",
+    "Session.rewind": "(self, forward, location, timeout=None)",
+    "Session.branches": "(self)",
+    "Session.go_to": "(self, node, timeout=None)",
+    "Session.prune": "(self, node)",
     "Session.pause": "(self)",
     "Session.wait": "(self, timeout=None)",
     "Session.fork": "(self, seed=None, *, name=None, temperature=None, top_p=None,"
@@ -68,11 +73,11 @@ PROPERTIES = {
     "Stopped": ["location", "reason", "forward", "hit_tokens", "tokens", "hidden_states", "value"],
 }  # fmt: skip
 PLANNED = {
-    "Session": ["step_back", "save"],
+    "Session": ["save"],
 }
 LINE_MAGICS = [
-    "connect", "load", "break", "breaks", "continue", "next", "in", "out", "pause", "edit", "lens",
-    "fork", "sessions", "memory", "help",
+    "connect", "load", "break", "breaks", "continue", "next", "in", "out", "back", "pause", "edit",
+    "lens", "fork", "sessions", "memory", "help",
 ]  # fmt: skip
 
 
