@@ -41,8 +41,8 @@ class Walk:
             (2, lambda: clients.run_to(pick, self.one(PLACES))),
             (1, lambda: clients.run_on_too_late(pick, m.Continue)),
             (4, lambda: clients.pause(pick)),
-            (2, lambda: clients.go_back(pick, self.digit() % 4, self.one(PLACES))),
-            (2, lambda: clients.climb_about(pick, self.any.randrange(31), self.chance(0.2))),
+            (1, lambda: clients.go_back(pick, self.digit() % 4, self.one(PLACES))),
+            (1, lambda: clients.climb_about(pick, self.any.randrange(31), self.chance(0.2))),
             (4, lambda: clients.set_breakpoint(pick, **self.breakpoint())),
             (1, lambda: clients.watch(pick, **self.watch())),
             (2, lambda: clients.read_log(pick, self.small(), self.small(), self.chance(0.5))),
@@ -84,7 +84,7 @@ class Walk:
 
     def prompt(self) -> dict[str, Any]:
         tokens = [self.any.randrange(6) for _ in range(self.small() * 2)]
-        return {"owner": self.one(list(OWNERS)), "prompt": tokens, "new": 6, "entry": False}
+        return {"owner": self.one(list(OWNERS)), "prompt": tokens, "new": 4, "entry": False}
 
     def breakpoint(self) -> dict[str, Any]:
         return {
