@@ -35,6 +35,7 @@ class Slots:
     capacity: int
     budget: int | None = None
     _free: list[int] = field(default_factory=list)
+    _taken: set[int] = field(default_factory=set)
     _made: int = 0
 
     def __post_init__(self) -> None:
@@ -68,10 +69,13 @@ class Slots:
 
     def take(self) -> int:
         assert self.num_free > 0, "no slot is free"
-        return self._free.pop()
+        slot = self._free.pop()
+        self._taken.add(slot)
+        return slot
 
     def give_back(self, slot: int) -> None:
-        assert slot not in self._free, f"slot {slot} is free already"
+        assert slot in self._taken, f"slot {slot} is free already"
+        self._taken.remove(slot)
         self._free.append(slot)
 
 
