@@ -177,7 +177,7 @@ SESSIONS: Cases = {
     "rewind huge": (lambda o: o.x.rewind(HUGE, 0), e.BadArgument),
     "rewind nowhere": (lambda o: o.x.rewind(0, "nowhere"), e.UnknownLocation),
     "go_to 99": (lambda o: o.x.go_to(99), e.UnknownNode),
-    "go_to huge": (lambda o: o.x.go_to(HUGE), e.UnknownNode),
+    "go_to huge": (lambda o: o.x.go_to(HUGE), e.BadArgument),
     "go_to text": (lambda o: o.x.go_to("first"), e.BadArgument),
     "prune 99": (lambda o: o.x.prune(99), e.UnknownNode),
     "prune the start": (lambda o: o.x.prune(0), e.BadArgument),
