@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -236,12 +237,20 @@ def _store_many(folder: Path, owner: str, numbers: list[int]) -> int:
 
 
 def test_servers_beside_each_other_keep_to_one_limit(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        jobs = [
-            pool.apply_async(_store_many, (tmp_path, "ann", list(range(start, start + 30))))
-            for start in (0, 100)
-        ]
-        kept = [job.get(60) for job in jobs]
+    code = (
+        "import sys; from pathlib import Path; from tests.service.test_vectors import _store_many;"
+        "start = int(sys.argv[2]);"
+        "print(_store_many(Path(sys.argv[1]), 'ann', list(range(start, start + 30))))"
+    )
+    servers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(start)],
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        for start in (0, 100)
+    ]
+    kept = [int(server.communicate(timeout=60)[0]) for server in servers]
 
     assert sum(kept) == len(Vectors(tmp_path).listed("ann")) == 10
 

@@ -15,8 +15,8 @@ import pytest
 
 import djinn_nb as djinn
 from djinn_nb import client as client_module
+from djinn_nb import edits as edits_module
 from djinn_nb import errors
-from djinn_nb import stopped as stopped_module
 from djinn_nb.waiting import Interrupted
 from tests.djinn_nb.conftest import HIDDEN, NUM_LAYERS
 from tests.system.conftest import PROMPT
@@ -129,7 +129,7 @@ def test_interrupts_while_a_tensor_is_fetched_leave_the_stop_readable(world, can
 
 def test_interrupts_while_a_tensor_is_sent_change_nothing_or_all(world, canary, monkeypatch):
     monkeypatch.setattr(client_module, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(stopped_module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(edits_module, "CHUNK_BYTES", 4096)
     stop = world.launch([1, 2, 3] * 500, max_new_tokens=2).run_to(3)
     before = stop.hidden_states.numpy()
     value = np.full((1500, HIDDEN), 0.5, np.float32)

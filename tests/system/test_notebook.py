@@ -88,7 +88,7 @@ def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, cana
     ("line", "code"),
     [
         ("%djinn_break 99", "UnknownLocation"),
-        ("%djinn_break layers.3.mlp.output", "NotSupported"),
+        ("%djinn_break blocks.3.attn.hook_q", "NotSupported"),
         ("%djinn_break 1 --if __import__('os')", "BadCondition"),
         ("%djinn_break 1 --if 'norm >'", "BadCondition"),
         ("%djinn_break 1 --ignore -1", "UsageError|BadArgument"),
@@ -125,7 +125,7 @@ def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, cana
         ("%%djinn_run --temperature nan\nMary", "BadArgument"),
         ("%%djinn_run --top-p 0\nMary", "BadArgument"),
         ("%%djinn_run --name ''\nMary", "BadArgument"),
-        ("stop.attention()", "NotSupported"),
+        ("stop.attention(layer=99)", "UnknownLocation|BadArgument"),
         ("session.continue_(timeout=-1)", "BadArgument"),
     ],
 )
