@@ -28,6 +28,7 @@ from kernel_server.protocol.errors import (
     NotStopped,
     NotSupported,
     UnknownLocation,
+    UnknownSession,
 )
 from kernel_server.protocol.location import final_norm_point, is_inner, parse_location
 
@@ -242,11 +243,17 @@ class Stopped(Editing, Continuing, Looking, Planned):
         """In words, from what is known here."""
         from djinn_nb.lines import stop_line, stop_text
 
-        # an edit since then has changed what the view shows
-        version = self.session.client.mirror.values_version(self.session.id)
-        if self._view is not None and self._view[0] == version:
+        if self._view is not None and self._is_current(self._view[0]):
             return stop_text(self._view[1])
         return stop_line(self.session.client.model, self._info, self._texts)
+
+    def _is_current(self, version: int) -> bool:
+        """Whether no edit has changed since then what a view shows."""
+        try:
+            newest = self.session.client.mirror.values_version(self.session.id)
+        except UnknownSession:  # another server answers there: what was seen is all there is
+            return True
+        return newest == version
 
     def _repr_html_(self) -> str:
         from djinn_nb.display import stop_html, text_html
