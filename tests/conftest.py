@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch: the engine's exact mode is defined for a fixed thread count, and
@@ -41,15 +42,38 @@ def pytest_configure() -> None:
     """
     global _user_folders
     _user_folders = Path(tempfile.mkdtemp(prefix="djinn-test-"))
-    for name in ("data", "state", "config", "run", "ipython"):
-        (_user_folders / name).mkdir(mode=0o700)
-    os.environ["XDG_DATA_HOME"] = str(_user_folders / "data")
-    os.environ["XDG_STATE_HOME"] = str(_user_folders / "state")
-    os.environ["XDG_CONFIG_HOME"] = str(_user_folders / "config")
-    os.environ["XDG_RUNTIME_DIR"] = str(_user_folders / "run")
-    os.environ["IPYTHONDIR"] = str(_user_folders / "ipython")
+    os.environ.update(_made_folders(_user_folders))
     for variable in ("DJINN_TOKEN", "DJINN_DEBUG"):
         os.environ.pop(variable, None)
+
+
+def _made_folders(folder: Path) -> dict[str, str]:
+    """Make a user's folders; returns the variables that name them."""
+    variables = {
+        "XDG_DATA_HOME": "data",
+        "XDG_STATE_HOME": "state",
+        "XDG_CONFIG_HOME": "config",
+        "XDG_RUNTIME_DIR": "run",
+        "IPYTHONDIR": "ipython",
+    }
+    for name in variables.values():
+        (folder / name).mkdir(mode=0o700)
+    return {variable: str(folder / name) for variable, name in variables.items()}
+
+
+@pytest.fixture
+def own_user_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A user of this test's own: tokens, vectors and embedded servers that no other test meets.
+
+    For what runs as a user would, and so leaves named vectors behind.
+    """
+    # not tmp_path: its name may be too long for a socket
+    folder = Path(tempfile.mkdtemp(prefix="djinn-user-"))
+    for variable, made in _made_folders(folder).items():
+        monkeypatch.setenv(variable, made)
+    yield folder
+    end_servers(folder / "run")
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_unconfigure() -> None:

@@ -20,6 +20,7 @@ CELLS = [b for b in BLOCKS if "import djinn_nb" not in b and "gpu-box" not in b 
 
 
 @pytest.mark.notebook
+@pytest.mark.usefixtures("own_user_folders")
 def test_the_cells_of_the_readme_run_in_a_notebook():
     notebook = new_notebook(cells=[new_code_cell(block.rstrip()) for block in CELLS])
     client = NotebookClient(notebook, timeout=100, kernel_name="python3")
@@ -34,6 +35,7 @@ def test_the_cells_of_the_readme_run_in_a_notebook():
 
 
 @pytest.mark.notebook
+@pytest.mark.usefixtures("own_user_folders")
 def test_the_plain_python_of_the_readme_runs_as_a_script(tmp_path: Path):
     script = tmp_path / "quick_start.py"
     script.write_text(

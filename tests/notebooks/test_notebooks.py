@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,23 +44,17 @@ run.criteria[0] = spoiled(run.criteria[0])
 
 
 @pytest.fixture
-def kernel_environment(tmp_path, monkeypatch):
-    """An environment for a kernel, with run-time files of its own; ends servers it left behind."""
-    runtime = tmp_path / "run"
-    runtime.mkdir(mode=0o700)
+def kernel_environment(own_user_folders, monkeypatch):
+    """An environment for a kernel, of a user of its own."""
     root = str(NOTEBOOKS.parent)
     wanted = {
-        "XDG_RUNTIME_DIR": str(runtime),
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "JUPYTER_PREFER_ENV_PATH": "1",
     }
     for name, value in wanted.items():
         monkeypatch.setenv(name, value)
-    yield dict(os.environ)
-    for file in runtime.rglob("*.json"):
-        with contextlib.suppress(ProcessLookupError, KeyError, ValueError):
-            os.kill(json.loads(file.read_text())["pid"], signal.SIGTERM)
+    return dict(os.environ)
 
 
 def code_cells(path):
