@@ -100,9 +100,12 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def lab(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[Lab]:
+def lab(
+    *flags: str, environment: Mapping[str, str] | None = None, open_to_all: bool = False
+) -> Iterator[Lab]:
     """Run what `make lab` runs, with `flags` added; at the end it and its servers are ended.
 
+    `open_to_all`: without an access token of its own, for test tools that carry none.
     Raises RuntimeError, with the end of its log, when it does not answer.
     """
     home = Path(tempfile.mkdtemp(prefix="djinn-lab-"))
@@ -116,7 +119,8 @@ def lab(*flags: str, environment: Mapping[str, str] | None = None) -> Iterator[L
     command = [
         *(sys.executable, "-m", "scripts.lab", "--no-browser", f"--port={port}"),
         *("--ServerApp.port_retries=0", "--ServerApp.ip=127.0.0.1"),
-        *(f"--IdentityProvider.token={here.token}", f"--ServerApp.root_dir={files}"),
+        f"--ServerApp.root_dir={files}",
+        f"--IdentityProvider.token={'' if open_to_all else here.token}",
         *flags,
     ]
     with here.log.open("wb") as log:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "test-reports"
 BIN = Path(sys.executable).parent
 NO_TESTS = 5  # pytest's exit status when nothing was collected
+CANNOT_RUN = 3  # of scripts.ui_tests, where node or the browser is not installed
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Part:
     name: str
     command: tuple[str, ...] = ()
     selection: str = ""
+    #: whether the command counts tests, and takes `--report PATH` for a JUnit report of them
+    counted: bool = False
 
 
 PARTS = (
@@ -35,6 +38,7 @@ PARTS = (
     Part("fast", selection="not gpu and not slow and not browser"),
     Part("slow", selection="slow and not gpu and not browser"),
     Part("browser", selection="browser and not gpu"),
+    Part("extension ui", (sys.executable, "-m", "scripts.ui_tests"), counted=True),
     Part("gpu", selection="gpu"),
 )
 
@@ -70,24 +74,28 @@ def read_report(path: Path, outcome: Outcome) -> None:
 def run(part: Part) -> Outcome:
     """Run one part with its output passing through, and say how it went."""
     outcome = Outcome(part.name)
-    report = REPORTS / f"{part.name}.xml"
+    report = REPORTS / f"{part.name.replace(' ', '-')}.xml"
     report.unlink(missing_ok=True)
     command = list(part.command) or [
         *(sys.executable, "-m", "pytest", "-q", "-m", part.selection, f"--junitxml={report}")
     ]
+    if part.counted:
+        command += ["--report", str(report)]
     print(f"\n──── {part.name}: {' '.join(command)}", flush=True)
     started = time.monotonic()
     status = subprocess.run(command, cwd=ROOT).returncode
     outcome.seconds = time.monotonic() - started
-    if part.selection and report.exists():
+    if report.exists():
         read_report(report, outcome)
     if part.selection and status == NO_TESTS:
         # An empty part is fine only where there may be nothing to run yet.
         outcome.ok = part.name != "fast"
         outcome.note = "no test of this kind"
+    elif part.counted and status == CANNOT_RUN:
+        outcome.note = "did NOT run: its tools are not installed here (see above)"
     else:
         outcome.ok = status == 0
-        if part.command:
+        if part.command and not part.counted:
             outcome.note = "clean" if outcome.ok else f"exit status {status}"
     return outcome
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from scripts.test_all import PARTS, Outcome, read_report, summary
+from scripts.test_all import CANNOT_RUN, PARTS, REPORTS, Outcome, Part, read_report, run, summary
 
 MARKERS = ("gpu", "slow", "notebook", "browser")
 
@@ -44,3 +45,27 @@ def test_a_report_is_counted_by_result(tmp_path: Path):
     read_report(tmp_path / "report.xml", outcome)
 
     assert (outcome.passed, outcome.failed, outcome.skipped) == (3, 3, 3)
+
+
+def test_a_command_that_counts_tests_adds_to_the_sum():
+    report = (
+        "import sys; open(sys.argv[-1], 'w').write("
+        '\'<testsuites><testsuite tests="4" failures="1" skipped="1"/></testsuites>\');'
+        "sys.exit(1)"
+    )
+
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    outcome = run(Part("counting", (sys.executable, "-c", report), counted=True))
+
+    assert (outcome.passed, outcome.failed, outcome.skipped) == (2, 1, 1)
+    assert not outcome.ok
+    assert "2 passed, 1 failed, 1 skipped" in outcome.line()
+
+
+def test_a_part_whose_tools_are_missing_says_that_it_did_not_run():
+    command = (sys.executable, "-c", f"import sys; sys.exit({CANNOT_RUN})")
+
+    outcome = run(Part("counting", command, counted=True))
+
+    assert outcome.ok
+    assert "did NOT run" in outcome.line()
