@@ -29,10 +29,12 @@ def norm_heat_map(
     texts: Sequence[str] | None = None,
     *,
     title: str = "",
+    label: str = "L2 norm",
 ) -> Figure:
     """L2 norm of each token's vector, `[locations, tokens]`, drawn with a log colour scale.
 
-    locations: names of the rows, the first at the bottom. positions, texts: of the tokens.
+    locations: names of the rows, the first at the bottom. positions, texts: of the tokens. label:
+    what the colours mean, where it is something else.
 
         figure = norm_heat_map(norm, locations, positions, texts)
         figure.savefig("norms.png")
@@ -64,7 +66,9 @@ def norm_heat_map(
     axes.set_facecolor("0.75")
     bar = figure.colorbar(image, ax=axes, pad=0.01)
     kind = "log scale" if isinstance(scale, LogNorm) else "linear scale"
-    bar.set_label(f"L2 norm ({kind})" + (", grey: NaN or 0" if shown.mask.any() else ""), size=8)
+    kind += ", grey: NaN or 0" if shown.mask.any() else ""
+    # a long label takes two lines: few rows make a low picture
+    bar.set_label(f"{label}{' ' if len(label) < 12 else chr(10)}({kind})", size=8)
     if isinstance(scale, LogNorm):
         bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     bar.ax.tick_params(labelsize=7, which="both")
@@ -74,6 +78,22 @@ def norm_heat_map(
     axes.set_xlabel(f"token{note}", size=8)
     axes.set_title(title, size=9, parse_math=False)
     return figure
+
+
+def mark(figure: Figure, row: int, column: int, columns: int, label: str) -> None:
+    """Ring a cell of a heat map of so many tokens, and say in a legend what it is.
+
+    mark(figure, 3, 12, len(positions), "first divergence")
+    """
+    column -= max(0, columns - MAX_TOKENS)
+    if column < 0:
+        return  # among the tokens that are not drawn
+    axes = figure.axes[0]
+    axes.plot(
+        [column], [row], "o", markersize=9, fillstyle="none", color="#D55E00", markeredgewidth=1.6,
+        linestyle="none", label=label,
+    )  # fmt: skip
+    axes.legend(fontsize=7, loc="upper left")
 
 
 def strength_plot(

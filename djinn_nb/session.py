@@ -15,6 +15,7 @@ from djinn_nb.branches import Branches
 from djinn_nb.captured import Captured, capture
 from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
 from djinn_nb.client import Client
+from djinn_nb.diffs import Diff, diff
 from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.logs import Logpoint, lost_records
 from djinn_nb.planned import Planned
@@ -79,6 +80,11 @@ class Session(Moving, Planned):
     def _is_elsewhere(self) -> bool:
         """Whether another server answers now, which may have a session of the same id."""
         return self.client.initialized.server_id != self._server_id
+
+    @property
+    def seen(self) -> int:
+        """Number of the stop that this handle has shown last."""
+        return self._seen
 
     @property
     def newest(self) -> m.SessionInfo:
@@ -431,6 +437,27 @@ class Session(Moving, Planned):
             self._seen = info.stop_number
             return None
         return self._arrived(info)
+
+    def diff(
+        self, one: object, other: object = None, *, tokens: object = "all", lens: bool = True
+    ) -> Diff:
+        """How two places differ, by layer and token, and where they part first; changes nothing.
+
+        one, other: a node (its number, or one of `branches()`), a stop or an end, of this session
+        or of another one here, or a session where it stands; None is where this session stands.
+        tokens: a selector as of `stop.edit`. lens: with the KL of the logit lens, at the price of
+        the model's head where bits differ.
+
+        What differs is run again on two scratch forks, with the edits and tokens of then; prompts
+        that differ are compared position by position. Raises UnknownNode, NotStopped while one
+        runs, NotFinished where nothing is computed, WrongModel and NotSupported for sessions of two
+        servers, QuotaExceeded for too many tokens at once.
+
+            plain = session.continue_()
+            session.rewind(0, 5).edit(scale=0.5, tokens=-1)
+            session.diff(plain, session.continue_()).first_divergence
+        """
+        return diff(self, one, self if other is None else other, tokens, lens)
 
     def prune(self, node: int) -> Branches:
         """Free a node and all that came after it; returns what is left.

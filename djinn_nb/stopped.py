@@ -35,6 +35,7 @@ from kernel_server.protocol.location import final_norm_point, is_inner, parse_lo
 if TYPE_CHECKING:
     import pandas as pd
 
+    from djinn_nb.diffs import Diff
     from djinn_nb.session import Session
     from djinn_nb.view import StopView
 
@@ -222,6 +223,18 @@ class Stopped(Editing, Continuing, Looking, Planned):
         )
         return self.session.client.call(message, m.LensReply, timeout_s=COMPUTE_S)
 
+    def diff(self, other: object, *, tokens: object = "all", lens: bool = True) -> Diff:
+        """How another place differs from this stop, by layer and token: see `session.diff()`.
+
+        other: a node of this session, a stop, an end, or a session where it stands. A stop that the
+        session has left counts as it was when it was left.
+
+            other = session.fork().continue_()
+            stop.diff(other).first_divergence
+            stop.diff(other).plot("kl")
+        """
+        return self.session.diff(self, other, tokens=tokens, lens=lens)
+
     # -- how it shows itself --------------------------------------------------------------
 
     def view(self) -> StopView:
@@ -284,6 +297,18 @@ class Finished:
             self._parts = (prompt, session.client.text_of(ids[prompt_length:]))
         #: what the call that ended here has to say
         self._notes: list[str] = []
+
+    @property
+    def number(self) -> int:
+        """Number of the stop, of the session's own, that this end is."""
+        return self._info.stop_number
+
+    def diff(self, other: object, *, tokens: object = "all", lens: bool = True) -> Diff:
+        """How another run differs from this one, by layer and token: see `session.diff()`.
+
+        end.diff(session.step_back()).first_divergence
+        """
+        return self.session.diff(self, other, tokens=tokens, lens=lens)
 
     @property
     def tokens(self) -> list[int]:

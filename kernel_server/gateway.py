@@ -201,7 +201,7 @@ class Gateway:
                 request = dataclasses.replace(request, edits=edits)
             case m.ReadAttribution():
                 request = self._attribution(served, request)
-            case m.ReadValue() | m.ReadLens() | m.ReadAttention() | m.ReadSites():
+            case m.ReadValue() | m.ReadLens() | m.ReadAttention() | m.ReadSites() | m.ReadDiff():
                 request = dataclasses.replace(
                     request, tokens=self._selector(served, request.tokens)
                 )
@@ -480,7 +480,7 @@ _STATE_REQUESTS = (
     m.Evict, m.Restore, m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint,
     m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit,
     m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog, m.ReadStory, m.Preview,
-    m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter,
+    m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter, m.ReadDiff,
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernel_server.engine import reads
 from kernel_server.engine.checks import evaluate_checks
+from kernel_server.engine.comparing import Stream
 from kernel_server.engine.held import SessionTensors
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.engine.lens_values import Lens
@@ -443,6 +444,10 @@ class _Stretch:
     def _catch(self, point: Point, forward: ForwardState, captures: Captures) -> None:
         """Keep the value here for the question that this scratch fork is run for."""
         rows = [chunk[0] for chunk in self.engine.segments.value(forward)]
+        if captures.what == "stream":
+            caught = Stream.catch(rows, forward.start, captures.rows)
+            self.held.streams[self.stretch.forward, point] = caught
+            return
         if point != logits_point(self.engine.num_layers):
             rows = reads.select(rows, captures.rows, captures.elements)
         if captures.what == "summary":

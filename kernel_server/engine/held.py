@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernel_server.engine.comparing import Stream
 from kernel_server.engine.lens_values import LensValues
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import ForwardState
@@ -85,6 +86,8 @@ class SessionTensors:
     logs: dict[int, Log] = field(default_factory=dict)
     #: of a scratch fork: by point, rows `[tokens, elements]` by chunk, or their summary
     caught: dict[Point, Any] = field(default_factory=dict)
+    #: of a scratch fork that is compared: by forward and point
+    streams: dict[tuple[int, Point], Stream] = field(default_factory=dict)
     #: what was held at stops that the session has left
     stops: dict[int, SessionTensors] = field(default_factory=dict)
 

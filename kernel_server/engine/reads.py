@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernel_server.engine.attribution import attribute
+from kernel_server.engine.comparing import compare
 from kernel_server.engine.held import Captured, SessionTensors
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import Segments
@@ -111,6 +112,8 @@ class Reader:
                 return self._attribution(errand, held)
             case m.ReadRouter():
                 return self._router(errand, held)
+            case m.ReadDiff():
+                return compare(self._segments, errand, beside[0].streams, held.streams)
             case m.ReadValue():
                 return self._value(errand, held)
             case m.ReadLens():

@@ -101,7 +101,7 @@ class BrokenVector(RequestError, RuntimeError):
 
 
 class WrongModel(RequestError, ValueError):
-    """The named vector was made on another model than the one served."""
+    """The named vector, or the session compared with, is of another model than the one served."""
 
 
 class BadCondition(RequestError, ValueError):

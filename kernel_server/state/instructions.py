@@ -88,11 +88,12 @@ class Captures:
     """Values to be caught on the way, with the edits there: of a scratch fork.
 
     `summary` and `tensor`: the value at each of `points`; `router`: which experts the layer that
-    follows the point chooses.
+    follows the point chooses; `stream`: the value at each point of every forward that the fork
+    runs, where `rows` are absolute positions.
     """
 
     points: tuple[Point, ...]
-    what: Literal["summary", "tensor", "router"]
+    what: Literal["summary", "tensor", "router", "stream"]
     #: rows of this forward and elements of a row, None for all
     rows: tuple[int, ...] | None
     elements: tuple[int, ...] | None
@@ -214,6 +215,16 @@ class PoisonPages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What is known of two nodes whose streams are compared, the first one's first."""
+
+    #: one past the last position that both have
+    end_token: int
+    token_ids: tuple[tuple[int, ...], tuple[int, ...]]
+    num_prompt_tokens: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadTensors:
     """Answer a read request, or a question for which scratch forks were run."""
 
@@ -233,6 +244,8 @@ class ReadTensors:
     beside: tuple[str, ...] = ()
     #: elements changed by each previewed edit
     changed: tuple[int, ...] = ()
+    #: of a comparison
+    compared: Compared | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import math
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
-from kernel_server.state.branching import Branching
+from kernel_server.state.comparing import Comparing
 from kernel_server.state.events import PoolGrown, Requested, Ticked
 from kernel_server.state.paging import Settling
 from kernel_server.state.residency import Tier
@@ -23,7 +23,7 @@ _MAX_HINT_S = 86400.0
 _LEAD_S, _LEAD_BYTES_PER_S = 0.25, 10e9
 
 
-class Residing(Branching):
+class Residing(Comparing):
     """Evict, restore, pin, hint; idle sessions."""
 
     def evict(self, event: Requested, request: m.Evict, session: Session) -> None:

@@ -36,6 +36,7 @@ from kernel_server.state.events import EditsApplied, EditsFailed, Requested
 from kernel_server.state.instructions import (
     ApplyEdits,
     Captures,
+    Compared,
     DropTensors,
     ForkTensors,
     ReadTensors,
@@ -66,6 +67,8 @@ class Question:
     #: the previewed edits, and what each changed, by id
     edit_ids: tuple[int, ...] = ()
     changed: dict[int, int] = field(default_factory=dict)
+    #: of a comparison
+    compared: Compared | None = None
 
 
 class Scratching(Editing):
@@ -270,13 +273,25 @@ class Scratching(Editing):
             edits=parent.edits.copy(),
         )
 
-    def _ask(self, event: Requested, parent: Session, until: Point, *forks: Session) -> Question:
-        """Enter forks that were made, or refuse for want of pages and change nothing."""
+    def _ask(
+        self,
+        event: Requested,
+        parent: Session,
+        until: Point,
+        *forks: Session,
+        pages: int | None = None,
+    ) -> Question:
+        """Enter forks that were made, or refuse for want of pages and change nothing.
+
+        pages: how many all of them take; None: each what it writes on its way to `until`.
+        """
         for fork in forks:
             for table in fork.tables:
                 self.pool.retain(table)
         try:
-            for fork in forks:
+            if pages is not None:
+                self.pool.require(pages, parent.owner)
+            for fork in forks if pages is None else ():
                 self.pool.require(self.writes(fork, until).num_pages, parent.owner)
         except DjinnError:
             for fork in forks:
@@ -285,9 +300,10 @@ class Scratching(Editing):
             raise
         for fork in forks:
             self._num_forks += 1
-            fork.id = f"{parent.id}~{self._num_forks}"
+            assert fork.parent is not None
+            fork.id = f"{fork.parent}~{self._num_forks}"
             self.sessions[fork.id] = fork
-            self.emit(ForkTensors(parent_id=parent.id, child_id=fork.id))
+            self.emit(ForkTensors(parent_id=fork.parent, child_id=fork.id))
         question = Question(
             request_id=event.request_id,
             owner=parent.owner,
@@ -387,6 +403,7 @@ class Scratching(Editing):
                 heads=question.heads,
                 beside=question.forks[:-1],
                 changed=tuple(question.changed.get(i, 0) for i in question.edit_ids),
+                compared=question.compared,
             )
         )
         self._forget(question)

@@ -92,6 +92,7 @@ class ServerState(Budgets):
             m.ReadAttribution: self.read_attribution,
             m.ReadSites: self.read_sites,
             m.ReadRouter: self.read_router,
+            m.ReadDiff: self.read_diff,
         }
 
     def handle(self, event: StateEvent) -> list[Instruction]:

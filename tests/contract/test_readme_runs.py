@@ -28,10 +28,11 @@ def test_the_cells_of_the_readme_run_in_a_notebook():
     client.execute()
 
     said = str([cell.outputs for cell in notebook.cells])
-    assert len(CELLS) == 7
+    assert len(CELLS) == 8
     assert "layers.20.output" in said
     assert "layers.23.output" in said  # in the table of the logpoint
     assert "differs_at" in said
+    assert "first divergence" in said
 
 
 @pytest.mark.notebook

@@ -400,6 +400,23 @@ class ReadSites:
 
 
 @message
+class ReadDiff:
+    """Compare two nodes, of one session or of two: the residual stream after every layer, by token.
+
+    node, other_node: numbers of nodes, or of the stop that a session stands at. What differs is run
+    again on two scratch forks, with the edits and tokens of then; only figures are answered.
+    tokens: positions compared, those of the first node. lens: with the logit lens of what differs.
+    """
+
+    session_id: str
+    node: int
+    other_id: str
+    other_node: int
+    tokens: Selector = ALL
+    lens: bool = True
+
+
+@message
 class ReadRouter:
     """Which experts a mixture of experts chose for the tokens of this forward, in one layer."""
 

@@ -182,6 +182,34 @@ class SitesReply:
 
 
 @message
+class DiffReply:
+    """Two nodes compared, `[locations, tokens]`: the embedding and every layer's output.
+
+    changed: int32, elements whose bits differ, -1 where one of the two has not run. The others are
+    float32, NaN there: cosine, L2 norm of the difference, L2 norm of each, and the divergence of
+    the other's logit lens from the first's in nats, NaN too where it was not asked for.
+    """
+
+    locations: tuple[str, ...]
+    positions: tuple[int, ...]
+    changed: Array
+    cosine: Array
+    difference: Array
+    norm: Array
+    other_norm: Array
+    kl: Array
+    #: prompt and generated, up to each node; and how many of them are the prompt
+    token_ids: tuple[int, ...]
+    other_token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    other_num_prompt_tokens: int
+    #: positions before it are of a common past, and were not run again
+    first_token: int
+    #: tokens, of the last ones, whose lens was compared; None: of all that were asked for
+    lens_tokens: int | None = None
+
+
+@message
 class RouterReply:
     """Chosen experts and their weights `[tokens, chosen]`, and the router's logits
     `[tokens, experts]`."""
