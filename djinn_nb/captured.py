@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from djinn_nb import cards
-from djinn_nb.checks import shown
+from djinn_nb.checks import listed, shown
 from djinn_nb.client import COMPUTE_S, Opened
 from djinn_nb.selectors import selector
 from djinn_nb.variables import Summary
@@ -147,7 +147,7 @@ def capture(
     if what not in ("summary", "tensor"):
         raise BadArgument(f"what is 'summary' or 'tensor', not {shown(what)}")
     client, num_layers = session.client, session.client.model.num_layers
-    names = [str(parse_location(one, num_layers)) for one in _listed(locations)]
+    names = [str(parse_location(one, num_layers)) for one in listed(locations, "capture")]
     message = m.ReadSites(
         session_id=session.id,
         seen=seen,
@@ -165,17 +165,3 @@ def capture(
                 found = client.tensor(one.tensor, one.location)
                 values[one.location] = found.astype(np.float32, copy=False)
     return Captured(values, reply.positions, session.newest.forward, num_layers)
-
-
-def _listed(locations: object) -> list[Any]:
-    if isinstance(locations, (str, int, np.integer)):
-        return [locations if isinstance(locations, (str, bool)) else int(locations)]
-    try:
-        listed = [*locations]  # type: ignore[misc]
-    except TypeError:
-        raise UnknownLocation(
-            f"locations are a layer number, a name, or a list of them, not {shown(locations)}"
-        ) from None
-    if not listed:
-        raise BadArgument("name at least one location to capture")
-    return [int(one) if isinstance(one, np.integer) else one for one in listed]

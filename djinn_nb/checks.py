@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 
-from kernel_server.protocol.errors import BadArgument
+from kernel_server.protocol.errors import BadArgument, UnknownLocation
 
 #: Whole numbers the server can be told, see the codec.
 _MOST = 2**63
@@ -85,3 +86,18 @@ def shown(value: object) -> str:
         return f"a number of {value.bit_length()} bits"
     text = " ".join(repr(value).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def listed(locations: object, purpose: str) -> list[Any]:
+    """Locations as a list, from one of them or several; `purpose` is what they are for."""
+    if isinstance(locations, (str, int, np.integer)):
+        return [locations if isinstance(locations, (str, bool)) else int(locations)]
+    try:
+        found = [*locations]  # type: ignore[misc]
+    except TypeError:
+        raise UnknownLocation(
+            f"locations are a layer number, a name, or a list of them, not {shown(locations)}"
+        ) from None
+    if not found:
+        raise BadArgument(f"name at least one location to {purpose}")
+    return [int(one) if isinstance(one, np.integer) else one for one in found]

@@ -6,7 +6,7 @@ moved by other clients; every control call carries the last stop this handle has
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, who
 from djinn_nb.client import Client
 from djinn_nb.diffs import Diff, diff
 from djinn_nb.handles import Breakpoint, Edit
+from djinn_nb.lens_tables import lens_frame, read_lens_map
 from djinn_nb.logs import Logpoint, lost_records
 from djinn_nb.planned import Planned
 from djinn_nb.residency import Moving
@@ -34,6 +35,9 @@ from kernel_server.protocol.errors import (
     UnknownLocation,
     UnknownSession,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _Handle = TypeVar("_Handle", Breakpoint, Edit)
 
@@ -507,6 +511,22 @@ class Session(Moving, Planned):
             session.capture(["layers.3.middle", "logits"])["logits"].maximum
         """
         return capture(self, self._seen, locations, what, tokens)
+
+    def lens(self, locations: object, tokens: object = "all", top_k: int = 1) -> pd.DataFrame:
+        """Logit lens at any locations of the forward it stands in, recomputed on a scratch fork.
+
+        locations: a layer number, a name, or a list of them, of the residual stream or what is
+        added to it; also those not reached yet. tokens: a selector as of `stop.edit`.
+
+        Returns one row per (location, token, rank), as `stop.lens()` does. Nothing is changed.
+        Raises NotStopped, UnknownLocation, NotSupported, BadSelector, QuotaExceeded for more than
+        4,096 places at once.
+
+            table = session.lens(range(24), tokens=slice(-8, None))
+            table.pivot(index="location", columns="position", values="text")
+            session.lens(["layers.9.middle", 9], tokens=" John", top_k=3)
+        """
+        return lens_frame(read_lens_map(self, self._seen, locations, tokens, top_k))
 
     def fork(
         self,

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from djinn_nb.checks import shown, whole
 from djinn_nb.client import COMPUTE_S
 from djinn_nb.continuations import Continuing
 from djinn_nb.edits import Editing
+from djinn_nb.lens_tables import lens_frame
 from djinn_nb.looking import Looking
 from djinn_nb.planned import PLANNED, Planned
 from djinn_nb.selectors import selector
@@ -174,32 +173,15 @@ class Stopped(Editing, Continuing, Looking, Planned):
         reads those points of this forward that have been reached, for the last token fed.
 
         Returns one row per (place, rank): location, position, rank, token_id, text, probability,
-        entropy_nats. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
+        entropy_nats. `session.lens()` reads any locations for any tokens.
+        Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 
             stop.lens(top_k=3)
             stop.lens(layers="all", top_k=1)[["location", "text", "probability"]]
         """
-        import pandas as pd
-
         reply = self._lens(top_k, tokens, layers)
-        ids = np.asarray(reply.token_ids.numpy())
-        probabilities = np.asarray(reply.probabilities.numpy())
-        entropy = np.asarray(reply.entropy.numpy())
-        rows = []
-        for row, (name, position) in enumerate(zip(reply.rows, reply.positions, strict=True)):
-            for rank in range(ids.shape[1]):
-                rows.append(
-                    {
-                        "location": self.location if layers is None else name,
-                        "position": position,
-                        "rank": rank + 1,
-                        "token_id": int(ids[row, rank]),
-                        "text": reply.texts[row][rank] if reply.texts else "",
-                        "probability": float(probabilities[row, rank]),
-                        "entropy_nats": float(entropy[row]),
-                    }
-                )
-        return pd.DataFrame(rows)
+        here = [self.location] * len(reply.rows) if layers is None else None
+        return lens_frame(reply, here)
 
     def _lens(self, top_k: int, tokens: object, layers: str | Iterable[int] | None) -> m.LensReply:
         top_k = whole(top_k, "top_k", least=1)

@@ -201,7 +201,10 @@ class Gateway:
                 request = dataclasses.replace(request, edits=edits)
             case m.ReadAttribution():
                 request = self._attribution(served, request)
-            case m.ReadValue() | m.ReadLens() | m.ReadAttention() | m.ReadSites() | m.ReadDiff():
+            case (
+                m.ReadValue() | m.ReadLens() | m.ReadLensMap() | m.ReadAttention() | m.ReadSites()
+                | m.ReadDiff()
+            ):  # fmt: skip
                 request = dataclasses.replace(
                     request, tokens=self._selector(served, request.tokens)
                 )
@@ -481,6 +484,7 @@ _STATE_REQUESTS = (
     m.EnableBreakpoint, m.RemoveBreakpoint, m.AddEdit, m.EnableEdit, m.RemoveEdit, m.UndoEdit,
     m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog, m.ReadStory, m.Preview,
     m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter, m.ReadDiff,
+    m.ReadLensMap,
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
 )  # fmt: skip
 

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernel_server.engine.attribution import attribute
 from kernel_server.engine.comparing import compare
 from kernel_server.engine.held import Captured, SessionTensors
+from kernel_server.engine.lens_values import head_at
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import Segments
 from kernel_server.engine.variables import summarize
@@ -108,6 +110,8 @@ class Reader:
                 return self._attention(errand, held)
             case m.ReadSites():
                 return self._sites(errand, held)
+            case m.ReadLensMap():
+                return self._lens_map(errand, held)
             case m.ReadAttribution():
                 return self._attribution(errand, held)
             case m.ReadRouter():
@@ -302,6 +306,28 @@ class Reader:
             values=tuple(values), positions=tuple(errand.first_token + row for row in rows)
         )
 
+    def _lens_map(self, errand: ReadTensors, held: SessionTensors) -> m.LensReply:
+        request: m.ReadLensMap = errand.message
+        count = len(held.standing().token_ids)
+        rows = errand.rows if errand.rows is not None else range(count)
+        positions = [errand.first_token + row for row in rows]
+        names, parts = [], []
+        for location in request.locations:
+            point = parse_location(location, self._num_layers).point(self._num_layers)
+            names += [str(location_at(point, self._num_layers))] * len(positions)
+            # a location at a time: the logits of all would be as many vocabularies as cells
+            head = head_at(self._segments, point)
+            blocks = torch.cat(held.caught[point]).split(LENS_ROWS)
+            parts += [self._distributions(head(b).float(), request.top_k, (), ()) for b in blocks]
+        return m.LensReply(
+            rows=tuple(names),
+            positions=tuple(positions) * len(request.locations),
+            token_ids=_stacked([part.token_ids for part in parts]),
+            texts=tuple(row for part in parts for row in part.texts),
+            probabilities=_stacked([part.probabilities for part in parts]),
+            entropy=_stacked([part.entropy for part in parts]),
+        )
+
     def _attribution(self, errand: ReadTensors, held: SessionTensors) -> m.AttributionReply:
         vectors = {point: torch.cat(rows)[0] for point, rows in held.caught.items()}
         parts = attribute(self._segments, vectors, errand.message.token_id)
@@ -369,6 +395,11 @@ class Reader:
             largest=to_array(captured.largest),
             num_nan=to_array(captured.num_nan),
         )
+
+
+def _stacked(arrays: list[Array]) -> Array:
+    """The rows of several arrays as one."""
+    return Array.from_numpy(np.concatenate([array.numpy() for array in arrays]))
 
 
 def _by_head(rows: list[Tensor], heads: int | None) -> list[Tensor]:

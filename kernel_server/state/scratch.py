@@ -18,6 +18,7 @@ from kernel_server.protocol.errors import (
     BadEdit,
     BadSelector,
     DjinnError,
+    NotSupported,
     QuotaExceeded,
 )
 from kernel_server.protocol.location import (
@@ -44,6 +45,10 @@ from kernel_server.state.instructions import (
 from kernel_server.state.selectors import TokenSelector, count_heads, resolve_elements
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import Target
+
+#: Most rows of the residual stream that one lens map puts through the model's head (the engine does
+#: nothing else meanwhile), and most tokens it names.
+MAX_LENS_CELLS, MAX_LENS_ENTRIES = 4096, 1 << 16
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,6 +167,43 @@ class Scratching(Editing):
         rows = self._rows_fed(session, request.tokens, max(points))
         self._check_size(session, points, rows, request.what)
         self._catch(event, session, tuple(sorted(points)), request.what, rows, None)
+
+    def read_lens_map(self, event: Requested, request: m.ReadLensMap, session: Session) -> None:
+        self.require_stop(session, request.seen)
+        self._check_top_k(request.top_k)
+        if not request.locations:
+            raise BadArgument("name at least one location to read the lens at")
+        points = tuple(map(self.shape.point, request.locations))
+        if len(set(points)) < len(points):
+            raise BadArgument("a location is listed twice: list each once")
+        for point in points:
+            self._check_residual(point)
+            if point == self.shape.logits:
+                raise NotSupported(
+                    "a lens map is of the residual stream, and the logits are none: leave them out,"
+                    " or read them with stop.lens() there"
+                )
+        rows = self._rows_fed(session, request.tokens, max(points))
+        count = session.end_token - session.first_token if rows is None else len(rows)
+        self._check_cells(len(points), count, request.top_k)
+        self._check_size(session, points, rows, "tensor")
+        self._catch(event, session, tuple(sorted(points)), "tensor", rows, None)
+
+    def _check_cells(self, num_points: int, num_tokens: int, top_k: int) -> None:
+        """Refuse more than goes through the head, or travels, at a time."""
+        cells = num_points * num_tokens
+        for count, most, what in (
+            (cells, MAX_LENS_CELLS, "cells"),
+            (cells * top_k, MAX_LENS_ENTRIES, f"entries, {top_k} for each cell"),
+        ):
+            if count > most:
+                raise QuotaExceeded(
+                    f"the lens of {num_tokens} tokens at {num_points} locations is {count:,}"
+                    f" {what}, the limit is {most:,}: choose fewer tokens or locations, or a"
+                    " smaller top_k",
+                    needed=count,
+                    limit=most,
+                )
 
     def read_router(self, event: Requested, request: m.ReadRouter, session: Session) -> None:
         self.require_stop(session, request.seen)

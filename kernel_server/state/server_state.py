@@ -91,6 +91,7 @@ class ServerState(Budgets):
             m.ReadAttention: self.read_attention,
             m.ReadAttribution: self.read_attribution,
             m.ReadSites: self.read_sites,
+            m.ReadLensMap: self.read_lens_map,
             m.ReadRouter: self.read_router,
             m.ReadDiff: self.read_diff,
         }

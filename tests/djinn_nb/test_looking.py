@@ -337,6 +337,55 @@ def test_a_capture_of_some_tokens(stop):
     assert found["layers.4.attention.q"].shape == (2, HEADS, WIDTH)
 
 
+# -- the lens anywhere ----------------------------------------------------------------------------
+
+
+def test_the_lens_anywhere_reads_what_it_reads_at_stops_there(server):
+    session, other = (server.launch(PROMPT, max_new_tokens=2) for _ in range(2))
+    session.run_to(3).edit(scale=0.5, tokens=2)
+    other.run_to(3).edit(scale=0.5, tokens=2)
+    places = ["final_norm", 1, "layers.3.output", "layers.4.middle"]  # in the order asked for
+
+    table = session.lens(places, tokens=[0, 2, -1], top_k=3)
+
+    names = ["final_norm", "layers.1.output", "layers.3.output", "layers.4.middle"]
+    count = len(session.tokens)
+    assert table.location.unique().tolist() == names
+    assert table.position.unique().tolist() == [0, 2, count - 1]
+    assert len(table) == 4 * 3 * 3 and list(table["rank"][:4]) == [1, 2, 3, 1]
+    for name in ("layers.3.output", "layers.4.middle", "final_norm"):
+        there = other.stop if other.location == name else other.run_to(name)
+        expected = there.lens(top_k=3, tokens=[0, 2, -1])
+        found = table[table.location == name].reset_index(drop=True)
+        assert found.token_id.tolist() == expected.token_id.tolist()
+        assert found.text.tolist() == expected.text.tolist()
+        np.testing.assert_allclose(found.probability, expected.probability, rtol=1e-4)
+        np.testing.assert_allclose(found.entropy_nats, expected.entropy_nats, rtol=1e-4)
+
+
+def test_the_lens_of_all_tokens_of_a_forward_in_chunks(stop):
+    table = stop.session.lens(range(3))
+    here = stop.lens(top_k=1, tokens="all")
+
+    mine = table[table.location == "layers.2.output"]
+    assert mine.position.tolist() == here.position.tolist() == list(range(len(stop.tokens)))
+    assert mine.token_id.tolist() == here.token_id.tolist()
+    assert stop.session.lens(2, tokens=" John").position.nunique() == 2
+
+
+def test_the_lens_of_too_many_places_is_refused_with_the_limit(server):
+    session = server.launch([3] * 1500, max_new_tokens=2)
+    session.run_to(2)
+
+    with pytest.raises(errors.QuotaExceeded, match=r"1500 tokens at 3 locations .* limit is 4,096"):
+        session.lens(range(3))
+    with pytest.raises(errors.BadArgument, match="at least one location to read"):
+        session.lens([])
+    with pytest.raises(errors.NotSupported, match=r"attention\.q is none"):
+        session.lens("layers.1.attention.q")
+    assert len(session.lens(range(2))) == 3000
+
+
 def test_a_model_without_experts_has_no_router(stop):
     with pytest.raises(errors.NotSupported, match=r"layer 2 of this .* model has no router"):
         stop.router()

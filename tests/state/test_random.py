@@ -251,6 +251,7 @@ class Clients(RuleBasedStateMachine):
             self.send(m.ReadAttention(**where, layer=layer), owner)
         elif number % 3 == 1:
             self.send(m.ReadSites(**where, locations=(location, "final_norm")), owner)
+            self.send(m.ReadLensMap(**where, locations=(location, "embedding")), owner)
         else:
             self.send(m.ReadAttribution(**where), owner)
 

@@ -16,7 +16,8 @@ from kernel_server.protocol.errors import (
     QuotaExceeded,
     StaleStop,
 )
-from kernel_server.protocol.location import NOT_STARTED, inner_point
+from kernel_server.protocol.location import NOT_STARTED, final_norm_point, inner_point
+from kernel_server.state import scratch
 from kernel_server.state.instructions import ReadTensors, RunStretch
 from tests.state.world import LOGITS, Limits, World, snapshot
 
@@ -136,6 +137,11 @@ def test_a_forward_run_again_writes_no_page_of_the_session(world: World, stopped
         ((m.ReadSites, {"locations": ()}), BadArgument, "at least one"),
         ((m.ReadSites, {"locations": ("logits", "logits")}), BadArgument, "twice"),
         ((m.ReadSites, {"locations": ("layers.4.mlp.neurons",)}), NotSupported, "a mixture"),
+        ((m.ReadLensMap, {"locations": ()}), BadArgument, "at least one"),
+        ((m.ReadLensMap, {"locations": ("3", "layers.3.output")}), BadArgument, "twice"),
+        ((m.ReadLensMap, {"locations": ("logits",)}), NotSupported, "stop.lens"),
+        ((m.ReadLensMap, {"locations": ("layers.1.attention.q",)}), NotSupported, "residual"),
+        ((m.ReadLensMap, {"locations": ("embedding",), "top_k": 0}), BadArgument, "top_k"),
         (
             (m.ReadAttention, {"layer": 0, "tokens": m.Selector(kind="generated")}),
             BadSelector,
@@ -155,6 +161,36 @@ def test_a_bad_question_is_refused_and_changes_nothing(
     after = snapshot(world.state)
     assert after[1]["sessions"] == before[1]["sessions"]
     assert after[1]["pool"] == before[1]["pool"]
+    assert not world.state.questions
+
+
+def test_a_lens_map_is_caught_at_its_locations_and_tokens_alone(world: World, stopped: str):
+    given = stretches(world)
+    last = m.Selector(kind="indices", indices=(-1,))
+    answer = ask(
+        world, m.ReadLensMap, stopped, locations=("final_norm", "layers.1.middle"), tokens=last
+    )
+    (stretch,) = given
+
+    assert stretch.captures is not None
+    points = inner_point(1, "middle"), final_norm_point(5)
+    assert stretch.captures.points == points and stretch.until == points[-1]
+    assert stretch.captures.rows == answer.rows == (len(world.state.sessions[stopped].tokens) - 1,)
+
+
+def test_a_lens_map_of_too_many_cells_or_entries_is_refused(
+    world: World, stopped: str, monkeypatch: pytest.MonkeyPatch
+):
+    count = len(world.state.sessions[stopped].tokens)
+    monkeypatch.setattr(scratch, "MAX_LENS_CELLS", 2 * count)
+    monkeypatch.setattr(scratch, "MAX_LENS_ENTRIES", 4 * count)
+    two = {"locations": ("embedding", "final_norm")}
+
+    ask(world, m.ReadLensMap, stopped, **two, top_k=2)
+    with pytest.raises(QuotaExceeded, match=f"{6 * count} entries, 3 for each cell, the limit is"):
+        ask(world, m.ReadLensMap, stopped, **two, top_k=3)
+    with pytest.raises(QuotaExceeded, match=f"{3 * count} cells, the limit is {2 * count}"):
+        ask(world, m.ReadLensMap, stopped, locations=("embedding", "layers.0.output", "final_norm"))
     assert not world.state.questions
 
 

@@ -400,6 +400,18 @@ class ReadSites:
 
 
 @message
+class ReadLensMap:
+    """Logit lens at any residual locations of this forward, for `tokens`: recomputed on a scratch
+    fork from its start, also at locations that are not reached yet."""
+
+    session_id: str
+    seen: int
+    locations: tuple[str, ...]
+    tokens: Selector = ALL
+    top_k: int = 1
+
+
+@message
 class ReadDiff:
     """Compare two nodes, of one session or of two: the residual stream after every layer, by token.
 

@@ -98,9 +98,10 @@ class TensorReply:
 
 @message
 class LensReply:
-    """Rows: one per layer or token. Texts are empty strings without a tokenizer."""
+    """Rows: one per layer or token; of a lens map one per location and token, by location. Texts
+    are empty strings without a tokenizer."""
 
-    #: what each row is: location names, or positions
+    #: the location of each row
     rows: tuple[str, ...]
     positions: tuple[int, ...]
     token_ids: Array
