@@ -59,10 +59,9 @@ class Budgets(Residing):
 
     def _require_somewhere(self, tier: Tier, over: int, pages: int) -> None:
         """Refuse unless so many pages can leave a tier."""
-        free = self.residency.free
         if tier == "device":
             found = self._leavers()
-            below = free("host") + self.residency.reclaimable_host()
+            below = self.host_room() + self.residency.reclaimable_host()
             can = len(found.droppable) + found.coming + min(len(found.copyable), below)
         else:
             all_pages = self.residency.pages()

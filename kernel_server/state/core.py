@@ -98,6 +98,8 @@ class Core:
         #: copies under way by ticket, and the last that brings each page to the device
         self.copying: dict[int, Any] = {}
         self.inbound: dict[int, int] = {}
+        #: the session for which pages change places, while there is no room below for others
+        self.exchanging: str | None = None
         self._tickets_made = 0
         #: pages that could not be read back, and why
         self.lost: dict[int, str] = {}

@@ -9,7 +9,7 @@ goes first is decided in `eviction`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 from kernel_server.protocol.errors import OutOfPages
@@ -39,6 +39,14 @@ class Leavers:
 class Leaving(Copies):
     """Decides what leaves the device, the host and the disk."""
 
+    @property
+    def exchange(self) -> str | None:
+        """The session for which pages change places now."""
+        session = self.sessions.get(self.exchanging or "")
+        if session is None or session.status != "running":
+            self.exchanging = None
+        return self.exchanging
+
     # -- the device ---------------------------------------------------------------------------
 
     def _leavers(self, needed: Iterable[int] = (), whom: Session | None = None) -> Leavers:
@@ -57,14 +65,14 @@ class Leaving(Copies):
                 found.copyable.append((page, session))
         return found
 
-    def _make_room(self, count: int, whom: Session, needed: Iterable[int]) -> bool:
+    def _make_room(self, count: int, whom: Session, needed: Set[int]) -> bool:
         """Free so many slots of the device; False when they come free a little later.
 
         Raises OutOfPages when they cannot.
         """
         found = self._leavers(needed, whom)
         lacking = count - len(found.droppable)
-        below = self.residency.free("host") + self.residency.reclaimable_host()
+        below = self.host_room() + self.residency.reclaimable_host(needed)
         if lacking > found.coming + min(len(found.copyable), below):
             raise self._out_of_pages(count, len(found.droppable))
         self._drop_all(found.droppable[:count], f"room for session {whom.id}")
@@ -72,7 +80,7 @@ class Leaving(Copies):
             return True
         if lacking > found.coming:
             going = found.copyable[: lacking - found.coming]
-            self._push_down(going, f"room for session {whom.id}")
+            self._push_down(going, f"room for session {whom.id}", needed)
         return False
 
     def _out_of_pages(self, count: int, droppable: int) -> OutOfPages:
@@ -135,24 +143,39 @@ class Leaving(Copies):
         first, count = layer // self.shape.layers_per_group, self.shape.num_groups
         return [(first + i) % count for i in range(count)][::-1]
 
-    def _push_down(self, pages: list[tuple[int, Session]], reason: str) -> int:
-        """Copy pages to the host, as many as there is room for; returns how many."""
-        lacking = len(pages) - self.residency.slots["host"].room
+    def _push_down(
+        self, pages: list[tuple[int, Session]], reason: str, needed: Set[int] = frozenset()
+    ) -> int:
+        """Copy pages to the host, as many as there is room for; returns how many.
+
+        needed: pages that are not to go deeper for it.
+        """
+        lacking = len(pages) - self.residency.slots["host"].room + self._passage
         if lacking > 0:
-            self._free_host(lacking)
-        going = pages[: self.residency.free("host")]
+            self._free_host(lacking, needed)
+        going = pages[: self.host_room()]
         for session, run in by_session(going):
             self._copy(session, run, "device", "host", reason)
         return len(going)
 
     # -- the host -----------------------------------------------------------------------------
 
-    def _free_host(self, count: int) -> None:
+    @property
+    def _passage(self) -> int:
+        """Slots of the host that pages on their way from the disk pass through, always free."""
+        slots = self.residency.slots
+        return 1 if slots["disk"].capacity and slots["host"].capacity > 1 else 0
+
+    def host_room(self) -> int:
+        """Slots of the host that pages going down may take."""
+        return max(0, self.residency.slots["host"].room - self._passage)
+
+    def _free_host(self, count: int, needed: Set[int] = frozenset()) -> None:
         """Free slots of the host at once, where the disk has a copy; have others copied there."""
         freed, pushed = 0, list[int]()
         for page, _ in self._by_expendability(None):
             place = self.residency.place(page)
-            if place.host is None or place.moving:
+            if place.host is None or place.moving or page in needed:
                 continue
             if place.disk is not None and freed < count:
                 self.residency.drop(page, "host")
@@ -173,19 +196,19 @@ class Leaving(Copies):
         it is above the higher mark: then the host gives to the disk until it is below the lower.
         """
         host = self.residency.slots["host"]
-        if not host.capacity:
+        if not host.capacity or self.exchange is not None:
             return
         self._watch_marks()
         room = self.limits.copies_in_flight - len(self.copying)
         while room > 0 and self.to_clean:
-            if not host.num_free and not (self.pressing and self._press()):
+            if not self.host_room() and not (self.pressing and self._press()):
                 return
             session = self._next_to_clean()
             pages = [] if session is None else self._dirty(session)
             if session is None or not pages:
                 continue
             self.to_clean[session.id] = None
-            self._copy(session, pages[: min(RUN, host.num_free)], "device", "host", WRITE_BEHIND)
+            self._copy(session, pages[: min(RUN, self.host_room())], "device", "host", WRITE_BEHIND)
             room -= 1
 
     def _watch_marks(self) -> None:
@@ -199,7 +222,7 @@ class Leaving(Copies):
         """Have the host give to the disk; True when it has room at once."""
         if not any(copying.reason == _HOST_ROOM for copying in self.copying.values()):
             self._free_host(RUN)
-        return self.residency.free("host") > 0
+        return self.host_room() > 0
 
     def _next_to_clean(self) -> Session | None:
         """Take the next session whose pages are to be copied; None if that one needs none."""

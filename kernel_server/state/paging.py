@@ -2,18 +2,18 @@
 
 Before a stretch is given to the engine the pages of the groups it reaches are brought in, in the
 order it needs them; the engine starts while the later ones are under way. How room is made is
-decided in `leaving`, who goes first in `eviction`, what is where is counted in `residency`; the
-bytes are the engine's.
+decided in `leaving`, and in `exchanging` where the tiers below are full too; who goes first in
+`eviction`; what is where is counted in `residency`; the bytes are the engine's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kernel_server.protocol.errors import SessionFailed
+from kernel_server.protocol.errors import OutOfPages, SessionFailed
 from kernel_server.protocol.location import Point, layers_begun, layers_executed
 from kernel_server.state.events import CopiesDone
-from kernel_server.state.leaving import Leaving
+from kernel_server.state.exchanging import Exchanging
 from kernel_server.state.pages import WritePlan
 from kernel_server.state.residency import Tier
 from kernel_server.state.sessions import Session
@@ -43,7 +43,7 @@ class Room:
         return self.fresh + sum(map(len, self.absent.values()))
 
 
-class Paging(Leaving):
+class Paging(Exchanging):
     """Brings pages in before they are needed, and moves them when asked."""
 
     # -- before a stretch -------------------------------------------------------------------
@@ -66,6 +66,7 @@ class Paging(Leaving):
         they can never come as things are, and changes nothing then.
         """
         if not self.residency.num_absent and plan.num_pages <= self.residency.free("device"):
+            self._exchanged(session)
             return self._tickets(session, until)  # every decode that fits
         room = self.room_for(session, until, plan)
         lost = [p for pages in room.absent.values() for p in pages if p in self.lost]
@@ -73,16 +74,35 @@ class Paging(Leaving):
             error = self.lost[lost[0]]
             raise SessionFailed(f"{len(lost)} pages of session {session.id} are lost: {error}")
         lacking = room.total - self.residency.slots["device"].room if room.total else 0
-        if (
-            lacking > 0 and not self._make_room(lacking, session, self._needed(session, until))
-        ) or self._fetch_from_disk(session, room):
+        waits = self.exchange not in (None, session.id) and lacking > 0 and bool(self.copying)
+        if waits or self._must_wait(session, room, lacking, until):
             if not self.copying:
+                self._exchanged(session)
                 raise self._out_of_pages(room.total, 0)
             self.arriving[session.id] = None
             return None
-        for pages in room.absent.values():
-            self._copy(session, pages, "host", "device", "needed")
+        self._exchanged(session)
         return self._tickets(session, until)
+
+    def _exchanged(self, session: Session) -> None:
+        """Its exchange, if it was for this session, has come to its end."""
+        if self.exchanging == session.id:
+            self.exchanging = None
+
+    def _must_wait(self, session: Session, room: Room, lacking: int, until: Point) -> bool:
+        """Have room made and pages brought; True while some have not begun their way."""
+        absent = [page for pages in room.absent.values() for page in pages]
+        needed = self._needed(session, until)
+        if lacking > 0:
+            try:
+                if not self._make_room(lacking, session, needed):
+                    return True
+            except OutOfPages:
+                # pages on their way can leave, or go elsewhere, once they are there
+                if not self._exchange(session, absent, room.fresh, needed) and not self.copying:
+                    raise
+                return True
+        return bool(absent) and self._let_come(session, absent, needed)
 
     def _tickets(self, session: Session, until: Point) -> dict[int, int]:
         """The newest copy that a group of the session waits for."""
@@ -112,34 +132,6 @@ class Paging(Leaving):
             for page in session.tables[group][first:]:
                 self.residency.write(page)
 
-    # -- from the disk ------------------------------------------------------------------------
-
-    def _fetch_from_disk(self, session: Session, room: Room) -> bool:
-        """Have pages that are only on the disk read to the host; True while some are missing."""
-        missing = [
-            p
-            for pages in room.absent.values()
-            for p in pages
-            if self.residency.place(p).host is None
-        ]
-        waiting = [
-            p
-            for pages in room.absent.values()
-            for p in pages
-            if self.residency.place(p).moving and p not in self.inbound
-        ]
-        if not missing:
-            return bool(waiting)
-        still = [p for p in missing if not self.residency.place(p).moving]
-        lacking = len(still) - self.residency.slots["host"].room
-        if lacking > 0:
-            self._free_host(lacking)
-            if not self.residency.free("host") and not self.copying:
-                # all of it copies of pages that the device has, and the disk is full
-                self._let_copies_go("host", lacking)
-        self._copy(session, still[: self.residency.free("host")], "disk", "host", "needed")
-        return True
-
     # -- copies ---------------------------------------------------------------------------------
 
     def copies_done(self, event: CopiesDone) -> None:
@@ -157,7 +149,8 @@ class Paging(Leaving):
         for session_id in list(self.arriving):
             del self.arriving[session_id]
             session = self.sessions[session_id]
-            self.queue(session)
+            # others would take the slots that its exchange goes through
+            self.queue(session, first=session_id == self.exchange)
         self._settle()
 
     # -- asked for ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ good copy remains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,11 +170,11 @@ class Residency:
         others = any(place.slot(t) is not None for t in TIERS if t != tier)
         return place.slot(tier) is not None and not place.moving and others
 
-    def reclaimable_host(self) -> int:
-        """Slots of the host that come free when pages there go on to the disk."""
+    def reclaimable_host(self, keep: Set[int] = frozenset()) -> int:
+        """Slots of the host that come free when pages there, but those to keep, go to the disk."""
         both = alone = 0
-        for place in self._places.values():
-            if place.host is not None:
+        for page, place in self._places.items():
+            if place.host is not None and page not in keep:
                 both += place.disk is not None
                 alone += place.disk is None and place.device is None and not place.moving
         return both + min(alone, self.free("disk"))

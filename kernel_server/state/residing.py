@@ -94,7 +94,7 @@ class Residing(Comparing):
     def _require_below(self, session: Session) -> None:
         """Room below for every page that has no copy there yet."""
         dirty = len(self._dirty(session))
-        room = self.residency.free("host") + self.residency.reclaimable_host()
+        room = self.host_room() + self.residency.reclaimable_host()
         if dirty > room:
             raise OutOfPages(
                 f"{dirty} pages of session {session.id} are to go down, and {room} fit there:"
@@ -151,7 +151,7 @@ class Residing(Comparing):
         if session.pinned or not on_device or not below or session.idled:
             return
         session.idled = True
-        room = self.residency.free("host") + self.residency.reclaimable_host()
+        room = self.host_room() + self.residency.reclaimable_host()
         if len(self._dirty(session)) <= room:
             idle_s = self.now - session.touched
             self.note(session, "idle", idle_s)

@@ -60,3 +60,7 @@ def test_more_sessions_than_the_device_holds(local: Local) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_random_moves_end_alike(local: Local, seed: int) -> None:
     tier_cases.random_moves_end_alike(local, seed)
+
+
+def test_pages_change_places(local: Local) -> None:
+    tier_cases.pages_change_places(local, spare=2)

@@ -9,6 +9,7 @@ from typing import Any
 from djinn_nb import Finished, Session, Stopped
 from kernel_server.protocol import messages as m
 from notebooks.harness.exactness import Trace, different, reference_run, watching
+from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
 from tests.kernel.cases import prompt_of
 
@@ -111,3 +112,50 @@ def random_moves_end_alike(local: Local, seed: int, steps: int = 80) -> None:
         assert different(session.logits, references[which].last) == 0
         session.terminate()
     settled(local)
+
+
+def pages_change_places(local: Local, spare: int) -> None:
+    """With a few slots more than pages in all tiers, sessions go on by turns, bit for bit."""
+    count, state = 3, local.kernel.state
+    prompts = [prompt_of(local, 1.4, new_tokens=5, seed=20 + i) for i in range(count)]
+    references: list[Trace] = []
+    with watching(local) as watch:
+        for prompt in prompts:
+            references.append(reference_run(local, watch, prompt))
+    settled(local)
+    shape = state.shape
+    pages = shape.num_groups * shape.pages_for(len(prompts[0].ids) + prompts[0].new_tokens)
+    before = {tier: slots.capacity for tier, slots in state.residency.slots.items()}
+    budgets(local, device=pages, host=pages * (count - 1) + spare, disk=0)
+    sessions = []
+    for prompt in prompts:
+        session = prompt.launch(local)
+        session.run_to("logits")
+        sessions.append(session)
+        settled(local)
+    turns = []
+    exchange = state._exchange
+
+    def noting(session: Any, *rest: Any) -> bool:
+        turns.append(session.id)
+        return exchange(session, *rest)
+
+    with instead(state, "_exchange", noting):
+        for _ in range(3):
+            for session in sessions:
+                session.next()
+        for session, prompt, reference in zip(sessions, prompts, references, strict=True):
+            assert isinstance(session.continue_(), Finished)
+            assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
+            assert different(session.logits, reference.last) == 0
+    assert turns, "everything found room below: nothing was tested"
+    for session in sessions:
+        session.terminate()
+    settled(local)
+    budgets(local, **before)
+
+
+def budgets(local: Local, **pages: int) -> None:
+    """Set how many pages each tier may hold."""
+    size = local.kernel.state.shape.page_bytes
+    local.server.set_budget(**{tier: count * size for tier, count in pages.items()})

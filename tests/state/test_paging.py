@@ -343,3 +343,144 @@ def test_eighty_agents_that_think(hints: bool) -> None:
         assert end.status == "finished"
         assert end.tokens[6:] == tuple(position % 40 for position in range(6, 6 + acts))
     world.finish_checks()
+
+
+# -- an exchange --------------------------------------------------------------------------------
+
+
+def all_stopped(world: World, count: int) -> list[str]:
+    """Sessions of six pages each, stopped one after the other, all copies made."""
+    found = []
+    for _ in range(count):
+        found.append(stopped(world))
+        world.work()
+        assert world.session(found[-1]).status == "stopped"
+    return found
+
+
+def test_pages_change_places_through_one_spare_slot() -> None:
+    """Device and host are full but for one slot: the room that is there is enough."""
+    world = tiers(device=PAGES, host=PAGES + 1)
+    first, second = all_stopped(world, 2)
+    assert device_pages(world, first) == 0 and device_pages(world, second) == PAGES
+    world.run(first)
+
+    assert world.session(first).status == "finished"
+    assert device_pages(world, second) == 0
+    told = [text for text in texts(world, second) if "left the device" in text]
+    assert told and all("room for session" in text for text in told)
+    world.run(second)
+    assert world.session(second).status == "finished"
+    world.finish_checks()
+
+
+def test_without_a_spare_slot_the_exchange_is_refused_and_nothing_moves() -> None:
+    world = tiers(device=PAGES, host=PAGES)
+    first, second = all_stopped(world, 2)
+    before = {p: dataclasses.replace(world.state.residency.place(p)) for p in _all_pages(world)}
+    world.run(first)
+
+    session = world.session(first)
+    assert session.status == "waiting" and session.error is not None
+    assert session.error.code == "OutOfPages" and "0 of 6 can leave" in session.error.message
+    now = {p: world.state.residency.place(p) for p in _all_pages(world)}
+    assert now == before and not world.engine.copies
+    world.ask(m.Terminate(session_id=second))
+    world.run(first)
+    assert world.session(first).status == "finished"
+    world.finish_checks()
+
+
+def _all_pages(world: World) -> list[int]:
+    return sorted(world.state.residency.pages())
+
+
+@pytest.mark.parametrize("disk", [0, 1, 4, 2 * PAGES])
+@pytest.mark.parametrize("spare", [1, 2, 5])
+def test_whatever_fits_goes_on_in_any_order(disk: int, spare: int) -> None:
+    """Three sessions in tiers that hold their pages and a few slots more: each gets its turn.
+
+    With a disk one more slot of the host is kept for what passes through it.
+    """
+    host = 2 * PAGES + spare - min(disk, PAGES) + (disk > 0)
+    world = tiers(device=PAGES, host=host, disk=disk)
+    world.draw = lambda position: position % 40
+    sessions = [stopped_late(world) for _ in range(3)]
+    any_ = random.Random(spare)
+    for _ in range(12):
+        session_id = any_.choice(sessions)
+        session = world.session(session_id)
+        if session.status != "finished":
+            world.run(session_id, m.Next)
+            session = world.session(session_id)
+            assert session.error is None and (session.stop is None or session.stop.error is None)
+    for session_id in sessions:
+        if world.session(session_id).status != "finished":
+            world.run(session_id)
+        assert world.session(session_id).status == "finished"
+    world.finish_checks()
+
+
+def stopped_late(world: World) -> str:
+    """One that takes no new page on its way to its end."""
+    session_id = stopped(world, max_new_tokens=3)
+    world.work()
+    return session_id
+
+
+def test_two_that_want_to_run_take_turns_at_an_exchange() -> None:
+    world = tiers(device=PAGES, host=2 * PAGES + 1)
+    sessions = all_stopped(world, 3)
+    for session_id in sessions:
+        world.go(session_id)
+    world.work()
+
+    assert [world.session(s).status for s in sessions] == ["finished"] * 3
+    world.finish_checks()
+
+
+def test_an_exchange_whose_session_is_ended_lets_the_others_go_on() -> None:
+    world = tiers(device=PAGES, host=2 * PAGES + 1)
+    first, second, third = all_stopped(world, 3)
+    world.go(first)
+    world.done()  # the token of the forward it stood in
+    assert world.state.exchange == first and world.engine.stretch is None
+    world.go(second)
+    world.ask(m.Terminate(session_id=first))
+    world.work()
+
+    assert world.session(second).status == "finished" and world.state.exchange is None
+    world.run(third)
+    assert world.session(third).status == "finished"
+    world.finish_checks()
+
+
+def test_an_exchange_never_takes_a_pinned_session() -> None:
+    world = tiers(device=2 * PAGES, host=PAGES + 1)
+    first, second, third = all_stopped(world, 3)
+    resident = next(s for s in (third, second, first) if device_pages(world, s) == PAGES)
+    world.ask(m.Pin(session_id=resident))
+    for session_id in {first, second, third} - {resident}:
+        world.run(session_id)
+        assert world.session(session_id).status == "finished"
+        assert device_pages(world, resident) == PAGES
+    world.finish_checks()
+
+
+def test_agents_go_on_while_all_tiers_are_nearly_full() -> None:
+    """Twenty sessions that act by turns, with three slots more than their pages."""
+    count, any_ = 20, random.Random(3)
+    limits = Limits(sessions_per_owner=count, idle_after_s=None)
+    pages = count * PAGES
+    world = tiers(device=3 * PAGES, host=pages // 2, disk=pages // 2 + 3 - 3 * PAGES, limits=limits)
+    sessions = [stopped_late(world) for _ in range(count)]
+    for _ in range(60):
+        session_id = any_.choice(sessions)
+        if world.session(session_id).status == "finished":
+            continue
+        session = world.run(session_id, m.Next)
+        assert session.error is None and (session.stop is None or session.stop.error is None)
+    for session_id in sessions:
+        world.run(session_id)
+        assert world.session(session_id).status == "finished"
+    world.finish_checks()

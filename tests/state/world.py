@@ -148,9 +148,11 @@ class Engine:
         assert self.stretch is not None
         held = self.sessions[self.stretch.session_id]
         num_layers = self.shape.num_layers
-        for _, ticket in self.stretch.arrivals:
-            if ticket in self.copies:
-                self.move(self.copies[ticket])
+        newest = max((ticket for _, ticket in self.stretch.arrivals), default=0)
+        for ticket, copy in sorted(self.copies.items()):
+            # copies one way are made in the order they were begun
+            if ticket <= newest and copy.way == "host-device":
+                self.move(copy)
         for source, target in self.stretch.copies:
             self.pages[target] = dict(self.pages[source])
         begun = layers_executed(held.point, num_layers)
