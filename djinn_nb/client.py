@@ -50,6 +50,8 @@ class Client:
         self._texts: dict[int, str] = {}
         self.initialized = self.initialize()
         self._model: m.ModelInfo | None = None
+        #: why events do not come at present; None while they do
+        self.trouble: Exception | None = None
         weakref.finalize(self, transport.close)
         greet = weakref.WeakMethod(self._greet)  # the transport holds no client
         transport.greet(lambda connection: (greet() or _nobody)(connection))
@@ -255,6 +257,7 @@ class Client:
 
     def _trouble(self, error: Exception | None) -> None:
         """Polling fails, or works again: whoever waits shall look for himself."""
+        self.trouble = error
         self.mirror.doubt()
 
     def close(self) -> None:
@@ -340,6 +343,8 @@ class Mirror:
         self._gone: set[str] = set()
         self._versions: dict[str, int] = {}
         self._waiters: list[Waiter] = []
+        #: told of every event, and of None when events may have been missed; on the events thread
+        self.listeners: list[Callable[[m.Event | None], None]] = []
         self.swaps = Swaps()
         self._lock = threading.Lock()
 
@@ -386,6 +391,15 @@ class Mirror:
     def newest(self, session_id: str) -> m.SessionInfo | None:
         return self._infos.get(session_id)
 
+    def sessions(self) -> list[m.SessionInfo]:
+        """The newest description of every session known that is not terminated."""
+        with self._lock:
+            return [info for info in self._infos.values() if info.id not in self._gone]
+
+    def is_waited_for(self, session_id: str) -> bool:
+        """Whether somebody of this process waits for the session to rest."""
+        return any(waiter.session_id == session_id for waiter in list(self._waiters))
+
     def is_gone(self, session_id: str) -> bool:
         return session_id in self._gone
 
@@ -399,6 +413,8 @@ class Mirror:
         for waiter in list(self._waiters):
             if session_id is None or waiter.session_id == session_id:
                 waiter.queue.put(event)
+        for told in list(self.listeners):
+            told(event)
 
     def forget(self, waiter: Waiter) -> None:
         if waiter in self._waiters:

@@ -6,6 +6,7 @@ of the user's that merely has one of these names is never overwritten.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ from kernel_server.protocol.errors import NoServer, NotStopped, UnknownSession
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+
+    from djinn_nb.comm_bridge import CommBridge
+    from djinn_nb.workbench import Workbench
 
 #: Names that the magics bind in the notebook.
 BOUND = ("server", "session", "stop")
@@ -68,6 +72,12 @@ class Current(Magics):
         self.pending: list[Pending] = []
         self.own: dict[str, Any] = dict.fromkeys(BOUND)
         self.opened: Server | None = None
+        #: what panels and the sidebar share, once there is one
+        self.bench: Workbench | None = None
+        #: what tells the front end's extension, in a kernel
+        self.bridge: CommBridge | None = None
+        #: called when the server, session or stop of the notebook has changed
+        self.listeners: list[Callable[[], None]] = []
         self._told: set[str] = set()
 
     # -- what the magics act on -----------------------------------------------------------
@@ -83,6 +93,12 @@ class Current(Magics):
         """The notebook's `session`, or the one launched last."""
         found = self._named("session", Session)
         return found if isinstance(found, Session) else None
+
+    @property
+    def stop(self) -> Stopped | None:
+        """The notebook's `stop`, or the one shown last; the session may have moved since."""
+        found = self._named("stop", Stopped)
+        return found if isinstance(found, Stopped) else None
 
     def _named(self, name: str, kind: type) -> Any:
         mine = self.names.get(name)
@@ -111,6 +127,10 @@ class Current(Magics):
     def bind(self, name: str, value: Any) -> None:
         """Bind a name in the notebook, unless it holds something of the user's own."""
         self.own[name] = value
+        self._bind(name, value)
+        self.ran_a_cell()
+
+    def _bind(self, name: str, value: Any) -> None:
         if not self.bind_names:
             return
         mine = self.names.get(name)
@@ -133,11 +153,43 @@ class Current(Magics):
         else:
             print(found)
 
+    def use_server(self, server: Server) -> None:
+        """Make a server the notebook's; the one before is left, and its sessions stay with it."""
+        self.disconnect()
+        self.opened = server
+        self.bind("server", server)
+        for name in ("session", "stop"):
+            self.own[name] = None
+            if isinstance(self.names.get(name), (Session, Stopped, Finished)):
+                self.names[name] = None
+
+    def goes_on(self, session: Session) -> bool:
+        """Whether a session can still meet a breakpoint."""
+        try:
+            return session.status in ("waiting", "running", "stopped")
+        except UnknownSession:  # terminated, or its server is another one now
+            return False
+
     def say(self, text: str) -> None:
         print(text)
 
+    def ran_a_cell(self, *_: object) -> None:
+        """A cell may have changed anything: IPython's `post_run_cell`."""
+        for changed in list(self.listeners):
+            changed()
+
     def close(self) -> None:
-        """Disconnect from the server that a magic connected."""
+        """End the workbench; disconnect from the server that a magic or a click connected."""
+        if self.bridge is not None:
+            self.bridge.close()
+            self.bridge = None
+        if self.bench is not None:
+            self.bench.close()
+            self.bench = None
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Disconnect from that server; its sessions stay."""
         if self.opened is not None:
             self.opened.close()
             self.opened = None

@@ -22,13 +22,11 @@ from djinn_nb.handles import Breakpoint
 from djinn_nb.notebook import debugging, set_debugging
 from djinn_nb.session import Session
 from djinn_nb.stop_magics import StopMagics
-from djinn_nb.stopped import Finished, Stopped
 from kernel_server.protocol.conditions import parse_condition
 from kernel_server.protocol.errors import (
     BadArgument,
     DjinnError,
     UnknownBreakpoint,
-    UnknownSession,
 )
 from kernel_server.protocol.location import parse_location
 
@@ -77,13 +75,7 @@ class DjinnMagics(StopMagics):
 
     def _connect(self, address: str | None, **wishes: Any) -> None:
         server = connect(address, **wishes)
-        self.close()  # the one before; its sessions stay with it
-        self.opened = server
-        self.bind("server", server)
-        for name in ("session", "stop"):
-            self.own[name] = None
-            if isinstance(self.names.get(name), (Session, Stopped, Finished)):
-                self.names[name] = None
+        self.use_server(server)
         self.say(repr(server))
 
     # -- breakpoints ----------------------------------------------------------------------
@@ -115,7 +107,7 @@ class DjinnMagics(StopMagics):
             location = str(parse_location(location, server.model.num_layers))
         pending = Pending(location, args.when, condition, args.ignore, args.once)
         session = self.session
-        goes_on = session is not None and self._goes_on(session)
+        goes_on = session is not None and self.goes_on(session)
         if session is not None and goes_on:
             self.say(f"{pending.apply(session)!r} · in session {session.id} and later runs")
         else:
@@ -123,13 +115,6 @@ class DjinnMagics(StopMagics):
             self.say(" ".join(parts) + " · in runs that follow")
         if pending not in self.pending:
             self.pending.append(pending)
-
-    def _goes_on(self, session: Session) -> bool:
-        """Whether a session can still meet a breakpoint."""
-        try:
-            return session.status in ("waiting", "running", "stopped")
-        except UnknownSession:  # terminated, or its server is another one now
-            return False
 
     @magic_arguments()
     @argument("action", nargs="?", choices=("remove", "enable", "disable", "clear"))
@@ -141,7 +126,7 @@ class DjinnMagics(StopMagics):
 
         args = self._parse(self.djinn_breaks, line)
         session = self.session
-        points = session.breakpoints if session is not None and self._goes_on(session) else None
+        points = session.breakpoints if session is not None and self.goes_on(session) else None
         if args.action is not None:
             self._change_breakpoints(args.action, args.ids, points)
             if points is not None and session is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -24,7 +25,13 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
     magics = DjinnMagics(shell)
     shell.register_magics(magics)
+    shell.events.register("post_run_cell", magics.ran_a_cell)
     Completer(magics).install(shell)
+    if getattr(shell, "kernel", None) is not None:
+        from djinn_nb.comm_bridge import CommBridge
+        from djinn_nb.workbench import workbench
+
+        magics.bridge = CommBridge(workbench(shell))
     _show_figures(shell)
     for kind in (DjinnError, Interrupted):
         # IPython asks an exception for this name; see `_OneLine`
@@ -48,8 +55,10 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     from djinn_nb.completion import Completer
 
     Completer.remove(shell)
-    magics = shell.magics_manager.registry.get("DjinnMagics")
+    magics = shell.magics_manager.registry.pop("DjinnMagics", None)
     if magics is not None:
+        with contextlib.suppress(ValueError):
+            shell.events.unregister("post_run_cell", magics.ran_a_cell)
         magics.close()
     for table in shell.magics_manager.magics.values():
         for name in [name for name in table if name.startswith("djinn")]:

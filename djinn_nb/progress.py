@@ -6,14 +6,32 @@ only after `DELAY_S`, and goes away when the work is done.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 #: Work that is done sooner shows no line, seconds.
 DELAY_S = 0.4
+
+#: Told of progress instead of a line: label, done, total, text.
+Told = Callable[[str, float, float, str], None]
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def heard_by(told: Told) -> Iterator[None]:
+    """Let `told` have what this thread's progress lines would show; none is drawn meanwhile."""
+    before = getattr(_thread, "told", None)
+    _thread.told = told
+    try:
+        yield
+    finally:
+        _thread.told = before
 
 
 def in_notebook() -> bool:
@@ -48,11 +66,14 @@ class Progress:
         self.unit = unit
         self._begin = time.monotonic()
         self._delay_s = delay_s
-        self._watched = someone_watches()
+        self._told: Told | None = getattr(_thread, "told", None)
+        self._watched = self._told is None and someone_watches()
         self._bar: Any = None
 
     def at(self, done: float, total: float, text: str = "") -> None:
         """Show that `done` of `total` is done; `text` follows the figures."""
+        if self._told is not None:
+            self._told(self.label, done, total, text)
         if not self._watched or time.monotonic() - self._begin < self._delay_s:
             return
         if self._bar is None:

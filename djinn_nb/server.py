@@ -41,6 +41,11 @@ class Server(Planned):
         client.model  # noqa: B018 - asked now, so that showing things later asks nothing
 
     @property
+    def client(self) -> Client:
+        """The connection; calls on it are typed messages of the contract."""
+        return self._client
+
+    @property
     def address(self) -> str:
         """Where it listens: `host:port` or `unix:/path`."""
         return str(self._client.transport.address)

@@ -25,6 +25,10 @@ class Swaps:
         if event.kind == "swapped":
             self._kept.append((now, event.session_id, event.done, event.text))
 
+    def newest(self, most: int) -> list[tuple[float, str, int, str]]:
+        """The newest ones, oldest first: (seconds since the epoch, session, bytes, text)."""
+        return list(self._kept)[-most:]
+
     def frame(self) -> pd.DataFrame:
         """One row each, oldest first: time, session, bytes, text."""
         import pandas as pd

@@ -124,7 +124,11 @@ class Tiers:
         if not count:
             return []
         note = f"{slots.used} of {count} pages, in a file"
-        return [("KV pages in use (disk)", slots.used * page, note)]
+        free = (count - slots.used) * page
+        return [
+            ("KV pages in use (disk)", slots.used * page, note),
+            ("KV pages free (disk)", free, f"budget {slots.capacity} pages"),
+        ]
 
     def untouched_bytes(self) -> int:
         """Bytes of the host's pool that were never written, and take no memory yet."""

@@ -1,6 +1,6 @@
 """What a notebook's kernel shows its views: one plain, versioned description of everything.
 
-A `Snapshot` is made by `djinn_nb.workbench` and drawn by the panels and by the JupyterLab extension,
+A `Snapshot` is made by `djinn_nb.workbench` and drawn by the panels and the JupyterLab extension,
 which hold no truth of their own. Only plain values, so that `as_json` is all it takes to send one;
 the extension's types are generated from these classes. What a value means to a session is decided
 by the server; this file only names what can be seen.

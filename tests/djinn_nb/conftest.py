@@ -8,11 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import djinn_nb as djinn
 from kernel_server.protocol.errors import AccessDenied, ConnectionFailed
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
 
 NUM_LAYERS, HIDDEN, VOCABULARY, CONTEXT = 6, 32, 512, 8192
 PROMPT = "When Mary and John went to the store, John gave a drink to"
@@ -132,6 +136,25 @@ def session(server: djinn.Server) -> djinn.Session:
 def long_session(server: djinn.Server) -> djinn.Session:
     """One that runs for seconds."""
     return server.launch(PROMPT, max_new_tokens=CONTEXT - 100)
+
+
+@pytest.fixture
+def make_shell() -> Iterator[Callable[[], InteractiveShell]]:
+    """Notebooks of their own, without a kernel; the extension is unloaded at the end."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    made = []
+
+    def make() -> InteractiveShell:
+        made.append(InteractiveShell(config=config))
+        return made[-1]
+
+    yield make
+    for shell in made:
+        shell.run_line_magic("unload_ext", "djinn_nb")
 
 
 @pytest.fixture

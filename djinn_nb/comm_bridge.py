@@ -1,0 +1,142 @@
+"""Comms between the workbench and the JupyterLab extension: snapshots out, verbs in.
+
+The front end opens a comm of the target `djinn`; it is told the newest snapshot at once and every
+newer one. What it sends is `{"type": "do", "verb", "args", "id"}`, `{"type": "select", …}` or
+`{"type": "alive"}`; a `do` is answered when it was refused or is done. A comm that says nothing for
+long is dropped: pages that were reloaded leave theirs behind. Handlers only queue.
+
+While a cell runs, comm messages may wait for it. So what is urgent (`urgent`) is executed by the
+front end on a subshell of the kernel, and goes to the server past every queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from comm import create_comm, get_comm_manager
+
+from djinn_nb import briefs, verbs
+from djinn_nb.workbench import Workbench, workbench
+from kernel_server.protocol.errors import DjinnError
+from kernel_server.protocol.snapshot import Snapshot, as_json
+
+#: Targets: of comms that front ends open, and of the one by which the kernel says it is there.
+TARGET, HELLO = "djinn", "djinn-hello"
+#: A front end says every 20 seconds that it is alive; silent for this long, it is gone.
+SILENCE_S = 120.0
+
+
+class CommBridge:
+    """The comms of one kernel; made by `%load_ext djinn_nb`.
+
+    bridge = CommBridge(workbench())
+    bridge.close()
+    """
+
+    def __init__(self, bench: Workbench) -> None:
+        self._bench = bench
+        self._lock = threading.Lock()
+        #: comm -> when it was last heard
+        self._comms: dict[Any, float] = {}
+        self._end = bench.subscribe(self._push)
+        get_comm_manager().register_target(TARGET, self._opened)
+        # a front end that has the extension opens its comm when it hears this; others ignore it
+        self._hello = create_comm(target_name=HELLO, data={"kernel": bench.kernel})
+
+    def close(self) -> None:
+        """End the comms; front ends see that the extension was unloaded."""
+        self._end()
+        get_comm_manager().unregister_target(TARGET, self._opened)
+        with self._lock:
+            comms = [*self._comms, self._hello]
+            self._comms.clear()
+        for comm in comms:
+            with contextlib.suppress(Exception):  # whoever is gone need not hear it
+                comm.close()
+
+    @property
+    def num_open(self) -> int:
+        """Front ends that are heard."""
+        return len(self._comms)
+
+    def _opened(self, comm: Any, message: dict[str, Any]) -> None:
+        with self._lock:
+            self._comms[comm] = time.monotonic()
+        comm.on_msg(lambda message: self._heard(comm, message["content"]["data"]))
+        comm.on_close(lambda message: self._drop(comm))
+        self._send(comm, {"type": "snapshot", "snapshot": as_json(self._bench.snapshot())})
+        self._bench.changed()
+
+    def _heard(self, comm: Any, data: Any) -> None:
+        with self._lock:
+            if comm in self._comms:
+                self._comms[comm] = time.monotonic()
+        if not isinstance(data, dict):
+            return
+        kind, number = data.get("type"), data.get("id")
+        try:
+            if kind == "do":
+                given = data.get("args") or {}
+                future = verbs.perform(self._bench, str(data.get("verb")), **given)
+                future.add_done_callback(lambda done: self._answer(comm, number, done))
+            elif kind == "select":
+                fields = {f.name for f in dataclasses.fields(self._bench.selection)}
+                wanted = {name: data[name] for name in data if name in fields - {"session_id"}}
+                self._bench.select(**wanted)
+                self._send(comm, {"type": "answer", "id": number, "ok": True, "error": None})
+        except (DjinnError, TypeError) as error:
+            notice = briefs.notice_of(error)
+            self._bench.notify(notice)
+            self._send(comm, _answer(number, notice))
+
+    def _answer(self, comm: Any, number: Any, done: Future[Any]) -> None:
+        error = done.exception()
+        self._send(comm, _answer(number, None if error is None else briefs.notice_of(error)))
+
+    def _push(self, snapshot: Snapshot) -> None:
+        """Runs on the publisher's thread."""
+        now = time.monotonic()
+        with self._lock:
+            silent = [comm for comm, heard in self._comms.items() if now - heard > SILENCE_S]
+            comms = [comm for comm in self._comms if comm not in silent]
+        for comm in silent:
+            self._drop(comm)
+            with contextlib.suppress(Exception):
+                comm.close()
+        if comms:
+            data = {"type": "snapshot", "snapshot": as_json(snapshot)}
+            for comm in comms:
+                self._send(comm, data)
+
+    def _send(self, comm: Any, data: dict[str, Any]) -> None:
+        try:
+            comm.send(data)
+        except Exception:  # closed meanwhile, or its kernel is going down
+            self._drop(comm)
+
+    def _drop(self, comm: Any) -> None:
+        with self._lock:
+            self._comms.pop(comm, None)
+
+
+def _answer(number: Any, error: Any) -> dict[str, Any]:
+    return {"type": "answer", "id": number, "ok": error is None, "error": as_json(error)}
+
+
+def urgent(verb: str) -> None:
+    """Pause or terminate the current session now, while a cell runs; prints one line of JSON.
+
+    verb: "pause" or "terminate". For the front end, which executes it on a subshell; in Python,
+    `session.pause()` does the same.
+    """
+    print(json.dumps(as_json(_plain(workbench().urgent(verb)))))
+
+
+def _plain(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: as_json(value) for name, value in answer.items()}

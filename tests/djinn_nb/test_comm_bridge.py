@@ -1,0 +1,210 @@
+"""The comms of a real kernel, as the JupyterLab extension uses them; also while a cell runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import pytest
+from jupyter_client.blocking.client import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+
+from tests.djinn_nb.conftest import PROMPT, Process
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.notebook
+
+
+class Front:
+    """A front end of one kernel: cells, a comm, a subshell."""
+
+    def __init__(self, client: BlockingKernelClient) -> None:
+        self.client = client
+        self.comm_id = uuid.uuid4().hex
+        self.heard: list[dict[str, Any]] = []
+        self.opened: list[str] = []
+
+    def run(self, code: str) -> str:
+        """Run a cell to its end; returns its error, or an empty text."""
+        reply = self.client.execute_interactive(code, timeout=60, output_hook=lambda message: None)
+        return "" if reply["content"]["status"] == "ok" else reply["content"]["evalue"]
+
+    def send(self, kind: str, subshell: str | None = None, **content: Any) -> str:
+        message = self.client.session.msg(kind, content)
+        if subshell is not None:
+            message["header"]["subshell_id"] = subshell
+        self.client.shell_channel.send(message)
+        return message["header"]["msg_id"]
+
+    def open(self) -> None:
+        self.send("comm_open", comm_id=self.comm_id, target_name="djinn", data={})
+
+    def tell(self, **data: Any) -> None:
+        self.send("comm_msg", comm_id=self.comm_id, data=data)
+
+    def hear(
+        self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 20
+    ) -> dict[str, Any]:
+        """The first message on the comm for which it holds."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                message = self.client.get_iopub_msg(timeout=0.5)
+            except Empty:
+                assert time.monotonic() < deadline, self.heard[-3:]
+                continue
+            content = message["content"]
+            if message["msg_type"] == "comm_open":
+                self.opened.append(content["target_name"])
+            if message["msg_type"] == "comm_msg" and content["comm_id"] == self.comm_id:
+                self.heard.append(content["data"])
+                if holds(content["data"]):
+                    return content["data"]
+
+    def snapshot(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        found = self.hear(lambda data: data["type"] == "snapshot" and holds(data["snapshot"]))
+        return found["snapshot"]
+
+    def subshell(self) -> str:
+        message = self.client.session.msg("create_subshell_request", {})
+        self.client.control_channel.send(message)
+        while True:
+            reply = self.client.get_control_msg(timeout=20)
+            if reply["parent_header"].get("msg_id") == message["header"]["msg_id"]:
+                return reply["content"]["subshell_id"]
+
+    def stdout_of(self, message_id: str) -> str:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            message = self.client.get_iopub_msg(timeout=10)
+            if (
+                message["parent_header"].get("msg_id") == message_id
+                and "text" in message["content"]
+            ):
+                return message["content"]["text"]
+        raise AssertionError("nothing was printed")
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def front(kernel: KernelManager, process: Process) -> Iterator[Front]:
+    client = kernel.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    made = Front(client)
+    assert made.run(f"%load_ext djinn_nb\n%djinn_connect {process.address}") == ""
+    try:
+        yield made
+        _clean(made)
+    finally:
+        client.stop_channels()
+
+
+def _clean(made: Front) -> None:
+    assert made.run("for one in server.sessions().index: server.attach(one).terminate()") == ""
+    assert made.run("%unload_ext djinn_nb\n%reset -f") == ""
+
+
+def test_a_front_end_is_told_the_newest_snapshot_and_every_newer_one(front: Front) -> None:
+    front.open()
+    first = front.snapshot(lambda s: s["connection"] == "ready" and s["memory"] is not None)
+    front.run(f"session = server.launch({PROMPT!r}, max_new_tokens=4)\n_ = session.run_to(3)")
+    then = front.snapshot(lambda s: s["session_id"] and s["sessions"][0]["status"] == "stopped")
+
+    assert then["rev"] > first["rev"] and then["kernel"] == first["kernel"]
+    assert then["sessions"][0]["location"] == "layers.3.output"
+    revs = [data["snapshot"]["rev"] for data in front.heard if data["type"] == "snapshot"]
+    assert revs[1:] == sorted(set(revs[1:]))
+
+
+def test_a_verb_is_carried_out_and_answered_and_a_refused_one_is_told(front: Front) -> None:
+    front.open()
+    front.tell(type="do", verb="toggle_breakpoint", args={"location": 2}, id=1)
+    assert front.hear(lambda d: d["type"] == "answer")["ok"]
+    front.tell(type="do", verb="launch", args={"prompt": PROMPT, "max_new_tokens": 2}, id=2)
+    answer = front.hear(lambda d: d["type"] == "answer" and d["id"] == 2)
+    front.tell(type="do", verb="toggle_breakpoint", args={"location": "layers.77.output"}, id=3)
+    refused = front.hear(lambda d: d["type"] == "answer" and d["id"] == 3)
+
+    assert answer == {"type": "answer", "id": 2, "ok": True, "error": None}
+    assert not refused["ok"] and refused["error"]["code"] == "UnknownLocation"
+    assert front.run("assert stop.location == 'layers.2.output' and session.id") == ""
+
+
+def test_nonsense_from_a_front_end_harms_nothing(front: Front) -> None:
+    front.open()
+    for data in (
+        {}, {"type": "do"}, {"type": "do", "verb": 7, "args": [1], "id": 1}, {"type": "alive"},
+        {"type": "select", "layer": "x"}, {"type": "do", "verb": "go_to", "args": {"x": 1}},
+    ):  # fmt: skip
+        front.tell(**data)
+    front.tell(type="select", layer=4, id=9)
+
+    answer = front.hear(lambda d: d["type"] == "answer" and d["id"] == 9)
+    front.tell(type="select", token=None, head=0, id=10)
+    shown = front.snapshot(lambda s: s["selection"]["head"] == 0)
+    assert answer["ok"] and shown["selection"]["layer"] == 4
+
+
+def test_a_pause_over_a_subshell_stops_the_session_that_a_cell_waits_for(front: Front) -> None:
+    """What the sidebar's pause button does."""
+    front.run("session = server.launch([1, 2, 3], max_new_tokens=8000)")
+    subshell = front.subshell()
+    front.open()
+    cell = front.send("execute_request", code="stop = session.continue_()", silent=False)
+    front.snapshot(lambda s: s["sessions"] and s["sessions"][0]["status"] == "running")
+
+    began = time.monotonic()
+    code = "import djinn_nb.comm_bridge as bridge; bridge.urgent('pause')"
+    asked = front.send("execute_request", subshell, code=code, silent=False, store_history=False)
+    answer = json.loads(front.stdout_of(asked))
+    shown = front.snapshot(lambda s: s["sessions"][0]["status"] == "stopped")
+    took_s = time.monotonic() - began
+    while front.client.get_shell_msg(timeout=10)["parent_header"].get("msg_id") != cell:
+        pass
+
+    assert answer["ok"] and answer["notice"] is None
+    assert shown["sessions"][0]["reason"] == "pause"
+    assert took_s < 3
+    assert front.run("assert stop.reason == 'pause'") == ""
+
+
+def test_control_the_same_pause_on_the_main_shell_waits_for_the_cell(front: Front) -> None:
+    front.run("session = server.launch([1, 2, 3], max_new_tokens=8000)\nimport time")
+    front.open()
+    front.send("execute_request", code="time.sleep(2)\nassert session.status == 'waiting'")
+    code = "import djinn_nb.comm_bridge as bridge; bridge.urgent('terminate')"
+    began = time.monotonic()
+    answer = json.loads(front.stdout_of(front.send("execute_request", code=code, silent=False)))
+
+    assert time.monotonic() - began > 1.5
+    assert answer["status"] == "terminated"
+
+
+def test_the_kernel_says_that_it_is_there_and_says_goodbye(front: Front, process: Process) -> None:
+    front.open()
+    front.snapshot(lambda s: True)
+    front.send("execute_request", code="%unload_ext djinn_nb\n%load_ext djinn_nb", silent=False)
+    closed = False
+    while not (closed and front.opened):
+        message = front.client.get_iopub_msg(timeout=10)
+        kind, content = message["msg_type"], message["content"]
+        closed |= kind == "comm_close" and content["comm_id"] == front.comm_id
+        if kind == "comm_open":
+            front.opened.append(content["target_name"])
+
+    assert "djinn-hello" in front.opened
+    assert front.run(f"%djinn_connect {process.address}") == ""

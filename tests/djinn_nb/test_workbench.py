@@ -1,0 +1,256 @@
+"""The workbench of a notebook: clicks and cells act on the same objects, snapshots tell of both."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+import djinn_nb as djinn
+from djinn_nb import errors, verbs
+from djinn_nb.workbench import Workbench, workbench
+from kernel_server.protocol.snapshot import Snapshot
+from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
+
+Holds = Callable[[Snapshot], bool]
+
+
+@pytest.fixture
+def shell(make_shell: Callable[[], InteractiveShell]) -> InteractiveShell:
+    return make_shell()
+
+
+@pytest.fixture
+def bench(shell: InteractiveShell) -> Workbench:
+    return workbench(shell)
+
+
+@pytest.fixture
+def connected(bench: Workbench, server: djinn.Server) -> Workbench:
+    bench.current.bind("server", server)
+    return bench
+
+
+@pytest.fixture
+def soon() -> Callable[[Workbench, Holds], Snapshot]:
+    def wait(bench: Workbench, holds: Holds, timeout_s: float = 15.0) -> Snapshot:
+        deadline = time.monotonic() + timeout_s
+        while not holds(found := bench.snapshot()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.01)
+        return found
+
+    return wait
+
+
+def _status(status: str) -> Holds:
+    return lambda shown: shown.session is not None and shown.session.status == status
+
+
+def test_without_a_server_it_says_so_and_offers_to_connect(bench, soon):
+    shown = soon(bench, lambda s: s.rev > 0)
+
+    assert (shown.connection, shown.model, shown.session_id) == ("none", None, None)
+    assert shown.can == ("connect",)
+
+
+def test_one_workbench_serves_a_notebook(shell, bench):
+    assert workbench(shell) is bench
+    assert bench.current is shell.magics_manager.registry["DjinnMagics"]
+
+
+def test_a_session_launched_by_a_click_is_the_notebooks(connected, shell, soon):
+    verbs.perform(connected, "toggle_breakpoint", location=2).result(30)
+    stop = verbs.perform(connected, "launch", prompt=PROMPT, max_new_tokens=4).result(30)
+
+    shown = soon(connected, _status("stopped"))
+    assert shell.user_ns["stop"] is stop
+    assert shell.user_ns["session"].id == shown.session_id
+    assert (shown.session.location, shown.session.layer) == ("layers.2.output", 2)
+    assert [point.location for point in shown.breakpoints] == ["layers.2.output"]
+    assert (shown.selection.layer, shown.selection.token) == (2, shown.session.num_tokens - 1)
+    assert shown.actions[-1].code.splitlines()[-1] == "stop = session.continue_()"
+    assert shown.actions[-1].outcome == "done"
+
+
+def test_what_a_cell_does_is_in_the_next_snapshot(connected, shell, soon):
+    shell.run_cell(f"session = server.launch({PROMPT!r}, max_new_tokens=4)\n_ = session.run_to(3)")
+
+    shown = soon(connected, _status("stopped"))
+    assert shown.session.layer == 3
+    assert shown.model.num_layers == NUM_LAYERS
+    assert len(shown.branches) >= 2
+    assert [node.current for node in shown.branches].count(True) == 1
+
+
+def test_a_run_keeps_no_other_action(connected, long_session, soon):
+    connected.current.bind("session", long_session)
+    running = verbs.perform(connected, "continue")
+    soon(connected, _status("running"))
+
+    done = verbs.perform(connected, "set_breakpoint", location="logits", condition="norm < 0")
+    done.result(10)
+    assert not running.done()
+    assert soon(connected, lambda s: s.busy is not None).busy.can_pause
+
+    assert connected.urgent("pause")["ok"]
+    stop = running.result(10)
+    assert isinstance(stop, djinn.Stopped) and stop.reason == "pause"
+    assert soon(connected, _status("stopped")).busy is None
+
+
+def test_a_pause_reaches_a_run_that_a_cell_waits_for(connected, shell, long_session, soon):
+    connected.current.bind("session", long_session)
+    cell = threading.Thread(target=shell.run_cell, args=("stop = session.continue_()",))
+    cell.start()
+    soon(connected, _status("running"))
+
+    began = time.monotonic()
+    answer = connected.urgent("pause")
+    cell.join(10)
+
+    assert answer["ok"] and not cell.is_alive()
+    assert time.monotonic() - began < 3
+    assert shell.user_ns["stop"].reason == "pause"
+    assert not soon(connected, _status("stopped")).session.taken_over
+
+
+def test_an_error_is_a_notice_with_the_next_move_and_changes_nothing(connected, session, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    before = session.refresh()
+
+    future = verbs.perform(connected, "go_to", node=99)
+    assert isinstance(future.exception(10), errors.UnknownNode)
+
+    shown = soon(connected, lambda s: s.notice is not None)
+    assert shown.notice.code == "UnknownNode" and "99" in shown.notice.text
+    assert shown.actions[-1].outcome == "failed"
+    assert session.refresh().stop_number == before.stop_number
+
+    verbs.perform(connected, "next").result(10)
+    assert soon(connected, lambda s: s.session.layer == 3).notice is None
+
+
+def test_a_stop_taken_over_by_another_client_is_told_and_looked_at_again(
+    connected, session, process: Process, soon
+):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    with process.connect() as other:
+        other.attach(session.id).run_to(4)
+
+    shown = soon(connected, lambda s: s.session is not None and s.session.taken_over)
+    future = verbs.perform(connected, "next")
+    assert isinstance(future.exception(10), errors.StaleStop)
+    assert "Look again" in soon(connected, lambda s: s.notice is not None).notice.advice
+
+    verbs.perform(connected, "look").result(10)
+    shown = soon(connected, lambda s: not s.session.taken_over and s.notice is None)
+    assert shown.session.layer == 4
+    assert shown.selection.layer == 4
+
+
+def test_a_session_terminated_elsewhere_leaves_the_list(connected, session, process, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    soon(connected, _status("stopped"))
+    with process.connect() as other:
+        other.attach(session.id).terminate()
+
+    shown = soon(connected, lambda s: s.session_id is None)
+    assert session._id not in [one.id for one in shown.sessions]
+
+
+def test_a_server_that_is_lost_is_told_and_so_is_what_to_do(model_folder, bench, tmp_path, soon):
+    process = Process(tmp_path / "run", "--model", str(model_folder))
+    try:
+        server = process.connect()
+        bench.current.bind("server", server)
+        bench.current.bind("session", server.launch(PROMPT, max_new_tokens=4))
+        bench.current.session.run_to(1)
+        soon(bench, _status("stopped"))
+
+        process.process.kill()
+        shown = soon(bench, lambda s: s.connection == "lost")
+
+        assert shown.notice is not None and shown.notice.advice
+        assert shown.can == ("connect",)
+        assert shown.session.location == "layers.1.output"  # as it was last seen
+        server.close()
+    finally:
+        process.end()
+
+
+def test_a_wrong_access_token_is_denied(bench, process, soon):
+    future = verbs.perform(bench, "connect", address=process.address, token="wrong")
+
+    assert isinstance(future.exception(20), errors.AccessDenied)
+    shown = soon(bench, lambda s: s.connection == "denied")
+    assert shown.notice.code == "AccessDenied" and "token" in shown.notice.advice
+    assert "wrong" not in "".join(action.code for action in shown.actions)
+
+
+def test_an_address_with_no_server_is_told(bench, tmp_path, soon):
+    future = verbs.perform(bench, "connect", address=f"unix:{tmp_path / 'none.sock'}")
+
+    assert isinstance(future.exception(20), errors.NoServer)
+    shown = soon(bench, lambda s: s.notice is not None)
+    assert (shown.connection, shown.notice.code) == ("none", "NoServer")
+
+
+def test_of_questions_of_one_kind_the_newest_is_answered(bench):
+    begun, go_on, told = threading.Event(), threading.Event(), []
+
+    def first() -> str:
+        begun.set()
+        assert go_on.wait(10)
+        return "first"
+
+    bench.ask("preview", first, lambda answer, error: told.append((answer, error)))
+    assert begun.wait(10)
+    for n in range(20):
+        bench.ask("preview", lambda n=n: n, lambda answer, error: told.append((answer, error)))
+    finished = threading.Event()
+    bench.ask("other", lambda: 1 / 0, lambda answer, error: (told.append(error), finished.set()))
+    go_on.set()
+
+    assert finished.wait(10)
+    assert told[:2] == [("first", None), (19, None)]
+    assert isinstance(told[2], ZeroDivisionError) and len(told) == 3
+
+
+def test_subscribers_get_newer_snapshots_only_and_one_that_breaks_stops_no_other(connected, soon):
+    seen: list[int] = []
+
+    def broken(shown: Snapshot) -> None:
+        raise RuntimeError("a view of somebody's")
+
+    ends = [connected.subscribe(broken), connected.subscribe(lambda s: seen.append(s.rev))]
+    for layer in (1, 2, 3):
+        connected.select(layer=layer)
+        soon(connected, lambda s, layer=layer: s.memory is not None)
+        time.sleep(0.1)
+    for end in ends:
+        end()
+
+    assert seen == sorted(set(seen)) and len(seen) >= 3
+
+
+@pytest.mark.parametrize(
+    ("wish", "error"),
+    [({"layer": NUM_LAYERS}, "layer 6"), ({"layer": -1}, "whole number"), ({"head": 4}, "head 4"),
+     ({"token": 10_000}, "token 10000"), ({"token": True}, "whole number")],
+)  # fmt: skip
+def test_a_selection_of_what_is_not_there_is_refused(connected, session, soon, wish: Any, error):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    before = soon(connected, _status("stopped")).selection
+
+    with pytest.raises(errors.BadArgument, match=error):
+        connected.select(**wish)
+    assert connected.selection == before
