@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from djinn_nb.handles import Breakpoint, Edit
     from djinn_nb.logs import Logpoint
     from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
+    from djinn_nb.panels import panel
     from djinn_nb.prompts import Sessions
     from djinn_nb.server import Server
     from djinn_nb.session import Session
@@ -45,6 +46,7 @@ _HOMES = {
     "errors": "kernel_server.protocol",
     "load_ipython_extension": "djinn_nb.notebook",
     "logs": "djinn_nb",
+    "panel": "djinn_nb.panels",
     "metrics": "djinn_nb",
     "unload_ipython_extension": "djinn_nb.notebook",
 }
@@ -72,6 +74,7 @@ __all__ = [
     "load_ipython_extension",
     "logs",
     "metrics",
+    "panel",
     "unload_ipython_extension",
 ]
 

@@ -347,6 +347,16 @@ class DjinnMagics(StopMagics):
         self._parse(self.djinn_story, line)
         self.say(repr(self.need_session().story()))
 
+    @magic_arguments()
+    @argument("names", nargs="*", help="sessions, breakpoints, edit, branches, memory (all)")
+    @line_magic
+    def djinn_panel(self, line: str) -> Any:
+        """Open panels: run, break, edit and go back with buttons; they follow the notebook."""
+        from djinn_nb.panels import panels_on
+        from djinn_nb.workbench import workbench
+
+        return panels_on(workbench(self.shell), self._parse(self.djinn_panel, line).names)
+
     # -- help -----------------------------------------------------------------------------
 
     @magic_arguments()

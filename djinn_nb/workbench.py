@@ -342,8 +342,10 @@ class Workbench:
                     answer = run()
             except Exception as error:
                 refusal = error
-            with contextlib.suppress(Exception):  # a view that breaks takes no other with it
+            try:
                 told(answer, refusal)
+            except Exception as error:  # a view that breaks takes no other with it
+                self.notify(briefs.notice_of(error))
 
     def _publish(self) -> None:
         while not self._closed:
