@@ -185,7 +185,7 @@ class Attribution:
         return cards.card(
             self._headline,
             cards.heading(self._headline),
-            cards.table(("part", "value"), self._names(), "the largest parts"),
+            cards.table(("part", "logits"), self._names(), "the largest parts"),
             cards.image(self.plot(), self._headline),
             *map(cards.note, self._notes()),
         )

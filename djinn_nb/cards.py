@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from djinn_nb.plots import png
+from djinn_nb.plots import on_any_page, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,11 +52,11 @@ def note(text: str) -> str:
 
 
 def image(figure: Figure, description: str) -> str:
-    """A figure inside the page, as PNG."""
-    data = base64.b64encode(png(figure)).decode()
+    """A figure inside the page, as PNG. Takes the figure's paper away, see `on_any_page`."""
+    data = base64.b64encode(png(on_any_page(figure))).decode()
     return (
         f"<div><img alt='{escape(description, quote=True)}'"
-        f" style='max-width:100%;background:white' src='data:image/png;base64,{data}'></div>"
+        f" style='max-width:100%' src='data:image/png;base64,{data}'></div>"
     )
 
 

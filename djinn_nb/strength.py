@@ -143,5 +143,5 @@ def measure(
     measured = [metric.name for metric in metrics]
     columns = ["direction", "alpha", "prompt", *measured, "text", "tokens", "error"]
     other = "" if vector.is_of_this_model else f" · made on {vector.info.model}"
-    title = f"{vector.name} at {place}, {len(prompts)} prompts{other}"
+    title = f"{vector.name} at {place}, {len(prompts)} prompt{'s' * (len(prompts) > 1)}{other}"
     return StrengthCurve(pd.DataFrame(rows, columns=columns), metrics, title)
