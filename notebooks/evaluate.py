@@ -9,6 +9,7 @@ and `summary.json`. The summary is
         "verdict": "pass" | "fail", "claim": …, "size": …, "date": …, "seconds": …, "why": […],
         "criteria": [{"name", "value", "comparison", "limit", "unit", "passed"}, …],
         "controls": [{"name", "group", "criterion", "changed", "value", "caught", "outcome"}, …],
+        "unjudged": [{"name", "outcome": "not run" | "not applicable", "why"}, …],
         "records": "01_resume_is_exact.jsonl", "executed": "executed/01_resume_is_exact.ipynb"}}}
 
 Notebooks left out by --only keep the entry they had. Exits 1 if a notebook that ran did not pass.
@@ -91,6 +92,7 @@ def entry(
         "why": why,
         "criteria": [_bare(line) for line in lines if line["kind"] == "criterion"],
         "controls": [_bare(line) for line in lines if line["kind"] == "control"],
+        "unjudged": [_bare(line) for line in lines if line["kind"] == "unjudged"],
         "records": record_file.name,
         "executed": f"executed/{notebook}.ipynb",
     }

@@ -73,6 +73,10 @@ def evaluation(summary: dict[str, Any]) -> list[str]:
             f"| {item['name']} | {with_unit(number(item['value']), item)} | {bound(item)} |"
             for item in entry["criteria"]
         ]
+        lines += [
+            f"| {item['name']} | {item['outcome']}: {item['why']} | – |"
+            for item in entry.get("unjudged", ())
+        ]
         lines.append("")
     return lines
 

@@ -243,13 +243,21 @@ class Spans:
     #: way, bytes, begin and end: CUDA events, or seconds
     copies: list[tuple[str, int, Any, Any]] = field(default_factory=list)
 
-    def rate(self, way: str) -> float:
-        """Bytes of all copies one way ÷ the time from the first's begin to the last's end, GB/s."""
+    def milliseconds(self, way: str) -> float:
+        """From the first copy's begin one way to the last one's end."""
+        return self._seconds(way) * 1e3
+
+    def _seconds(self, way: str) -> float:
         ours = [one for one in self.copies if one[0] == way]
         first, last = ours[0][2], ours[-1][3]
-        cuda = isinstance(first, torch.cuda.Event)
-        seconds = first.elapsed_time(last) / 1e3 if cuda else last - first
-        return sum(nbytes for _, nbytes, _, _ in ours) / seconds / 1e9
+        if isinstance(first, torch.cuda.Event):
+            return float(first.elapsed_time(last)) / 1e3
+        return float(last - first)
+
+    def rate(self, way: str) -> float:
+        """Bytes of all copies one way ÷ the time from the first's begin to the last's end, GB/s."""
+        nbytes = sum(size for found, size, _, _ in self.copies if found == way)
+        return nbytes / self._seconds(way) / 1e9
 
 
 @contextlib.contextmanager
@@ -281,10 +289,12 @@ def copy_spans(local: Local) -> Iterator[Spans]:
         yield spans
 
 
-def plain_copies(device: str, nbytes: int, repetitions: int) -> dict[str, list[float]]:
+def plain_copies(
+    device: str, nbytes: int, repetitions: int, *, pinned: bool = True
+) -> dict[str, list[float]]:
     """GB/s of one copy of `nbytes` each way, host memory pinned; on a CPU, within its memory."""
     cuda = device.startswith("cuda")
-    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda)
+    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda and pinned)
     there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     rates: dict[str, list[float]] = {}
     for way, source, target in (("device-host", there, host), ("host-device", host, there)):

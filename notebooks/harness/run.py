@@ -10,7 +10,7 @@ import datetime
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from notebooks.harness import hardware, records
 from notebooks.harness.records import RecordFile, Source, make_record
@@ -18,6 +18,7 @@ from notebooks.harness.verdict import (
     Comparison,
     Control,
     Criterion,
+    Unjudged,
     Value,
     VerdictFailed,
     failures,
@@ -48,6 +49,7 @@ class Run:
         self.hardware = hardware.describe(self.device)
         self.criteria: list[Criterion] = []
         self.controls: list[Control] = []
+        self.unjudged: list[Unjudged] = []
         folder = Path(results) if results is not None else Path(tempfile.mkdtemp(prefix="djinn-"))
         self._began = time.monotonic()
         self._file = RecordFile(
@@ -116,6 +118,12 @@ class Run:
         self.controls.append(control)
         return control.caught
 
+    def leave_open(
+        self, name: str, outcome: Literal["not run", "not applicable"], why: str
+    ) -> None:
+        """Say of a criterion or baseline that it was not judged here, and why."""
+        self.unjudged.append(Unjudged(name, outcome, why))
+
     def verdict(self) -> None:
         """Print the table, write it to the record file, and raise VerdictFailed if need be."""
         wrong = failures(self.criteria, self.controls)
@@ -124,11 +132,13 @@ class Run:
             self._file.append(criterion.line())
         for control in self.controls:
             self._file.append(control.line())
+        for one in self.unjudged:
+            self._file.append(one.line())
         seconds = round(time.monotonic() - self._began, 1)
         self._file.append({"kind": "verdict", "verdict": verdict, "why": wrong, "seconds": seconds})
         print(self.claim)
         print()
-        print(table(self.criteria, self.controls))
+        print(table(self.criteria, self.controls, self.unjudged))
         print()
         print(f"{verdict.upper()} on {self.hardware['name']}, size {self.size}, {seconds} s")
         if wrong:

@@ -79,3 +79,49 @@ def _latencies(panel: Any, records: Any) -> None:
     panel.set_xlabel("layer of the stop")
     panel.set_ylabel("ms to the logits")
     panel.legend(fontsize=7)
+
+
+def checkpoint_cost(path: Path) -> Any:
+    """Dispatch, copies and baselines by bytes; and a running session beside the copies."""
+    from matplotlib.figure import Figure
+
+    records = read_table(path)
+    models = list(dict.fromkeys(records["model"]))
+    figure = Figure(figsize=(12, 4 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), 2, squeeze=False)
+    lines = (
+        ("time of the dispatch", None, "o-", "dispatch"),
+        ("time of the copy down", None, "o-", "copy down"),
+        ("time of the copy up", None, "o-", "copy up"),
+        ("time of a plain copy", "host-device", "k:", "one plain copy up"),
+        ("time tensor by tensor", "host-device", "x--", "tensor by tensor, up"),
+        ("time of the prefill again", None, "s--", "prefill again"),
+    )
+    for (left, right), model in zip(axes, models, strict=True):
+        here = records[records["model"] == model]
+        sizes = here[here["name"] == "bytes of the pages"]
+        size_of = {(r["tokens"], r["stopped_in"]): r["value"] for _, r in sizes.iterrows()}
+        for name, way, style, label in lines:
+            ours = here[here["name"] == name]
+            if way is not None:
+                ours = ours[ours["way"] == way]
+            points = sorted(
+                (size_of[r["tokens"], r["stopped_in"]] / 1e6, r["value"])
+                for _, r in ours.iterrows()
+            )
+            if points:
+                left.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+        left.set_xscale("log")
+        left.set_yscale("log")
+        left.set_xlabel("MB of pages")
+        left.set_ylabel("ms")
+        left.legend(fontsize=7)
+        left.set_title(f"{model}: a stopped session out and back", fontsize=10)
+        tokens = here[here["name"] == "time between tokens, median of a round"]
+        for place, (_, row) in enumerate(tokens.iterrows()):
+            right.plot([place] * len(row["values"]), row["values"], "o", markersize=4)
+        right.set_xticks(range(len(tokens)), list(tokens["beside"]))
+        right.set_ylim(bottom=0)
+        right.set_ylabel("ms between tokens, median of a round")
+        right.set_title(f"{model}: a session that runs, beside copies of another", fontsize=10)
+    return figure

@@ -86,6 +86,18 @@ class Control:
         return {"kind": "control", **asdict(self), "outcome": self.outcome}
 
 
+@dataclass(frozen=True, slots=True)
+class Unjudged:
+    """What was not judged here: `not run` or `not applicable`, with the reason; never a pass."""
+
+    name: str
+    outcome: Literal["not run", "not applicable"]
+    why: str
+
+    def line(self) -> dict[str, Any]:
+        return {"kind": "unjudged", **asdict(self)}
+
+
 def failures(criteria: Sequence[Criterion], controls: Sequence[Control]) -> list[str]:
     """Why the claim does not stand, one line each; empty when it does."""
     lines = []
@@ -111,8 +123,12 @@ def failures(criteria: Sequence[Criterion], controls: Sequence[Control]) -> list
     return lines
 
 
-def table(criteria: Sequence[Criterion], controls: Sequence[Control]) -> str:
-    """The verdict as plain text: criteria first, then controls."""
+def table(
+    criteria: Sequence[Criterion],
+    controls: Sequence[Control],
+    unjudged: Sequence[Unjudged] = (),
+) -> str:
+    """The verdict as plain text: criteria first, then controls, then what was not judged."""
     rows = [("criterion", "value", "must be", "")]
     for criterion in criteria:
         unit = f" {criterion.unit}" if criterion.unit else ""
@@ -133,7 +149,10 @@ def table(criteria: Sequence[Criterion], controls: Sequence[Control]) -> str:
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     rule = "─" * max(len(line.rstrip()) for line in lines)
     split = len(criteria) + 1
-    return "\n".join(line.rstrip() for line in [*lines[:split], rule, *lines[split:]])
+    lines = [*lines[:split], rule, *lines[split:]]
+    if unjudged:
+        lines += [rule, *(f"{one.name}: {one.outcome} ({one.why})" for one in unjudged)]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def show(value: Value) -> str:

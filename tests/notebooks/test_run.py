@@ -162,3 +162,22 @@ def test_what_cannot_be_evaluated_is_said_in_one_line_and_writes_nothing(
 
     assert (unknown, no_gpu) == (2, 2)
     assert capsys.readouterr().err.count("\n") == 2 and not any(tmp_path.iterdir())
+
+
+def test_what_is_left_open_is_written_with_its_reason_and_saves_no_verdict(run, capsys):
+    judged(run)
+    run.leave_open("pageable is slower", "not applicable", "there is no GPU")
+    run.verdict()
+
+    found = evaluate.entry(run.path, "09_example", "smoke", 1.0, None)
+    assert found["unjudged"] == [
+        {"name": "pageable is slower", "outcome": "not applicable", "why": "there is no GPU"}
+    ]
+    assert "pageable is slower: not applicable (there is no GPU)" in capsys.readouterr().out
+
+
+def test_nothing_but_what_is_left_open_is_no_verdict(run):
+    run.leave_open("pageable is slower", "not run", "there is no GPU")
+
+    with pytest.raises(VerdictFailed, match="no criterion was judged"):
+        run.verdict()

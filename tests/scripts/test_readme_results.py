@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from notebooks.evaluate import _bare
-from notebooks.harness.verdict import Control, Criterion
+from notebooks.harness.verdict import Control, Criterion, Unjudged
 from scripts.readme_results import END, START, replaced, section
 
 HARDWARE = {"name": "Some CPU", "versions": {"torch": "2.13.0", "transformers": "5.23.0"}}
@@ -52,6 +52,17 @@ def test_verdicts_and_criteria_are_shown_with_the_command_that_reproduces_them(t
     assert "`01_resume_is_exact`, size smoke, 2026-11-20: **pass**." in text
     assert "1 of 1 planted faults caught" in text
     assert "| bits that differ | 0 | = 0 |" in text
+
+
+def test_what_was_not_judged_is_shown_with_the_reason_and_not_as_passed(tmp_path: Path):
+    summary = _summary()
+    line = Unjudged("pageable memory is slower", "not applicable", "there is no GPU").line()
+    summary["notebooks"]["01_resume_is_exact"]["unjudged"] = [_bare(line)]
+    _write(tmp_path / "cpu", "summary.json", summary)
+
+    text = section(tmp_path)
+
+    assert "| pageable memory is slower | not applicable: there is no GPU | – |" in text
 
 
 @pytest.mark.parametrize(("passed", "aim"), [(True, "≤ 1.15 |"), (False, "≤ 1.15 (missed) |")])

@@ -1,0 +1,195 @@
+"""A session that runs, and what others do meanwhile: stand still, swap, or hold a lock.
+
+The time between two tokens is taken where the state is told of a drawn token, when the token is a
+number in the host's memory: the device has finished it. Nothing of the running session is asked for
+in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from djinn_nb import Finished, Session
+from kernel_server.protocol import messages as m
+from kernel_server.state.events import StretchDone, Ticked
+from kernel_server.state.instructions import RunStretch
+from notebooks.harness.exactness import Prompt
+from notebooks.harness.faults import instead
+from notebooks.harness.inprocess import InProcessTransport, Local
+from notebooks.harness.pressure import evict, restore
+
+#: Tokens at the beginning of a run that are not timed: the prefill, and what warms up.
+WARM = 3
+
+
+@contextlib.contextmanager
+def token_times(local: Local) -> Iterator[dict[str, list[float]]]:
+    """Seconds of the clock at which each session drew its tokens, by session."""
+    state, found = local.kernel.state, dict[str, list[float]]()
+    handle = state.handle
+
+    def note(event: Any) -> Any:
+        if isinstance(event, StretchDone) and event.token is not None:
+            found.setdefault(event.session_id, []).append(time.perf_counter())
+        return handle(event)
+
+    with instead(state, "handle", note):
+        yield found
+
+
+def inter_token_ms(times: Sequence[float]) -> list[float]:
+    """Milliseconds between the tokens of one run, those of its beginning left out."""
+    after = times[WARM:]
+    return [1e3 * (b - a) for a, b in itertools.pairwise(after)]
+
+
+def run_alone(local: Local, prompt: Prompt) -> tuple[list[float], tuple[int, ...]]:
+    """Launch a session and run it to its end; time between its tokens, and the tokens."""
+    with token_times(local) as times:
+        session = prompt.launch(local)
+        end = session.continue_()
+        assert isinstance(end, Finished), end
+        found = inter_token_ms(times[session.id])
+    tokens = tuple(session.tokens[len(prompt.ids) :])
+    session.terminate()
+    return found, tokens
+
+
+@contextlib.contextmanager
+def meanwhile(work: Callable[[], None]) -> Iterator[list[int]]:
+    """Do some work again and again on a thread of its own; yields a count of how often, in a list.
+
+    What it raises is raised at the end.
+    """
+    ended, done = threading.Event(), [0]
+    failed: list[BaseException] = []
+
+    def go() -> None:
+        try:
+            while not ended.is_set():
+                work()
+                done[0] += 1
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=go, name="meanwhile", daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        ended.set()
+        thread.join(120.0)
+    if failed:
+        raise failed[0]
+
+
+def swapping(session: Session) -> Callable[[], None]:
+    """Have a session's pages leave the device and come back, once."""
+
+    def work() -> None:
+        evict(session)
+        restore(session)
+
+    return work
+
+
+def writing_behind(local: Local, session: Session) -> Callable[[], None]:
+    """Have a stopped session's pages copied down beforehand, once: their copies are given up first,
+    which is what writing them would do to the copies."""
+    loop, state = local.kernel.loop, local.kernel.state
+
+    def work() -> None:
+        pages = {p for table in state.sessions[session.id].tables for p in table}
+        with loop._lock:
+            for page in pages:
+                place = state.residency.place(page)
+                if place.device is not None and place.host is not None and not place.moving:
+                    state.residency.drop(page, "host")
+            state.to_clean[session.id] = None
+        loop.dispatch(Ticked(now=time.time()))
+        while pages & state.residency.dirty:
+            time.sleep(0.001)
+
+    return work
+
+
+def control_call_us(session: Session, calls: int) -> list[float]:
+    """Microseconds of each of so many small control calls, answered by the state."""
+    found = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        session.client.call(m.Describe(session_id=session.id), m.SessionReply)
+        found.append(1e6 * (time.perf_counter() - began))
+    return found
+
+
+# -- a fault ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def engine_lock(local: Local) -> Iterator[threading.Lock]:
+    """A lock that the engine takes for every stretch; whoever stops a session holds it until then.
+
+    This is how a debugger would be built that stops the program instead of the session.
+    """
+    engine, lock = local.kernel.engine, threading.Lock()
+    run_stretch = engine._run_stretch
+
+    def locked(stretch: RunStretch) -> None:
+        with lock:
+            run_stretch(stretch)
+
+    with instead(engine, "_run_stretch", locked):
+        yield lock
+
+
+def tokens_within(local: Local, session: Session, seconds: float) -> int:
+    """Continue a session and wait so long for its end; how many tokens it has drawn by then."""
+    with token_times(local) as times:
+        session.client.control(m.Continue(session_id=session.id, seen=session.seen))
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and session.refresh().status == "running":
+            time.sleep(0.002)
+        return len(times.get(session.id, ()))
+
+
+# -- bytes between client and server ---------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Wire:
+    """Bytes of every message between the client and the kernel, events included."""
+
+    sent: int = 0
+    received: int = 0
+    calls: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.sent + self.received
+
+
+@contextlib.contextmanager
+def counting_bytes(local: Local) -> Iterator[Wire]:
+    """Count the bytes of messages: those a socket would carry, without its framing."""
+    transport, wire = local.server._client.transport, Wire()
+    assert isinstance(transport, InProcessTransport)
+    gateway, lock = transport._gateway, threading.Lock()
+    handle = gateway.handle
+
+    def note(owner: str, kind: Any, payload: bytes) -> bytes:
+        answer = handle(owner, kind, payload)
+        with lock:
+            wire.sent += len(payload)
+            wire.received += len(answer)
+            wire.calls += 1
+        return answer
+
+    with instead(gateway, "handle", note):
+        yield wire

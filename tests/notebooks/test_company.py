@@ -1,0 +1,118 @@
+"""What the notebooks about company measure is there: tokens timed, copies made, bytes counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from djinn_nb import Stopped
+from notebooks.harness import checkpoint, company, tier_watch, tiny
+from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
+from notebooks.harness.inprocess import local_kernel
+
+PROMPT = Prompt(random_ids(20, 320, seed=1), new_tokens=9)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tiny.make_folder("llama", tmp_path_factory.mktemp("tiny"))
+    with local_kernel(
+        model=folder, dtype="float32", device="cpu", prefill_chunk=8,
+        kv_memory_bytes=400 << 10, host_memory_bytes=800 << 10,
+    ) as made:  # fmt: skip
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference(local):
+    with watching(local) as watch:
+        return reference_run(local, watch, PROMPT)
+
+
+def test_the_time_between_tokens_is_that_of_a_run_after_its_beginning(local, reference):
+    times, tokens = company.run_alone(local, PROMPT)
+
+    assert tokens == reference.tokens
+    assert len(times) == PROMPT.new_tokens - company.WARM - 1 and min(times) > 0
+    assert "handle" not in vars(local.kernel.state)
+
+
+def test_a_session_is_swapped_beside_one_that_runs_and_both_are_exact(local, reference):
+    victim = checkpoint.stop_at(local, PROMPT, 2, 1)
+    for work in (company.swapping(victim), company.writing_behind(local, victim)):
+        with tier_watch.watching_moves(local) as moves, company.meanwhile(work) as done:
+            while not done[0]:
+                _, tokens = company.run_alone(local, PROMPT)
+        assert tokens == reference.tokens and moves.nbytes("device-host") + moves.left > 0
+    end = victim.continue_()
+    assert tuple(end.session.tokens[20:]) == reference.tokens
+    victim.terminate()
+
+
+def test_copying_beforehand_without_a_pause_copies_every_page(local):
+    victim = checkpoint.stop_at(local, PROMPT, 2, 1)
+    tier_watch.wait_until_settled(local)
+    with tier_watch.watching_moves(local) as moves:
+        company.writing_behind(local, victim)()
+    pages = victim.refresh().num_pages
+
+    assert moves.nbytes("device-host") == pages * local.cache.page_bytes
+    assert all(one.session_id is None for one in moves.copies)
+    victim.terminate()
+
+
+def test_what_goes_wrong_meanwhile_is_raised(local):
+    def work():
+        raise ValueError("beside")
+
+    with pytest.raises(ValueError, match="beside"), company.meanwhile(work):
+        pass
+
+
+def test_a_lock_of_the_engine_keeps_others_from_running(local, reference):
+    with company.engine_lock(local) as lock:
+        other = PROMPT.launch(local)
+        with lock:
+            assert company.tokens_within(local, other, 0.2) == 0
+        end = other.wait()
+    assert tuple(end.session.tokens[20:]) == reference.tokens
+    other.terminate()
+    free = PROMPT.launch(local)
+    assert company.tokens_within(local, free, 20.0) == PROMPT.new_tokens
+    free.terminate()
+
+
+def test_bytes_of_messages_are_counted_both_ways(local):
+    session = PROMPT.launch(local)
+    with company.counting_bytes(local) as wire:
+        stop = session.run_to("logits")
+        before = wire.received
+        assert isinstance(stop, Stopped)
+        stop.value.numpy()
+
+    assert wire.received - before >= 4 * local.server.model.vocab_size
+    assert wire.sent > 0 and wire.calls >= 2
+    assert len(company.control_call_us(session, 5)) == 5
+    session.terminate()
+
+
+def test_out_and_back_is_timed_in_parts_and_exact(local, reference):
+    with watching(local) as watch:
+        cost = checkpoint.out_and_back(local, watch, PROMPT, reference, 2, 1, repetitions=2)
+
+    held = checkpoint.stop_at(local, PROMPT, 2, 1)
+    assert cost.unlike == 0 and cost.nbytes == held.refresh().kv_bytes
+    held.terminate()
+    for times in (cost.dispatch_ms, cost.evict_ms, cost.restore_ms, cost.restore_gb_s):
+        assert len(times) == 2 and min(times) > 0
+
+
+def test_a_page_that_is_not_copied_beforehand_is_counted(local):
+    assert checkpoint.uncopied_pages(local, PROMPT, 2) == 0
+    with checkpoint.no_write_behind(local):
+        assert checkpoint.uncopied_pages(local, PROMPT, 2) > 0
+
+
+def test_moving_tensor_by_tensor_takes_time_both_ways():
+    found = checkpoint.by_tensor("cpu", 1 << 20, 8, 2)
+
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
