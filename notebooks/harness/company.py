@@ -119,6 +119,11 @@ def writing_behind(local: Local, session: Session) -> Callable[[], None]:
     return work
 
 
+def start(session: Session) -> None:
+    """Have a session run, without waiting for it."""
+    session.client.control(m.Continue(session_id=session.id, seen=session.seen))
+
+
 def control_call_us(session: Session, calls: int) -> list[float]:
     """Microseconds of each of so many small control calls, answered by the state."""
     found = []
@@ -152,7 +157,7 @@ def engine_lock(local: Local) -> Iterator[threading.Lock]:
 def tokens_within(local: Local, session: Session, seconds: float) -> int:
     """Continue a session and wait so long for its end; how many tokens it has drawn by then."""
     with token_times(local) as times:
-        session.client.control(m.Continue(session_id=session.id, seen=session.seen))
+        start(session)
         end = time.monotonic() + seconds
         while time.monotonic() < end and session.refresh().status == "running":
             time.sleep(0.002)

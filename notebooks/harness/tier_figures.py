@@ -125,3 +125,39 @@ def checkpoint_cost(path: Path) -> Any:
         right.set_ylabel("ms between tokens, median of a round")
         right.set_title(f"{model}: a session that runs, beside copies of another", fontsize=10)
     return figure
+
+
+def concurrent(path: Path) -> Any:
+    """Time between a runner's tokens by how many stand still; control calls as they were."""
+    from matplotlib.figure import Figure
+
+    records = read_table(path)
+    models = list(dict.fromkeys(records["model"]))
+    figure = Figure(figsize=(12, 3.8 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), 2, squeeze=False)
+    for (left, right), model in zip(axes, models, strict=True):
+        here = records[records["model"] == model]
+        tokens = here[here["name"] == "time between tokens"]
+        labels = [f"{int(r['stopped'])}\n{r['when']}" for _, r in tokens.iterrows()]
+        left.boxplot(list(tokens["values"]), showfliers=False, tick_labels=labels)
+        two = here[here["name"] == "time between tokens beside a second process"]
+        left.plot([], [], "k:", label="beside a second process of stock")
+        for _, row in two[two["how"] == "at once"].iterrows():
+            left.axhline(row["value"], color="k", linestyle=":", linewidth=0.8)
+        left.set_ylim(bottom=0)
+        left.set_xlabel("stopped sessions")
+        left.set_ylabel("ms between tokens")
+        left.legend(fontsize=7)
+        left.set_title(f"{model}: a session that runs beside stopped ones", fontsize=10)
+        calls = here[here["name"] == "time of a control call"]
+        for _, row in calls.iterrows():
+            ordered = sorted(row["values"])
+            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
+            label = f"engine {row['engine']}, {int(row['stopped'])} stopped"
+            right.step([us / 1e3 for us in ordered], share, where="post", label=label)
+        right.set_xscale("log")
+        right.set_xlabel("ms of a control call")
+        right.set_ylabel("share of the calls")
+        right.legend(fontsize=7)
+        right.set_title(f"{model}: control calls", fontsize=10)
+    return figure

@@ -8,6 +8,7 @@ from djinn_nb import Stopped
 from notebooks.harness import checkpoint, company, tier_watch, tiny
 from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
 from notebooks.harness.inprocess import local_kernel
+from notebooks.harness.second_process import second_process
 
 PROMPT = Prompt(random_ids(20, 320, seed=1), new_tokens=9)
 
@@ -116,3 +117,13 @@ def test_moving_tensor_by_tensor_takes_time_both_ways():
     found = checkpoint.by_tensor("cpu", 1 << 20, 8, 2)
 
     assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+
+
+def test_a_second_process_decodes_as_many_tokens_and_says_what_it_holds():
+    with second_process(geometry=None, dtype="float32", device="cpu") as other:
+        other.start_decoding([5, 6, 7], 4)
+        times = other.answer()
+
+    assert len(times) == 3 and min(times) > 0
+    assert other.held_bytes > 10 << 20
+    assert other._process.poll() is not None
