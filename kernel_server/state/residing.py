@@ -19,8 +19,9 @@ from kernel_server.state.sessions import Session
 
 #: Most seconds ahead that a hint may name: a day.
 _MAX_HINT_S = 86400.0
-#: A hinted session is brought back this many seconds before, at the rate below and a margin.
-_LEAD_S, _LEAD_BYTES_PER_S = 0.25, 10e9
+#: A hinted session is brought back so many seconds before, and those its bytes take at this rate:
+#: more than lies between two looks at the clock, which come every second.
+_LEAD_S, _LEAD_BYTES_PER_S = 1.25, 10e9
 
 
 class Residing(Comparing):

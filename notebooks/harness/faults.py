@@ -27,12 +27,17 @@ Fault = Callable[[Local, int], contextlib.AbstractContextManager[None]]
 
 @contextlib.contextmanager
 def instead(target: Any, name: str, function: Any) -> Iterator[None]:
-    """Let an instance answer to `name` with `function` for the time of a `with`."""
+    """Let an instance answer to `name` with `function` for the time of a `with`; one may lie
+    within another."""
+    before = vars(target).get(name)
     setattr(target, name, function)
     try:
         yield
     finally:
-        delattr(target, name)
+        if before is None:
+            delattr(target, name)
+        else:
+            setattr(target, name, before)
 
 
 @contextlib.contextmanager

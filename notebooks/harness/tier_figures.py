@@ -161,3 +161,37 @@ def concurrent(path: Path) -> Any:
         right.legend(fontsize=7)
         right.set_title(f"{model}: control calls", fontsize=10)
     return figure
+
+
+def sleep_resume(path: Path) -> Any:
+    """Agents on the device over time, and the parts of a wake as they were."""
+    from matplotlib.figure import Figure
+
+    records = read_table(path)
+    models = list(dict.fromkeys(records["model"]))
+    figure = Figure(figsize=(12, 3.8 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), 2, squeeze=False)
+    for (left, right), model in zip(axes, models, strict=True):
+        here = records[records["model"] == model]
+        (seconds,) = here[here["name"] == "time of a sample"]["values"]
+        for _, row in here[here["name"] == "agents on the device"].iterrows():
+            left.plot(seconds, row["values"], label=row["part"])
+        (count,) = here[here["name"] == "agents"]["value"]
+        left.axhline(count, color="k", linestyle=":", linewidth=0.8, label="all agents")
+        left.set_ylim(bottom=0)
+        left.set_xlabel("seconds")
+        left.set_ylabel("agents on the device")
+        left.legend(fontsize=7)
+        left.set_title(f"{model}: agents that act and think", fontsize=10)
+        for _, row in here[here["name"] == "time of a wake"].iterrows():
+            ordered = sorted(max(ms, 1e-3) for ms in row["values"])
+            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
+            style = "-" if row["wake"] == "hint" else "--"
+            label = f"{row['part']}, {row['wake']}"
+            right.step(ordered, share, style, where="post", label=label)
+        right.set_xscale("log")
+        right.set_xlabel("ms")
+        right.set_ylabel("share of the wakes")
+        right.legend(fontsize=7)
+        right.set_title(f"{model}: parts of a wake", fontsize=10)
+    return figure

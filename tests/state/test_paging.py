@@ -217,9 +217,9 @@ def test_a_hint_brings_pages_back_in_time_from_those_expected_later() -> None:
     other = stopped(world)
     world.work()
     assert device_pages(world, hinted) == 0
-    wait(world, 19.0)
+    wait(world, 18.0)
     assert device_pages(world, hinted) == 0
-    wait(world, 0.9)
+    wait(world, 1.0)
     world.work()
 
     assert device_pages(world, hinted) == PAGES
