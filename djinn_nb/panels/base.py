@@ -21,6 +21,8 @@ from kernel_server.protocol.snapshot import ActionBrief, Notice, Snapshot
 
 #: Actions whose code a panel shows.
 SHOWN_ACTIONS = 3
+#: The value of a choice that is none: a widget shows no text for None.
+NONE = -1
 
 
 class Panel:
@@ -60,8 +62,10 @@ class Panel:
         if self._body is None:
             self._notice = widgets.HTML()
             self._code = widgets.HTML()
-            heading = widgets.HTML(f"<b role='heading' aria-level='3'>{escape(self.title)}</b>")
-            self._body = widgets.VBox([heading, self._notice, *self.make(), self._code])
+            self.heading = widgets.HTML(
+                f"<b role='heading' aria-level='3'>{escape(self.title)}</b>"
+            )
+            self._body = widgets.VBox([self.heading, self._notice, *self.make(), self._code])
             self._body.add_class("djinn-panel")
             self._end = self.bench.subscribe(self._told)
             self._told(self.bench.snapshot())
@@ -124,8 +128,11 @@ class Panels:
     @property
     def body(self) -> widgets.Accordion:
         if self._body is None:
+            bodies = [one.body for one in self.panels]
+            for one in self.panels:
+                one.heading.layout.display = "none"  # the accordion's own says it
             self._body = widgets.Accordion(
-                children=[one.body for one in self.panels],
+                children=bodies,
                 titles=[one.title for one in self.panels],
                 selected_index=0,
             )

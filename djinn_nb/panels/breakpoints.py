@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import ipywidgets as widgets
 
-from djinn_nb.panels.base import Panel, table
+from djinn_nb.panels.base import NONE, Panel, table
 from kernel_server.protocol.location import known_names
 from kernel_server.protocol.snapshot import Snapshot
 
@@ -50,14 +50,14 @@ class BreakpointsPanel(Panel):
         self._add = widgets.Button(description="Set", tooltip="Set a breakpoint there")
         self._add.on_click(self._set)
         self._which = widgets.Dropdown(
-            description="Which", options=[("none", None)], layout=widgets.Layout(width="auto")
+            description="Which", options=[("none", NONE)], layout=widgets.Layout(width="auto")
         )
         self._switch = widgets.Button(description="Disable", tooltip="Keep it and pass it")
         self._switch.on_click(self._switched)
         self._remove = widgets.Button(description="Remove", tooltip="Take it out of the list")
         self._remove.on_click(lambda _: self._on_chosen("remove_breakpoint"))
         self._sure = widgets.Checkbox(
-            description="yes, all", indent=False, layout=widgets.Layout(width="auto")
+            description="really:", indent=False, layout=widgets.Layout(width="auto")
         )
         self._clear = widgets.Button(
             description="Remove all", disabled=True, tooltip="Also those of runs that follow"
@@ -90,7 +90,7 @@ class BreakpointsPanel(Panel):
         self._on_chosen("enable_breakpoint", enabled=not enabled)
 
     def _on_chosen(self, verb: str, **given: object) -> None:
-        if self._which.value is not None:
+        if self._which.value != NONE:
             self.perform(verb, id=self._which.value, **given)
 
     def _cleared(self, _: object) -> None:
@@ -106,11 +106,11 @@ class BreakpointsPanel(Panel):
             names = known_names(shown.model.num_layers, shown.model.sites[:-1])
             self._where.options = tuple(names)
         self._enabled = {one.id: one.enabled for one in shown.breakpoints}
-        options = [("none", None), *((f"{p.id} {p.location}", p.id) for p in shown.breakpoints)]
+        options = [("none", NONE), *((f"{p.id} {p.location}", p.id) for p in shown.breakpoints)]
         if tuple(options) != tuple(self._which.options):
             chosen = self._which.value
             self._which.options = options
-            self._which.value = chosen if chosen in self._enabled else None
+            self._which.value = chosen if chosen in self._enabled else NONE
         on = self._enabled.get(self._which.value, True)
         self._switch.description = "Disable" if on else "Enable"
         self._switch.disabled = "enable_breakpoint" not in shown.can or not shown.breakpoints

@@ -17,7 +17,7 @@ import ipywidgets as widgets
 
 from djinn_nb import briefs
 from djinn_nb.cards import MONO, MUTED
-from djinn_nb.panels.base import Panel, notice_html, table
+from djinn_nb.panels.base import NONE, Panel, notice_html, table
 from djinn_nb.selectors import PHASES
 from kernel_server.protocol.errors import BadArgument
 from kernel_server.protocol.snapshot import Snapshot
@@ -137,7 +137,7 @@ def preview_html(found: Preview, took_s: float) -> str:
         f" {found.elements_changed} numbers changed · answered in {1000 * took_s:.0f} ms"
     )
     return (
-        f"<table aria-live='polite'><caption style='text-align:left;{MUTED}'>{caption}</caption>"
+        f"<div style='{MUTED}'>{caption}</div><table aria-live='polite'>"
         f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
     )
 
@@ -167,10 +167,10 @@ class EditPanel(Panel):
             layout=widgets.Layout(width="240px"),
         )  # fmt: skip
         self._heads = widgets.Text(
-            description="Heads", placeholder="all, where it has heads",
+            description="Heads", placeholder="all heads",
             layout=widgets.Layout(width="240px"),
         )  # fmt: skip
-        self._vector = widgets.Dropdown(description="Vector", options=[("none", None)])
+        self._vector = widgets.Dropdown(description="Vector", options=[("none", "")])
         self._text = widgets.Text(description="Token", placeholder="' Mary', space and all")
         self._sticky = widgets.Checkbox(
             description="sticky: in every later forward too", indent=False, layout=auto
@@ -184,7 +184,7 @@ class EditPanel(Panel):
         self._updating = widgets.HTML()
         self._refused = widgets.HTML()
         self._which = widgets.Dropdown(
-            description="Edit", options=[("none", None)], layout=widgets.Layout(width="auto")
+            description="Edit", options=[("none", NONE)], layout=widgets.Layout(width="auto")
         )
         self._remove = widgets.Button(description="Remove", layout=auto)
         self._remove.on_click(lambda _: self._on_edit("remove_edit"))
@@ -216,7 +216,7 @@ class EditPanel(Panel):
             strength=round(self._strength.value, 6),
             tokens=self._tokens.value,
             heads=self._heads.value,
-            vector=self._vector.value,
+            vector=self._vector.value or None,
             token_text=_unquoted(self._text.value),
             sticky=self._sticky.value,
         )
@@ -241,7 +241,7 @@ class EditPanel(Panel):
         return list(self.bench.current.need_server().vectors)
 
     def _named(self, names: list[str] | None, error: BaseException | None) -> None:
-        options = [("none", None), *((name, name) for name in names or ())]
+        options = [("none", ""), *((name, name) for name in names or ())]
         if tuple(options) != tuple(self._vector.options):
             self._vector.options = options
         if not names and error is None:
@@ -286,7 +286,7 @@ class EditPanel(Panel):
         self.perform("edit", **wishes)
 
     def _on_edit(self, verb: str) -> None:
-        if self._which.value is not None:
+        if self._which.value != NONE:
             self.perform(verb, id=self._which.value)
 
     def draw(self, shown: Snapshot) -> None:
@@ -300,7 +300,7 @@ class EditPanel(Panel):
             kinds = [*TOKEN_KINDS, *(kind for kind in kinds if kind not in OF_VECTORS)]
         if list(self._kind.options) != kinds:
             self._kind.options = kinds
-        options = [("none", None), *((f"{e.id} {e.text}"[:80], e.id) for e in shown.edits)]
+        options = [("none", NONE), *((f"{e.id} {e.text}"[:80], e.id) for e in shown.edits)]
         if tuple(options) != tuple(self._which.options):
             self._which.options = options
         self._remove.disabled = not shown.edits

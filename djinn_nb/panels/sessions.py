@@ -39,7 +39,7 @@ def rows_of(shown: Snapshot) -> list[tuple[str, ...]]:
         (
             "▶" if one.id == shown.session_id else "",
             one.id,
-            one.name,
+            one.name if one.name != one.id else "",
             where_of(one) + (f": {one.error}" if one.error else ""),
             f"{one.num_tokens} of {one.num_prompt_tokens + one.max_new_tokens}",
             f"{one.kv_bytes / MIB:.1f} MiB",
@@ -50,6 +50,11 @@ def rows_of(shown: Snapshot) -> list[tuple[str, ...]]:
     ]
 
 
+def _label(session: SessionBrief) -> str:
+    named = session.name not in ("", session.id)
+    return f"{session.id} {session.name}" if named else session.id
+
+
 class SessionsPanel(Panel):
     """Sessions of this server, and the run controls of the current one."""
 
@@ -58,7 +63,7 @@ class SessionsPanel(Panel):
     def make(self) -> Sequence[widgets.Widget]:
         self._prompt = widgets.Textarea(
             placeholder="A prompt to debug", description="Prompt", rows=2,
-            layout=widgets.Layout(width="100%"),
+            layout=widgets.Layout(width="auto"),
         )  # fmt: skip
         self._tokens = widgets.BoundedIntText(
             value=24, min=1, max=100_000, description="New tokens",
@@ -78,11 +83,11 @@ class SessionsPanel(Panel):
             verb: self.button(text, verb, tooltip) for verb, (text, tooltip) in BUTTONS.items()
         }
         self._choice = widgets.Dropdown(
-            description="Current", options=[("none", None)], layout=widgets.Layout(width="auto")
+            description="Current", options=[("none", "")], layout=widgets.Layout(width="auto")
         )
         self._choice.observe(self._chosen, "value")
         self._sure = widgets.Checkbox(
-            description="yes, end it", value=False, indent=False,
+            description="really:", value=False, indent=False,
             layout=widgets.Layout(width="auto"),
         )  # fmt: skip
         self._terminate = widgets.Button(
@@ -115,7 +120,7 @@ class SessionsPanel(Panel):
 
     def _chosen(self, change: dict[str, object]) -> None:
         wanted = change["new"]
-        if wanted is not None and wanted != self.bench.snapshot().session_id:
+        if wanted and wanted != self.bench.snapshot().session_id:
             self.perform("attach", session=wanted)
 
     def draw(self, shown: Snapshot) -> None:
@@ -127,13 +132,12 @@ class SessionsPanel(Panel):
         self._connect.layout.display = None if "launch" not in shown.can else "none"
         self._connect.disabled = "connect" not in shown.can
         self._launch.disabled = "launch" not in shown.can
-        options = [("none", None), *((f"{s.id} {s.name}".strip(), s.id) for s in shown.sessions)]
+        options = [("none", ""), *((_label(s), s.id) for s in shown.sessions)]
         if tuple(options) != tuple(self._choice.options):
             self._choice.unobserve(self._chosen, "value")
             self._choice.options = options
             self._choice.observe(self._chosen, "value")
-        if self._choice.value != shown.session_id:
-            self._choice.value = shown.session_id
+        self._choice.value = shown.session_id or ""
         self._enable_end()
         progress = shown.progress or (shown.busy.progress if shown.busy else None)
         self._progress.layout.display = None if progress is not None else "none"

@@ -1,0 +1,118 @@
+"""The panels in a real JupyterLab: from a prompt to an edited continuation by mouse."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+    from scripts.browser import Lab
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+WAIT_MS = 60_000
+
+
+@pytest.fixture
+def open_notebook(lab: Lab, chromium: Browser) -> Iterator[Callable[..., Page]]:
+    """A notebook with these cells, its kernel idle."""
+    contexts = []
+
+    def made(name: str, *cells: str) -> Page:
+        notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+        notebook.metadata["kernelspec"] = KERNEL
+        nbformat.write(notebook, lab.files / name)
+        context = chromium.new_context(viewport={"width": 1400, "height": 1200})
+        contexts.append(context)
+        page = context.new_page()
+        page.goto(lab.url(name))
+        page.get_by_text("(ipykernel) | Idle").wait_for(timeout=WAIT_MS)
+        return page
+
+    yield made
+    for context in contexts:
+        context.close()
+
+
+def _run_cell(page: Page, index: int = 0) -> None:
+    page.locator(".jp-CodeCell").nth(index).click()
+    page.keyboard.press("Shift+Enter")
+
+
+def _section(page: Page, title: str) -> None:
+    page.get_by_text(title, exact=True).first.click()
+
+
+def _press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).first.click()
+
+
+def test_from_a_prompt_to_an_edited_continuation_by_mouse(open_notebook):
+    page = open_notebook("mouse.ipynb", "%load_ext djinn_nb\n%djinn_panel", "stop, session.text")
+    _run_cell(page)
+    page.get_by_text("not connected to a server").first.wait_for(timeout=WAIT_MS)
+    _press(page, "Connect")
+    page.get_by_text("no session yet").first.wait_for(timeout=WAIT_MS)
+    _section(page, "Breakpoints")
+    page.get_by_placeholder("20 or layers.3.middle").fill("20")
+    page.get_by_placeholder('token == " to"').click()  # a value is sent when its field is left
+    _press(page, "Set")
+    page.get_by_text("in runs that follow").first.wait_for()
+    _section(page, "Sessions")
+    page.get_by_placeholder("A prompt to debug").fill(PROMPT)
+    _press(page, "Launch")
+    page.get_by_text("stopped at layers.20.output (breakpoint)").first.wait_for(timeout=WAIT_MS)
+    _section(page, "Edit and steer")
+    preview = page.get_by_text("probability of the next token")
+    preview.wait_for()
+    before = preview.text_content()
+    box = page.locator(".widget-slider .noUi-base, .slider-container").first.bounding_box()
+    page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)  # its left end: scale -2
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('div')].some(one =>"
+        " one.childElementCount === 0 && one.textContent.startsWith('probability of the next')"
+        " && one.textContent.split('answered')[0] !== before.split('answered')[0])",
+        arg=before,
+    )
+    _press(page, "Apply")
+    page.get_by_text("at this stop").first.wait_for()
+    _section(page, "Sessions")
+    _press(page, "Continue")
+    page.get_by_text("forward 1").first.wait_for(timeout=WAIT_MS)
+    _run_cell(page, 1)
+    shown = page.locator(".jp-OutputArea-output", has_text="a drink to").last
+    shown.wait_for()
+
+    assert "drink to Mary" not in shown.text_content()  # what it says without the edit
+
+
+def test_pause_stops_a_session_that_a_click_runs(open_notebook):
+    """Panels queue and return, so the kernel is free while a session runs."""
+    page = open_notebook("pause.ipynb", "%load_ext djinn_nb\n%djinn_connect\n%djinn_panel sessions")
+    _run_cell(page)
+    prompt = page.get_by_placeholder("A prompt to debug")
+    prompt.wait_for(timeout=WAIT_MS)
+    prompt.fill(PROMPT)
+    tokens = page.get_by_label("New tokens")
+    tokens.fill("400")
+    tokens.press("Tab")
+    _press(page, "Launch")
+    pause = page.get_by_role("button", name="Pause", exact=True)
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('button')].some("
+        "one => one.textContent.trim() === 'Pause' && !one.disabled)"
+    )
+    began = time.monotonic()
+    pause.click()
+    page.get_by_text("(pause)").first.wait_for(timeout=10_000)
+
+    assert time.monotonic() - began < 2
