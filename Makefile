@@ -16,7 +16,7 @@ test test-all bench evaluate: export OMP_NUM_THREADS = 1
 test test-all bench evaluate demo: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test test-all bench evaluate evaluate-gpu lint clean
+.PHONY: help setup lab extension demo test test-all bench evaluate evaluate-gpu lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 lab: setup  ## kernel server with the bundled model, and JupyterLab on the tour
 	$(BIN)/python -m scripts.lab $(LAB_FLAGS)
+
+extension: setup  ## builds the JupyterLab extension; needs node. What is built is committed
+	$(BIN)/python -m scripts.extension build
 
 demo: setup  ## the tour without a browser: runs it and prints the transcript
 	@$(BIN)/python -m scripts.demo
@@ -58,5 +61,5 @@ evaluate-gpu: setup  ## every evaluation notebook at full size, on one GPU
 	$(BIN)/python -m notebooks.evaluate --size full
 
 clean:  ## the environment, caches and build results; never a session or a record
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist extension/build extension/lib extension/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

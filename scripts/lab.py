@@ -2,6 +2,7 @@
 
 `make lab`. The server is started through the client's own door with its defaults, so that the
 `%djinn_connect` in the notebook finds the same server and not another. It outlives this process.
+The lab shows the extension as this checkout has it built, whatever is installed.
 The lab asks nobody for news or updates unless its user's settings say so: no request leaves the
 machine.
 """
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import djinn_nb
+from scripts.extension import PREBUILT
 
 ROOT = Path(__file__).parents[1]
 TOUR = "notebooks/00_tour.ipynb"
@@ -30,6 +32,9 @@ def main(arguments: list[str]) -> None:
         command.append(f"--ServerApp.root_dir={ROOT}")
     # The printed URL leads to the tour, not only the browser that Jupyter may open by itself.
     command.append(f"--LabApp.default_url=/lab/tree/{TOUR}")
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(
+        [str(PREBUILT), *filter(None, [os.environ.get("JUPYTER_PATH")])]
+    )
     if os.geteuid() == 0:
         # Jupyter refuses root unless told; on a container's only user that says nothing new.
         command.append("--allow-root")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "build" / "test-reports"
 BIN = Path(sys.executable).parent
 NO_TESTS = 5  # pytest's exit status when nothing was collected
-CANNOT_RUN = 3  # of scripts.ui_tests, where node or the browser is not installed
+CANNOT_RUN = 3  # of scripts.extension and scripts.ui_tests, where node or the browser is missing
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ PARTS = (
     Part("ruff check", (str(BIN / "ruff"), "check", ".")),
     Part("ruff format", (str(BIN / "ruff"), "format", "--check", ".")),
     Part("mypy", (str(BIN / "mypy"),)),
+    Part("extension", (sys.executable, "-m", "scripts.extension", "check"), counted=True),
     Part("fast", selection="not gpu and not slow and not browser"),
     Part("slow", selection="slow and not gpu and not browser"),
     Part("browser", selection="browser and not gpu"),

@@ -88,6 +88,16 @@ def test_the_wheel_carries_the_bundled_model_and_the_glossary(contents: set[str]
     assert "kernel_server/protocol/GLOSSARY.md" in contents
 
 
+def test_the_wheel_installs_the_jupyterlab_extension(contents: set[str]):
+    inside = "djinn_nb-0.1.0.data/data/share/jupyter/labextensions/djinn-nb/"
+    built = ROOT / "extension" / "prebuilt" / "labextensions" / "djinn-nb"
+    files = {path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()}
+
+    assert {"package.json", "install.json", "schemas/djinn-nb/plugin.json"} <= files
+    assert {inside + name for name in files} <= contents
+    assert not any("node_modules" in name or name.endswith(".ts") for name in contents)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_clean_client_install_works_without_torch(wheel: Path, tmp_path: Path):
