@@ -78,7 +78,9 @@ function Session(
         />
         <span className="jp-Djinn-grow">
           {session.id}
-          {session.name ? ` · ${session.name}` : ''}
+          {session.name && session.name !== session.id
+            ? ` · ${session.name}`
+            : ''}
         </span>
         {current && (
           <span className="jp-Djinn-note">{trans.__('current')}</span>
