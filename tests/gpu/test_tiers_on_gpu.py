@@ -64,3 +64,7 @@ def test_random_moves_end_alike(local: Local, seed: int) -> None:
 
 def test_pages_change_places(local: Local) -> None:
     tier_cases.pages_change_places(local, spare=2)
+
+
+def test_what_follows_pressure_is_as_before(local: Local) -> None:
+    tier_cases.what_follows_pressure_is_as_before(local)

@@ -53,3 +53,11 @@ def test_random_moves_end_alike(local: Local, seed: int) -> None:
 @pytest.mark.parametrize("spare", [1, 3])
 def test_pages_change_places(local: Local, spare: int) -> None:
     tier_cases.pages_change_places(local, spare)
+
+
+def test_copies_that_are_late_take_no_old_bytes_for_new(local: Local) -> None:
+    tier_cases.copies_that_are_late_take_no_old_bytes_for_new(local)
+
+
+def test_what_follows_pressure_is_as_before(local: Local) -> None:
+    tier_cases.what_follows_pressure_is_as_before(local)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from typing import Any
 
@@ -159,3 +160,64 @@ def budgets(local: Local, **pages: int) -> None:
     """Set how many pages each tier may hold."""
     size = local.kernel.state.shape.page_bytes
     local.server.set_budget(**{tier: count * size for tier, count in pages.items()})
+
+
+def copies_that_are_late_take_no_old_bytes_for_new(local: Local) -> None:
+    """Pages written while their copy down has not been made: what comes back is what was written.
+
+    Offloading that raced with the computation of the same pages, with the bytes of both.
+    """
+    prompt = prompt_of(local, 1.4, new_tokens=5)
+    with watching(local) as watch:
+        reference = reference_run(local, watch, prompt)
+    settled(local)
+    copier = local.kernel.engine._copier
+    assert copier is not None
+    carry_out, gate, held_up = copier._carry_out, threading.Event(), []
+
+    def late(copy: Any, *rest: Any) -> None:
+        if copy.way == "device-host" and not gate.is_set():
+            # the bytes are read before the page is written, and told of after
+            carry_out(copy, *rest)
+            held_up.append(copy)
+            assert gate.wait(30.0)
+            return
+        carry_out(copy, *rest)
+
+    with instead(copier, "_carry_out", late):
+        session = prompt.launch(local)
+        session.run_to("logits")
+        session.run_to("layers.2.output")
+        session.step_out()
+        assert held_up, "nothing was being copied: nothing was tested"
+        gate.set()
+        settled(local)
+    ask(session, m.Evict)
+    assert session.refresh().device_pages == 0
+    assert isinstance(session.continue_(), Finished)
+    assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
+    assert different(session.logits, reference.last) == 0
+    session.terminate()
+    settled(local)
+
+
+def what_follows_pressure_is_as_before(local: Local) -> None:
+    """Once those that pressed are gone a session decodes without a copy, as it did before."""
+    prompt = prompt_of(local, 1.4, new_tokens=8)
+
+    def copied() -> int:
+        session = prompt.launch(local)
+        session.run_to("logits")
+        settled(local)
+        begun = local.kernel.state._tickets_made
+        session.run_to("logits")
+        ways = local.kernel.state._tickets_made - begun
+        session.continue_()
+        settled(local)
+        session.terminate()
+        return ways
+
+    before = copied()
+    more_sessions_than_the_device_holds(local)
+    assert local.kernel.state.residency.slots["host"].used == 0
+    assert copied() <= before and not local.kernel.state.pressing

@@ -60,7 +60,7 @@ def device_pages(world: World, session_id: str) -> int:
 
 
 def test_a_page_is_not_let_go_before_its_backup_is_done() -> None:
-    """Write-through that lost prefixes which were evicted before the backup finished."""
+    """Write-through that lost prefixes evicted before their backup finished (SGLang 39444)."""
     world = tiers(device=PAGES, host=2 * PAGES)
     first = stopped(world)
     assert world.engine.copies, "nothing is being backed up"
@@ -77,7 +77,7 @@ def test_a_page_is_not_let_go_before_its_backup_is_done() -> None:
 
 
 def test_a_host_slot_is_not_used_again_while_a_copy_reads_it() -> None:
-    """A host slot that was given to another page in the middle of a copy."""
+    """A host slot that was given to another page in the middle of a copy (SGLang 28468)."""
     world = tiers(device=2 * PAGES, host=PAGES)
     first = stopped(world)
     world.work()
@@ -96,7 +96,7 @@ def test_a_host_slot_is_not_used_again_while_a_copy_reads_it() -> None:
 
 
 def test_a_page_written_while_it_is_copied_is_not_taken_for_copied() -> None:
-    """Offloading that raced with the computation of the same page."""
+    """Offloading that raced with the computation of the same page (vLLM 31341)."""
     world = tiers(device=2 * PAGES, host=2 * PAGES)
     session = stopped(world, at="layers.2.output")
     for copy in world.engine.copies.values():
@@ -114,7 +114,8 @@ def test_a_page_written_while_it_is_copied_is_not_taken_for_copied() -> None:
 
 
 def test_pressure_ends_when_its_cause_does() -> None:
-    """Pressure that was never recovered from: once the host was full, nothing was copied again."""
+    """Pressure that was never recovered from (SGLang 12770): once the host was full, nothing was
+    copied again."""
     world = tiers(device=3 * PAGES, host=PAGES)
     first, second = stopped(world), stopped(world)
     world.work()
@@ -135,7 +136,7 @@ def test_pressure_ends_when_its_cause_does() -> None:
 
 
 def test_a_session_that_makes_room_gives_it_after_its_copy_only() -> None:
-    """A preempted request whose pages were given away before the copy of them was done."""
+    """A preempted request whose pages were given away before their copy was done (vLLM 32398)."""
     world = tiers(device=PAGES, host=PAGES)
     first = stopped(world)
     request = world.send(m.Evict(session_id=first))
