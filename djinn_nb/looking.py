@@ -178,15 +178,19 @@ class Looking:
         ids = self._info.tokens[reply.first_token :][: reply.experts.shape[0]]
         return choices(reply, client.token_texts(ids))
 
-    def capture(self: Here) -> Capture:
+    def capture(self: Here, span: str = "forward") -> Capture:
         """Norms and largest magnitudes of every layer this forward has reached, and NaN counts.
 
-        `session.capture(locations)` gives values anywhere in this forward.
+        span: "session" gives all tokens so far, those of earlier forwards too: a row for every
+        layer, NaN where this forward has not come yet. `session.capture(locations)` gives values
+        anywhere in this forward.
 
             stop.capture().norm.loc["layers.3.output"]
             stop.capture().num_nan.sum()
         """
-        return Capture.of(read_capture(self))
+        if span not in ("forward", "session"):
+            raise BadArgument(f"span is 'forward' or 'session', not {shown(span)}")
+        return Capture.of(read_capture(self, span))
 
 
 def choices(reply: m.RouterReply, texts: Sequence[str]) -> pd.DataFrame:
@@ -210,9 +214,13 @@ def choices(reply: m.RouterReply, texts: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def read_capture(stop: Here) -> m.CaptureReply:
-    """What the server kept of the forward of a stop."""
-    message = m.ReadCapture(session_id=stop.session.id, seen=stop.number)
+def read_capture(stop: Here, span: str = "forward") -> m.CaptureReply:
+    """What the server kept of the forward of a stop, or of the session up to it."""
+    message = m.ReadCapture(
+        session_id=stop.session.id,
+        seen=stop.number,
+        span="session" if span == "session" else "forward",
+    )
     return stop.session.client.call(message, m.CaptureReply, timeout_s=COMPUTE_S)
 
 

@@ -203,6 +203,17 @@ def _run_to(bench: Workbench, location: int | str = "") -> Step:
     )
 
 
+def _rewind(bench: Workbench, forward: int = -1, location: int | str = "") -> Step:
+    session, where = bench.current.need_session(), _place(bench, location)
+    number = whole(forward, "forward", least=0)
+    return Step(
+        f"back to {where}",
+        f"stop = session.rewind({number}, {_short(where)!r})",
+        lambda: bench.arrived(session.rewind(number, where)),
+        waits=True,
+    )
+
+
 def _go_to(bench: Workbench, node: int = -1) -> Step:
     session, number = bench.current.need_session(), whole(node, "node", least=0)
     return Step(
@@ -415,6 +426,7 @@ VERBS: dict[str, Callable[..., Step]] = {
     "pause": _running("pause", "pause"),
     "run_to": _run_to,
     "go_to": _go_to,
+    "rewind": _rewind,
     "look": _look,
     "prune": _prune,
     "fork": _fork,

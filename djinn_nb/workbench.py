@@ -538,10 +538,10 @@ _CAN: dict[str, tuple[str, ...]] = {
     "waiting": ("continue", "next", "step_in", "step_out", "run_to"),
     "running": ("pause",),
     "stopped": (
-        "continue", "next", "step_in", "step_out", "step_back", "run_to", "go_to", "prune", "look",
-        "evict", "restore", "pin",
+        "continue", "next", "step_in", "step_out", "step_back", "run_to", "go_to", "rewind",
+        "prune", "look", "evict", "restore", "pin",
     ),
-    "finished": ("step_back", "go_to", "prune", "evict", "restore", "pin"),
+    "finished": ("step_back", "go_to", "rewind", "prune", "evict", "restore", "pin"),
     "failed": (),
 }  # fmt: skip
 

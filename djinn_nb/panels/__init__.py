@@ -1,6 +1,6 @@
-"""Panels of the notebook: sessions, breakpoints, branches, edits, memory; linked by one workbench.
+"""Panels of the notebook: sessions, breakpoints, layers, edits, …; linked by one workbench.
 
-They are ipywidgets, so they work in any Jupyter client; a saved notebook shows their static form.
+They are widgets, so they work in any Jupyter client; a saved notebook shows their static form.
 What a click does is `verbs`' matter: each is Python that the panel shows and a cell can repeat.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PANELS = {
     "sessions": "SessionsPanel",
     "breakpoints": "BreakpointsPanel",
+    "layers": "LayersPanel",
     "edit": "EditPanel",
     "branches": "BranchesPanel",
     "memory": "MemoryPanel",
@@ -30,8 +31,8 @@ PANELS = {
 def panel(*names: str) -> Any:
     """Panels of this notebook by name, or all of them linked; shown as the last line of a cell.
 
-    names: "sessions", "breakpoints", "edit", "branches", "memory". Raises BadArgument for another
-    name, and outside IPython.
+    names: "sessions", "breakpoints", "layers", "edit", "branches", "memory". Raises BadArgument for
+    another name, and outside IPython.
 
         djinn.panel()
         djinn.panel("edit")

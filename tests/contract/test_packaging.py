@@ -98,6 +98,13 @@ def test_the_wheel_installs_the_jupyterlab_extension(contents: set[str]):
     assert not any("node_modules" in name or name.endswith(".ts") for name in contents)
 
 
+def test_the_wheel_carries_the_scripts_of_the_panels(contents: set[str]):
+    static = {p.name for p in (ROOT / "djinn_nb" / "panels" / "static").iterdir()}
+
+    assert {"layers.js", "view.css"} <= static
+    assert {f"djinn_nb/panels/static/{name}" for name in static} <= contents
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_clean_client_install_works_without_torch(wheel: Path, tmp_path: Path):

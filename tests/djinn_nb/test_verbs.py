@@ -37,6 +37,7 @@ DAY: tuple[Step, ...] = (
     ("step_out", {}),
     ("step_back", {}),
     ("go_to", {"node": 2}),
+    ("rewind", {"forward": 0, "location": "layers.1.middle"}),
     ("look", {}),
     ("fork", {"seed": 7}),
     ("continue", {}),

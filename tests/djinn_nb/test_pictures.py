@@ -1,0 +1,237 @@
+"""View models of pictures: what they show of a stop, and what a message to them does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+import djinn_nb as djinn
+from djinn_nb.panels import layers_model
+from djinn_nb.panels.layers_model import LayersModel
+from djinn_nb.panels.pictures import Picture
+from djinn_nb.workbench import Workbench, workbench
+from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT
+
+
+@pytest.fixture
+def bench(make_shell: Callable[[], InteractiveShell], server: djinn.Server) -> Workbench:
+    made = workbench(make_shell())
+    made.current.bind("server", server)
+    return made
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 15.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.01)
+
+
+def stop_at(bench: Workbench, location: object, prompt: Any = PROMPT, **more: Any) -> djinn.Stopped:
+    session = bench.current.server.launch(prompt, **{"max_new_tokens": 4, **more})
+    bench.current.bind("session", session)
+    stop = session.run_to(location)
+    bench.current.bind("stop", stop)
+    return stop
+
+
+class Drawn:
+    """A picture that follows a workbench, and all that it told and sent."""
+
+    def __init__(self, kind: type[Picture], bench: Workbench) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
+        self.picture = kind(
+            bench,
+            lambda name, values: self.told.append((name, values)),
+            lambda message, buffers: self.sent.append((message, buffers)),
+        )
+        bench.subscribe(self.picture.follow)
+
+    def ready(self, **wanted: Any) -> dict[str, Any]:
+        """What is shown, once it is ready and has these values."""
+        until(lambda: self._is(wanted))
+        return self.picture.shown
+
+    def _is(self, wanted: dict[str, Any]) -> bool:
+        shown = self.picture.shown
+        return shown["state"] == "ready" and all(shown.get(k) == v for k, v in wanted.items())
+
+    def tile(self, number: int) -> tuple[dict[str, Any], list[bytes]]:
+        """Ask for a tile of the lens, and wait for it."""
+        before = len(self.sent)
+        version = self.picture.shown["version"]
+        self.picture.take({"type": "need", "version": version, "tile": number})
+        until(lambda: len(self.sent) > before)
+        return self.sent[-1]
+
+
+# -- every picture --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [LayersModel])
+def test_a_picture_without_a_stop_says_why_and_what_to_do(bench, kind) -> None:
+    drawn = Drawn(kind, bench)
+    texts = lambda: drawn.picture.shown["text"]  # noqa: E731
+
+    until(lambda: "no session yet" in texts())
+    session = bench.current.server.launch(PROMPT, max_new_tokens=1)
+    bench.current.bind("session", session)
+    until(lambda: "has not begun" in texts())
+    bench.current.bind("stop", session.continue_())
+    until(lambda: "is finished: go back" in texts())
+    assert drawn.picture.shown["state"] == "empty"
+
+
+@pytest.mark.parametrize("kind", [LayersModel])
+def test_a_picture_is_drawn_anew_after_an_edit_and_a_step_and_not_otherwise(bench, kind) -> None:
+    stop = stop_at(bench, 2)
+    drawn = Drawn(kind, bench)
+    first = drawn.ready()
+    bench.select(token=3)
+    until(lambda: drawn.picture.marks.get("token") == 3)
+    bench.select(layer=1, head=2)
+    until(lambda: drawn.picture.marks.get("head") == 2)
+
+    if kind is LayersModel:
+        assert drawn.picture.shown is first  # a choice is a mark, and reads nothing
+    version = drawn.picture.shown["version"]
+    stop.edit(scale=0.5)
+    until(lambda: drawn.picture.shown.get("version", version) != version)
+    drawn.ready()
+    edited = drawn.picture.shown["version"]
+    bench.current.bind("stop", stop.session.next())
+    until(lambda: drawn.picture.shown.get("version", edited) != edited)
+
+
+@pytest.mark.parametrize("kind", [LayersModel])
+def test_a_bad_message_is_a_notice_and_changes_nothing(bench, kind) -> None:
+    stop = stop_at(bench, 2)
+    drawn = Drawn(kind, bench)
+    drawn.ready()
+    before = stop.session.refresh().revision
+    for message in (
+        None,
+        {"type": "nothing"},
+        {"type": "select", "layer": NUM_LAYERS},
+        {"type": "select", "token": "3"},
+        {"type": "do", "verb": "terminate", "given": {}},
+        {"type": "do", "verb": "run_to", "given": {"location": "layers.99.output"}},
+        {"type": "do", "verb": "run_to", "given": {"nowhere": 1}},
+    ):
+        bench.notify(None)
+        drawn.picture.take(message)
+        assert bench._notice is not None, message
+
+    assert stop.session.refresh().revision == before
+    assert not bench._actions
+
+
+# -- layers × tokens ------------------------------------------------------------------------------
+
+
+def test_norms_of_all_tokens_and_rows_that_have_not_run(bench) -> None:
+    stop = stop_at(bench, 3)
+    drawn = Drawn(LayersModel, bench)
+    shown = drawn.ready()
+    norm = drawn.picture.norms()
+
+    assert shown["rows"] == ["embedding", *(f"layers.{i}.output" for i in range(NUM_LAYERS))]
+    assert shown["tokens"] == [token.text for token in stop.tokens]
+    assert (shown["first"], shown["reached"]) == (0, 5)
+    assert shown["stop"]["row"] == 4 and shown["stop"]["location"] == "layers.3.output"
+    np.testing.assert_allclose(norm[4], stop.value.summary().norm_per_token, rtol=1e-5)
+    assert np.isnan(norm[5:]).all() and np.isfinite(norm[:5]).all()
+
+
+def test_in_decode_earlier_tokens_keep_their_whole_columns(bench) -> None:
+    stop = stop_at(bench, "logits")
+    stop = stop.session.run_to(2)
+    bench.current.bind("stop", stop)
+    drawn = Drawn(LayersModel, bench)
+    shown = drawn.ready()
+    norm = drawn.picture.norms()
+
+    assert stop.forward == 1 and shown["first"] == norm.shape[1] - 1 == stop.tokens[0].position
+    assert np.isfinite(norm[:, :-1]).all()
+    assert np.isfinite(norm[:4, -1]).all() and np.isnan(norm[4:, -1]).all()
+    message, _ = drawn.tile(0)
+    assert (message["first"], message["count"], message["rows"]) == (shown["first"], 1, 4)
+
+
+def test_a_tile_of_the_lens_is_what_the_stop_reads(bench, monkeypatch) -> None:
+    monkeypatch.setattr(layers_model, "TILE_TOKENS", 5)
+    stop = stop_at(bench, 3)
+    drawn = Drawn(LayersModel, bench)
+    drawn.ready(tile=5)
+
+    message, (shares, entropy) = drawn.tile(1)
+
+    assert (message["first"], message["count"], message["rows"]) == (5, 5, 5)
+    here = stop.lens(top_k=3, tokens=slice(5, 10))
+    texts = np.array(message["texts"], object).reshape(5, 5, 3)
+    assert texts[4].reshape(-1).tolist() == here.text.tolist()
+    found = np.frombuffer(shares, np.float32).reshape(5, 5, 3)
+    np.testing.assert_allclose(found[4].reshape(-1), here.probability, rtol=1e-4)
+    assert np.frombuffer(entropy, np.float32).shape == (25,)
+
+
+def test_a_tile_is_read_once_per_stop_and_those_of_a_stop_left_are_not_told(
+    bench, monkeypatch
+) -> None:
+    stop = stop_at(bench, 3)
+    drawn = Drawn(LayersModel, bench)
+    old = drawn.ready()["version"]
+    first = drawn.tile(0)
+    asked: list[object] = []
+    ask = bench.ask
+    monkeypatch.setattr(bench, "ask", lambda *given: (asked.append(given[0]), ask(*given)))
+
+    assert drawn.tile(0)[0] is first[0] and not asked
+    bench.current.bind("stop", stop.session.next())
+    until(lambda: drawn.picture.shown.get("version", old) != old)
+    drawn.ready()
+    asked.clear()
+    drawn.picture.take({"type": "need", "version": old, "tile": 0})
+    assert not asked
+    assert drawn.tile(0)[0]["rows"] == 6
+    drawn.picture.take({"type": "need", "version": drawn.picture.shown["version"], "tile": 9})
+    assert "no tile 9" in bench._notice.text
+
+
+def test_a_long_prompt_has_tiles_that_the_server_takes(bench) -> None:
+    stop_at(bench, 1, prompt=[5] * 2000)
+    drawn = Drawn(LayersModel, bench)
+    shown = drawn.ready()
+
+    assert len(shown["tokens"]) == 2000 and shown["tile"] * shown["reached"] <= 4096
+    message, _ = drawn.tile(1999 // shown["tile"])
+    assert message["first"] + message["count"] == 2000
+
+
+def test_a_cell_sets_a_breakpoint_runs_there_and_goes_back(bench) -> None:
+    stop = stop_at(bench, 1)
+    drawn = Drawn(LayersModel, bench)
+    drawn.ready()
+
+    def do(verb: str, **given: Any) -> None:
+        drawn.picture.take({"type": "do", "verb": verb, "given": given})
+
+    do("toggle_breakpoint", location="layers.4.output")
+    until(lambda: drawn.picture.marks["breakpoints"] == ["layers.4.output"])
+    do("run_to", location="layers.3.output")
+    until(lambda: drawn.picture.shown.get("reached") == 5)
+    do("rewind", forward=0, location="layers.0.output")
+    until(lambda: drawn.picture.shown.get("reached") == 2)
+
+    assert stop.session.location == "layers.0.output"
+    assert [one.code for one in bench.snapshot().actions] == [
+        "%djinn_break layers.4.output", "stop = session.run_to(3)", "stop = session.rewind(0, 0)",
+    ]  # fmt: skip
+    drawn.picture.take({"type": "select", "layer": 2, "token": 4})
+    assert (bench.selection.layer, bench.selection.token) == (2, 4)
