@@ -55,10 +55,6 @@ def _parser() -> argparse.ArgumentParser:
         "--device-memory", metavar="SIZE", help="a cap over weights, workspace and KV page pool"
     )
     serve.add_argument(
-        "--kept-memory", metavar="SIZE", default="1GiB",
-        help="tensors kept of stops that sessions left; the others are run again (default: 1GiB)",
-    )  # fmt: skip
-    serve.add_argument(
         "--host-memory", metavar="SIZE", help="KV pages of sessions that left the device"
     )
     serve.add_argument("--disk-memory", metavar="SIZE", help="KV pages that left the host too")
@@ -213,7 +209,6 @@ def _serve(options: argparse.Namespace) -> int:
         socket=options.socket,
         kv_memory_bytes=parse_bytes(options.kv_memory) if options.kv_memory else None,
         device_memory_bytes=parse_bytes(options.device_memory) if options.device_memory else None,
-        kept_memory_bytes=parse_bytes(options.kept_memory),
         host_memory_bytes=parse_bytes(options.host_memory) if options.host_memory else 0,
         disk_memory_bytes=parse_bytes(options.disk_memory) if options.disk_memory else 0,
         disk_path=options.disk_path,

@@ -59,8 +59,6 @@ class ServerConfig:
     kv_memory_bytes: int | None = None
     #: a cap over weights, workspace and pages on the device; None: none
     device_memory_bytes: int | None = None
-    #: tensors of stops that sessions left, of all sessions together; part of the cap above
-    kept_memory_bytes: int = 1 << 30
     #: KV pages of sessions that left the device: in the host's memory, and in a file
     host_memory_bytes: int = 0
     disk_memory_bytes: int = 0

@@ -40,8 +40,6 @@ Progress = Callable[[str, float], None]
 
 CPU_PREFILL_CHUNK = 512
 GPU_PREFILL_CHUNK = 2048
-#: Of a cap over the device, kept stops may have one part in so many.
-_KEPT_PART = 16
 
 
 def load(config: ServerConfig, progress: Progress) -> LoadedModel:
@@ -92,14 +90,10 @@ class Kernel:
             progress("comparing with stock transformers", 0.92)
         default = GPU_PREFILL_CHUNK if loaded.device.type == "cuda" else CPU_PREFILL_CHUNK
         chunk = config.prefill_chunk or default
-        cap, kept = config.device_memory_bytes, config.kept_memory_bytes
-        if cap is not None:
-            kept = min(kept, cap // _KEPT_PART)
         self.ready: Ready = serve(
             loaded.model,
             kv_memory_bytes=config.kv_memory_bytes,
-            device_memory_bytes=cap,
-            kept_memory_bytes=kept,
+            device_memory_bytes=config.device_memory_bytes,
             prefill_chunk=chunk,
         )
         self.info: ModelInfo = _describe(loaded, self.ready, config)
@@ -112,7 +106,6 @@ class Kernel:
         limits = dataclasses.replace(
             _limits(config.quotas, shape, owners),
             idle_after_s=config.idle_after_s,
-            kept_bytes=kept,
             owners=owners,
         )
         self.state = ServerState(
@@ -162,7 +155,6 @@ class Kernel:
         used, page = slots["device"].used, cache.page_bytes
         clean = used - len(self.state.residency.dirty)
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
-        standing, kept = self.engine.nbytes()
         device: list[Row] = [
             ("weights", weights, info.name + " · random weights" * info.random_weights),
             (
@@ -170,12 +162,7 @@ class Kernel:
                 f"{used} of {cache.num_pages} pages, {clean} with a copy below",
             ),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
-            ("activations", standing, "held by stopped and running sessions"),
-            (
-                "kept stops", kept,
-                f"of stops that sessions left; at most {self.state.limits.kept_bytes:,} bytes"
-                " (--kept-memory), others are run again",
-            ),
+            ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
         ]  # fmt: skip
         logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
         transfers = self.gateway.transfers.bytes_open()

@@ -134,16 +134,9 @@ class Engine:
             self._closing = True
             self._wake.notify()
 
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of the activations that sessions stand with, and of those kept of stops that they
-        have left; what several share counts once."""
-        sessions = list(self._sessions.values())
-        kept = [stop for held in sessions for stop in list(held.stops.values())]
-        here, there = (
-            {id(tensor): tensor.nbytes for held in group for tensor in held.tensors()}
-            for group in (sessions, kept)
-        )
-        return sum(here.values()), sum(size for key, size in there.items() if key not in here)
+    def nbytes(self) -> int:
+        """Bytes of the activations held for all sessions."""
+        return sum(held.nbytes for held in list(self._sessions.values()))
 
     # -- the engine thread --------------------------------------------------------------------
 

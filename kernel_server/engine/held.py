@@ -170,11 +170,16 @@ class SessionTensors:
         self._unedited = None
         self._kept, self._reduced, self._last_rows = [], [], []
 
-    def tensors(self) -> list[Tensor]:
-        """Those of the forward it stands in, what was captured of it, and the last logits."""
-        found = [] if self.forward is None else self.forward.tensors()
-        found += [chunk for chunks in self._kept for chunk in chunks] + self._last_rows
-        return found if self.last_logits is None else [*found, self.last_logits]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the forwards it stands in, or stood in at kept stops, and their last logits."""
+        held = (self, *list(self.stops.values()))
+        tensors = {id(tensor): tensor for one in held for tensor in one._tensors()}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def _tensors(self) -> list[Tensor]:
+        forward = [] if self.forward is None else self.forward.tensors()
+        return forward if self.last_logits is None else [*forward, self.last_logits]
 
     def keep(self, node: int) -> None:
         """Keep what is held at this stop."""

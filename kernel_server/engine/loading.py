@@ -67,7 +67,6 @@ def serve(
     *,
     kv_memory_bytes: int | None = None,
     device_memory_bytes: int | None = None,
-    kept_memory_bytes: int = 0,
     prefill_chunk: int = 512,
     page_tokens: int | None = None,
     group_layers: int | None = None,
@@ -76,7 +75,6 @@ def serve(
 
     kv_memory_bytes: of the pool; without it 85 % of what is free, at most 1 GiB on the CPU.
     device_memory_bytes: a cap over weights, pool and the workspace of a chunk, which is measured.
-    kept_memory_bytes: what is set aside under that cap for tensors kept of stops.
     page_tokens, group_layers: T and G of a page, chosen for the geometry when not given.
 
     Raises UnsupportedModel, BadArgument if the pool is too small, or OutOfDeviceMemory.
@@ -86,7 +84,7 @@ def serve(
     resumable, shape, report = resume(model, page_tokens=page_tokens, group_layers=group_layers)
     wanted = kv_memory_bytes
     if device_memory_bytes is not None:
-        room = _room_under(device_memory_bytes, kept_memory_bytes, resumable, shape, prefill_chunk)
+        room = _room_under(device_memory_bytes, resumable, shape, prefill_chunk)
         if wanted is not None and wanted > room.pages:
             raise BadArgument(f"--kv-memory of {wanted:,} bytes does not fit: {room.why}")
         wanted = room.pages if wanted is None else wanted
@@ -291,7 +289,7 @@ class _Room:
     why: str
 
 
-def _room_under(cap: int, kept: int, model: ResumableModel, shape: PageShape, chunk: int) -> _Room:
+def _room_under(cap: int, model: ResumableModel, shape: PageShape, chunk: int) -> _Room:
     stock = model.model
     weights = sum(t.nbytes for t in (*stock.parameters(), *stock.buffers()))
     runner = CheckRunner(model, shape, max_tokens=chunk + 1)
@@ -301,12 +299,11 @@ def _room_under(cap: int, kept: int, model: ResumableModel, shape: PageShape, ch
         runner.run([0] * chunk, [0], chunk=chunk)
 
     used = measure_workspace(model.device, prefill, held)
-    pages = cap - weights - used - kept
+    pages = cap - weights - used
     return _Room(
         max(pages, 0),
-        f"--device-memory of {cap:,} leaves {pages:,} after {weights:,} of weights, {used:,} of"
-        f" workspace for a chunk of {chunk} tokens and {kept:,} of kept stops; give more, or a"
-        " smaller --prefill-chunk",
+        f"--device-memory of {cap:,} leaves {pages:,} after {weights:,} of weights and {used:,} of"
+        f" workspace for a chunk of {chunk} tokens; give more, or a smaller --prefill-chunk",
     )
 
 

@@ -397,21 +397,6 @@ class Branching(Scratching):
             gone.add(number)
             count, size = count - 1, size - nbytes
         self._drop_kept(session, gone)
-        self._drop_of_all(session)
-
-    def _drop_of_all(self, last: Session) -> None:
-        """The same over all sessions, those first that nobody has asked for in the longest time."""
-        holders = [one for one in self.sessions.values() if one.tree.kept]
-        over = sum(sum(one.tree.kept.values()) for one in holders) - self.limits.kept_bytes
-        if over <= 0:
-            return
-        for session in sorted(holders, key=lambda one: (one is last, one.touched, one.id)):
-            gone = set()
-            for number, nbytes in session.tree.kept.items():
-                if over > 0 and session.tree.nodes[number].status != "waiting":
-                    gone.add(number)
-                    over -= nbytes
-            self._drop_kept(session, gone)
 
     def _drop_kept(self, session: Session, numbers: set[int]) -> None:
         gone = sorted(number for number in numbers if number in session.tree.kept)

@@ -150,8 +150,6 @@ class Limits:
     nodes_per_session: int = 4096
     branches_per_session: int = 64
     kept_stops_per_session: int = 256
-    #: of all sessions together
-    kept_bytes: int = 1 << 30
     kept_bytes_per_session: int = 256 << 20
     #: questions about stops that are being computed
     scratch_per_owner: int = 4

@@ -47,7 +47,3 @@ def test_the_past_can_be_changed_and_returned_to(local: Local) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_returns_end_alike(local: Local, seed: int) -> None:
     branch_cases.random_returns_end_alike(local, seed)
-
-
-def test_what_all_keep_together_is_bounded(local: Local) -> None:
-    branch_cases.what_all_keep_together_is_bounded(local)

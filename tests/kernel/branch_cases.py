@@ -61,33 +61,6 @@ def a_stop_returned_to_is_the_same(local: Local) -> None:
     keep(local, kept_stops_per_session=256)
 
 
-def what_all_keep_together_is_bounded(local: Local) -> None:
-    """Many sessions with many stops hold no more than the budget, and go back to any, exactly."""
-    prompts = [prompt_of(local, 0.5, new_tokens=5, seed=40 + i) for i in range(4)]
-    references = references_of(local, prompts)
-    state = local.kernel.state
-    budget = 2 * state.shape.stop_bytes(len(prompts[0].ids))
-    keep(local, kept_bytes=budget)
-    sessions = [prompt.launch(local) for prompt in prompts]
-    seen: list[list[tuple[Stopped, np.ndarray]]] = [[] for _ in sessions]
-    for _ in range(6):
-        for session, stops in zip(sessions, seen, strict=True):
-            stop = session.next()
-            assert isinstance(stop, Stopped)
-            stops.append((stop, stop.value.numpy()))
-            assert local.kernel.engine.nbytes()[1] <= budget
-    rows = {kind: (nbytes, note) for kind, nbytes, note in local.kernel.memory()}
-    assert rows["kept stops"][0] <= budget and f"{budget:,}" in rows["kept stops"][1]
-    assert sum(len(state.sessions[s.id].tree.kept) for s in sessions) < 4 * 5
-    for session, stops, prompt, reference in zip(sessions, seen, prompts, references, strict=True):
-        for stop, value in (stops[0], stops[3]):
-            again = session.go_to(stop.number)
-            assert isinstance(again, Stopped) and different(again.value.numpy(), value) == 0
-        ends_as(session, prompt, reference)
-        session.terminate()
-    keep(local, kept_bytes=1 << 30)
-
-
 def the_past_can_be_changed_and_returned_to(local: Local) -> None:
     """An edit after step back goes its own way, the branch without it is still the reference."""
     prompt = prompt_of(local, 1.4, new_tokens=5)

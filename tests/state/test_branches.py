@@ -168,28 +168,6 @@ def test_dropped_tensors_are_made_again(world: World):
     assert info.stop.reason == "breakpoint" and info.breakpoints[0].hits == hits
 
 
-def test_tensors_of_all_sessions_together_are_kept_up_to_a_budget(world: World):
-    size = world.shape.stop_bytes(1)
-    world.state.limits = Limits(kept_bytes=world.shape.stop_bytes(6) + 3 * size)
-    made = []
-    for number in range(3):
-        world.now = float(number)
-        session = world.launch(max_new_tokens=6)
-        world.break_at(session, "layers.2.output")
-        made.append((session, [world.run(session).stop_number for _ in range(4)]))
-    kept = [sum(node.kept for node in nodes(world, s).values()) for s, _ in made]
-    sizes = [sum(world.state.sessions[s].tree.kept.values()) for s, _ in made]
-
-    assert sum(sizes) <= world.state.limits.kept_bytes
-    assert kept[2] > kept[0], "those asked for last lose theirs last"
-    for session, stops in made:
-        for stop in (stops[0], stops[2]):
-            info = returned(world, session, m.GoTo, node=stop)
-            assert info.location == "layers.2.output"
-        assert world.run(session).error is None
-    world.finish_checks()
-
-
 def test_rewind_runs_to_a_place_that_was_passed(world: World):
     session = world.launch()
     world.run(session, m.RunTo, location="layers.1.output")
