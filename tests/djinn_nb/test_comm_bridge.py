@@ -146,6 +146,7 @@ def test_a_verb_is_carried_out_and_answered_and_a_refused_one_is_told(front: Fro
 
 def test_nonsense_from_a_front_end_harms_nothing(front: Front) -> None:
     front.open()
+    front.snapshot(lambda s: s["connection"] == "ready")
     for data in (
         {}, {"type": "do"}, {"type": "do", "verb": 7, "args": [1], "id": 1}, {"type": "alive"},
         {"type": "select", "layer": "x"}, {"type": "do", "verb": "go_to", "args": {"x": 1}},

@@ -62,7 +62,7 @@ SIGNATURES = {
     "Stopped.attention": "(self, layer=None, head=None, tokens=None)",
     "Stopped.attribution": "(self, token=None, against=None)",
     "Stopped.router": "(self, layer=None)",
-    "Stopped.capture": "(self)",
+    "Stopped.capture": "(self, span='forward')",
 }
 PROPERTIES = {
     "Server": ["address", "model"],
