@@ -40,6 +40,8 @@ TOKEN_KINDS = ("force", "ban")
 OF_VECTORS = ("add a vector", "project out a vector")
 #: Candidates shown of the next token.
 TOP_K = 8
+#: What is shown as stopped is bound in the notebook well within this, seconds.
+BOUND_S = 2.0
 
 
 @dataclass(slots=True)
@@ -253,10 +255,10 @@ class EditPanel(Panel):
     # -- the live preview -----------------------------------------------------------------
 
     def _wish(self) -> None:
-        stop = self.bench.current.stop
         session = self.bench.snapshot().session
-        if stop is None or session is None or session.status != "stopped":
+        if session is None or session.status != "stopped":
             return
+        number = session.stop_number
         try:
             wishes = self.model().wishes()
         except BadArgument as error:
@@ -266,9 +268,24 @@ class EditPanel(Panel):
         self._updating.value = f"<span role='status' style='{MUTED}'>updating …</span>"
         self.bench.ask(
             f"preview {id(self)}",
-            lambda: _asked(stop, wishes),
+            lambda: _asked(self._stop(number), wishes),
             lambda found, error: self._previewed(found, error, time.monotonic() - began),
         )
+
+    def _stop(self, number: int) -> Stopped:
+        """The notebook's stop, once it is the one shown: a snapshot may come before it is bound.
+
+        One that stays another is asked all the same: the server says that it is out of date.
+        """
+        deadline = time.monotonic() + BOUND_S
+        while True:
+            found = self.bench.current.stop
+            late = time.monotonic() > deadline
+            if found is not None and (late or found.number == number):
+                return found
+            if late:
+                return self.bench.current.need_stop()
+            time.sleep(0.02)
 
     def _previewed(self, found: Preview | None, error: BaseException | None, took_s: float) -> None:
         self._updating.value = ""

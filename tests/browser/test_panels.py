@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
     from scripts.browser import Lab
 
@@ -48,46 +48,55 @@ def _run_cell(page: Page, index: int = 0) -> None:
     page.keyboard.press("Shift+Enter")
 
 
+def _cells(page: Page) -> Locator:
+    """The notebook itself: the sidebar beside it has words and buttons of the same names."""
+    return page.get_by_role("feed", name="Cells")
+
+
 def _section(page: Page, title: str) -> None:
-    page.get_by_text(title, exact=True).first.click()
+    _cells(page).get_by_text(title, exact=True).first.click()
 
 
 def _press(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name, exact=True).first.click()
+    _cells(page).get_by_role("button", name=name, exact=True).first.click()
 
 
 def test_from_a_prompt_to_an_edited_continuation_by_mouse(open_notebook):
     page = open_notebook("mouse.ipynb", "%load_ext djinn_nb\n%djinn_panel", "stop, session.text")
     _run_cell(page)
-    page.get_by_text("not connected to a server").first.wait_for(timeout=WAIT_MS)
+    _cells(page).get_by_text("not connected to a server").first.wait_for(timeout=WAIT_MS)
     _press(page, "Connect")
-    page.get_by_text("no session yet").first.wait_for(timeout=WAIT_MS)
+    _cells(page).get_by_text("no session yet").first.wait_for(timeout=WAIT_MS)
     _section(page, "Breakpoints")
-    page.get_by_placeholder("20 or layers.3.middle").fill("20")
-    page.get_by_placeholder('token == " to"').click()  # a value is sent when its field is left
+    _cells(page).get_by_placeholder("20 or layers.3.middle").fill("20")
+    _cells(page).get_by_placeholder(
+        'token == " to"'
+    ).click()  # a value is sent when its field is left
     _press(page, "Set")
-    page.get_by_text("in runs that follow").first.wait_for()
+    _cells(page).get_by_text("in runs that follow").first.wait_for()
     _section(page, "Sessions")
-    page.get_by_placeholder("A prompt to debug").fill(PROMPT)
+    _cells(page).get_by_placeholder("A prompt to debug").fill(PROMPT)
     _press(page, "Launch")
-    page.get_by_text("stopped at layers.20.output (breakpoint)").first.wait_for(timeout=WAIT_MS)
+    _cells(page).get_by_text("stopped at layers.20.output (breakpoint)").first.wait_for(
+        timeout=WAIT_MS
+    )
     _section(page, "Edit and steer")
-    preview = page.get_by_text("probability of the next token")
+    preview = _cells(page).get_by_text("probability of the next token")
     preview.wait_for()
     before = preview.text_content()
     box = page.locator(".widget-slider .noUi-base, .slider-container").first.bounding_box()
     page.mouse.click(box["x"] + 3, box["y"] + box["height"] / 2)  # its left end: scale -2
     page.wait_for_function(
-        "before => [...document.querySelectorAll('div')].some(one =>"
+        "before => [...document.querySelectorAll('.jp-Notebook div')].some(one =>"
         " one.childElementCount === 0 && one.textContent.startsWith('probability of the next')"
         " && one.textContent.split('answered')[0] !== before.split('answered')[0])",
         arg=before,
     )
     _press(page, "Apply")
-    page.get_by_text("at this stop").first.wait_for()
+    _cells(page).get_by_text("at this stop").first.wait_for()
     _section(page, "Sessions")
     _press(page, "Continue")
-    page.get_by_text("forward 1").first.wait_for(timeout=WAIT_MS)
+    _cells(page).get_by_text("forward 1").first.wait_for(timeout=WAIT_MS)
     _run_cell(page, 1)
     shown = page.locator(".jp-OutputArea-output", has_text="a drink to").last
     shown.wait_for()
@@ -99,20 +108,20 @@ def test_pause_stops_a_session_that_a_click_runs(open_notebook):
     """Panels queue and return, so the kernel is free while a session runs."""
     page = open_notebook("pause.ipynb", "%load_ext djinn_nb\n%djinn_connect\n%djinn_panel sessions")
     _run_cell(page)
-    prompt = page.get_by_placeholder("A prompt to debug")
+    prompt = _cells(page).get_by_placeholder("A prompt to debug")
     prompt.wait_for(timeout=WAIT_MS)
     prompt.fill(PROMPT)
-    tokens = page.get_by_label("New tokens")
+    tokens = _cells(page).get_by_label("New tokens")
     tokens.fill("400")
     tokens.press("Tab")
     _press(page, "Launch")
-    pause = page.get_by_role("button", name="Pause", exact=True)
+    pause = _cells(page).get_by_role("button", name="Pause", exact=True)
     page.wait_for_function(
-        "() => [...document.querySelectorAll('button')].some("
+        "() => [...document.querySelectorAll('.jp-Notebook button')].some("
         "one => one.textContent.trim() === 'Pause' && !one.disabled)"
     )
     began = time.monotonic()
     pause.click()
-    page.get_by_text("(pause)").first.wait_for(timeout=10_000)
+    _cells(page).get_by_text("(pause)").first.wait_for(timeout=10_000)
 
     assert time.monotonic() - began < 2

@@ -104,6 +104,18 @@ def test_a_preview_follows_the_slider_and_the_newest_wish_wins(bench, make) -> N
     assert not [a for a in bench.snapshot().actions if "preview" in a.label]
 
 
+def test_a_stop_that_is_shown_before_it_is_bound_is_previewed_all_the_same(bench, make) -> None:
+    session, edit = bench.current.server.launch(PROMPT, max_new_tokens=4), make(EditPanel)
+    bench.current.bind("session", session)
+    found = session.run_to(2)
+    _until(lambda: bench.snapshot().session is not None and "at <b>" in edit._place.value)
+    time.sleep(0.2)
+    assert edit._preview.value == ""
+    bench.current.bind("stop", found)
+
+    _until(lambda: "probability of the next token" in edit._preview.value)
+
+
 def test_a_bad_target_is_refused_in_place_and_changes_nothing(bench, make) -> None:
     session, edit = _stop_at(bench, 2), make(EditPanel)
     edit._tokens.value = "[1, "
