@@ -24,6 +24,7 @@ import { LOAD } from './faces';
 import type { Follower } from './follower';
 import type { Arguments, View } from './tokens';
 
+const PANELS = '%djinn_panel';
 export const OPEN_SIDEBAR = 'djinn:open_sidebar';
 /** Of the run controls, in the order they are shown. */
 export const CONTROLS = [
@@ -111,11 +112,6 @@ function verbs(trans: TranslationBundle): Record<string, Words> {
       label: trans.__('Remove All Breakpoints'),
       caption: trans.__('Remove all breakpoints, of runs to come too'),
       icon: clearIcon
-    },
-    open_panel: {
-      label: trans.__('Open the Panels'),
-      caption: trans.__('Insert a cell that shows all panels together'),
-      icon: tableRowsIcon
     }
   };
 }
@@ -225,6 +221,16 @@ export function addCommands(
     describedBy: NO_ARGUMENTS,
     execute: () => djinn.insert(LOAD, true)
   });
+  commands.addCommand('djinn:open_panel', {
+    label: trans.__('Open the Panels'),
+    caption: trans.__(
+      'Insert a cell that shows all panels together, and run it'
+    ),
+    icon: tableRowsIcon,
+    isEnabled: () => djinn.view.link === 'attached',
+    describedBy: NO_ARGUMENTS,
+    execute: () => djinn.insert(PANELS, true)
+  });
   commands.addCommand(OPEN_SIDEBAR, {
     label: trans.__('Djinn'),
     caption: trans.__('Show the Djinn sidebar'),
@@ -232,7 +238,8 @@ export function addCommands(
     describedBy: NO_ARGUMENTS,
     execute: openSidebar
   });
-  ids.push('djinn:toggle_breakpoint', 'djinn:load', OPEN_SIDEBAR);
+  ids.push('djinn:toggle_breakpoint', 'djinn:load');
+  ids.push('djinn:open_panel', OPEN_SIDEBAR);
   djinn.changed.connect(() => {
     for (const id of ids) {
       commands.notifyCommandChanged(id);

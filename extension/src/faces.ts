@@ -1,5 +1,5 @@
 // What is wrong, or what comes next: each state says what happened and what to do.
-import type { Snapshot } from './protocol';
+import type { Notice, Snapshot } from './protocol';
 import { currentSession } from './model';
 import type { Translation, View } from './tokens';
 
@@ -7,7 +7,8 @@ import type { Translation, View } from './tokens';
 export type Deed =
   | { readonly verb: string }
   | { readonly command: string }
-  | { readonly ask: 'connect' | 'launch' };
+  | { readonly ask: 'connect' | 'launch' }
+  | { readonly local: 'dismiss' };
 
 export interface Button {
   readonly label: string;
@@ -210,7 +211,7 @@ function connectionFace(snapshot: Snapshot, trans: Translation): Face | null {
 }
 
 function noticeFace(snapshot: Snapshot, trans: Translation): Face | null {
-  const said = snapshot.notice;
+  const said = snapshot.notice ?? takenOver(snapshot, trans);
   // told by the face of the connection already
   if (!said || ['lost', 'denied'].includes(snapshot.connection)) {
     return null;
@@ -219,16 +220,30 @@ function noticeFace(snapshot: Snapshot, trans: Translation): Face | null {
     return null;
   }
   const look = { label: trans.__('Look again'), deed: { verb: 'look' } };
-  const dismiss = { label: trans.__('Dismiss'), deed: { verb: 'dismiss' } };
+  const dismiss = {
+    label: trans.__('Dismiss'),
+    deed: { local: 'dismiss' } as const
+  };
   return {
     code: said.code,
     level: said.level,
     text: said.text,
     advice: said.advice,
-    buttons:
-      said.code === 'TakenOver' && snapshot.can.includes('look')
-        ? [look]
-        : [dismiss]
+    buttons: said.code === 'TakenOver' ? [look] : [dismiss]
+  };
+}
+
+/** Another client moved the current session, and the kernel had nothing else to say. */
+function takenOver(snapshot: Snapshot, trans: Translation): Notice | null {
+  const session = currentSession(snapshot);
+  if (!session?.taken_over) {
+    return null;
+  }
+  return {
+    code: 'TakenOver',
+    level: 'warning',
+    text: trans.__('Another client has moved session %1.', session.id),
+    advice: trans.__('Look again, to go on from where it is now.')
   };
 }
 

@@ -14,7 +14,6 @@ import { History } from './panels/history';
 import { Layers } from './panels/layers';
 import { Memory } from './panels/memory';
 import type { PartProps } from './panels/parts';
-import { can } from './panels/parts';
 import { Section } from './panels/section';
 import { Controls, Sessions } from './panels/sessions';
 import { State } from './panels/state';
@@ -68,10 +67,9 @@ function Parts(
           <button
             type="button"
             className="jp-Djinn-button"
-            disabled={!can(view, 'open_panel')}
             title={trans.__('Insert a cell that shows all panels together')}
             onClick={() => {
-              void props.perform('open_panel');
+              void props.commands.execute('djinn:open_panel');
             }}
           >
             {trans.__('Open the panels')}

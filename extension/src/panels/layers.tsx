@@ -22,7 +22,13 @@ export function Layers(props: PartProps): React.ReactElement {
 
   React.useEffect(() => {
     if (here !== null) {
-      list.current?.children[here]?.scrollIntoView({ block: 'nearest' });
+      // the ladder alone scrolls, never the sidebar under the pointer
+      const ladder = list.current;
+      const rung = ladder?.children[here] as HTMLElement | undefined;
+      if (ladder && rung) {
+        const top = rung.offsetTop - ladder.offsetTop;
+        ladder.scrollTop = top - ladder.clientHeight / 2;
+      }
     }
   }, [here]);
 

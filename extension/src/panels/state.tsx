@@ -14,6 +14,7 @@ export function State(
   const session = currentSession(snapshot);
   const model = snapshot?.model;
   const busy = snapshot?.busy;
+  const [dismissed, setDismissed] = React.useState('');
   return (
     <>
       <dl className="jp-Djinn-facts">
@@ -23,7 +24,10 @@ export function State(
           <>
             <dt>{trans.__('server')}</dt>
             <dd>
-              {snapshot.address} · {connectionText(props)}
+              <span title={snapshot.address}>
+                {shortAddress(snapshot.address)}
+              </span>{' '}
+              · {connectionText(props)}
             </dd>
           </>
         )}
@@ -63,11 +67,25 @@ export function State(
           />
         </div>
       )}
-      {faces(view, trans).map(face => (
-        <FaceView key={face.code} {...props} face={face} />
-      ))}
+      {faces(view, trans)
+        .filter(face => face.text !== dismissed)
+        .map(face => (
+          <FaceView
+            key={face.code}
+            {...props}
+            face={face}
+            dismiss={() => setDismissed(face.text)}
+          />
+        ))}
     </>
   );
+}
+
+/** Of a Unix socket its file's name; the whole address is in the tooltip. */
+function shortAddress(address: string): string {
+  return address.startsWith('unix:')
+    ? `unix:…/${address.split('/').pop()}`
+    : address;
 }
 
 function connectionText(props: PartProps): string {
@@ -91,6 +109,7 @@ function connectionText(props: PartProps): string {
 function FaceView(
   props: PartProps & {
     readonly face: Face;
+    readonly dismiss: () => void;
     readonly ask: (what: 'connect' | 'launch') => void;
   }
 ): React.ReactElement {
@@ -100,13 +119,15 @@ function FaceView(
       void props.perform(deed.verb);
     } else if ('command' in deed) {
       void commands.execute(deed.command);
-    } else {
+    } else if ('ask' in deed) {
       props.ask(deed.ask);
+    } else {
+      props.dismiss();
     }
   };
   const isPossible = (button: Button) =>
     !('verb' in button.deed) ||
-    ['dismiss', 'look'].includes(button.deed.verb) ||
+    button.deed.verb === 'look' ||
     can(view, button.deed.verb);
   const kind: Record<Face['level'], string> = {
     error: trans.__('error'),
