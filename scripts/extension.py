@@ -103,8 +103,14 @@ def build() -> int:
     typescript.main([])
     # read before the build: a source saved meanwhile makes the result stale, not fresh
     sources = digest()
+    before = _contents(BUILT)
     shutil.rmtree(BUILT, ignore_errors=True)
     if status := npm("run", "--silent", "build"):
+        # what was there works, and what a build broke off in does not
+        shutil.rmtree(BUILT, ignore_errors=True)
+        for name, content in before.items():
+            (BUILT / name).parent.mkdir(parents=True, exist_ok=True)
+            (BUILT / name).write_bytes(content)
         return status
     text = json.dumps({"sources": sources}, indent=2) + "\n"
     (BUILT / DIGEST).write_text(text, encoding="utf-8")
