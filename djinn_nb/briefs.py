@@ -13,12 +13,12 @@ from djinn_nb.handles import edit_line
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import (
     AccessDenied,
-    BadArgument,
     ConnectionFailed,
     DjinnError,
     ModelLoading,
     NoServer,
     NotStopped,
+    RequestError,
     StaleStop,
     UnknownLocation,
     UnknownSession,
@@ -48,13 +48,14 @@ _SUMS = ("device used", "device free", "host process", "never written")
 
 #: error -> what to do, where the error's own line does not say it
 _ADVICE: tuple[tuple[type[DjinnError], str], ...] = (
-    (StaleStop, "Look again: it shows where the session stands now."),
-    (UnknownSession, "Choose another session, or launch one."),
-    (AccessDenied, "Connect with the access token of that server (token=…, or $DJINN_TOKEN)."),
-    (ModelLoading, "Wait until the model is loaded; the progress is shown."),
+    (StaleStop, "Look again: it shows where the session stands now, and goes on from there."),
+    (UnknownSession, "Choose a session in the list, or launch one."),
+    (AccessDenied, "Connect with the access token of that server: token=…, or $DJINN_TOKEN."),
+    (ModelLoading, "Wait until the model is loaded; its progress is shown."),
     (NoServer, "Start it, or connect without an address for a server on this machine."),
     (ConnectionFailed, "It is tried again by itself; look whether the server runs."),
     (NotStopped, "Pause the session, or wait until it stops."),
+    (RequestError, "Nothing was changed."),
 )
 
 
@@ -234,6 +235,80 @@ def notice_of(error: BaseException) -> Notice:
             advice="This is a fault of ours: please report it.",
         )
     advice = next((text for kind, text in _ADVICE if isinstance(error, kind)), "")
-    if isinstance(error, BadArgument):
-        advice = "Nothing was changed."
     return Notice(level="error", code=error.code, text=error.message, advice=advice)
+
+
+# -- bad states, as data: what happened, and what to do -----------------------------------------
+
+
+def not_connected() -> Notice:
+    """No server yet."""
+    return Notice(
+        level="info",
+        code="NotConnected",
+        text="This notebook is not connected to a server.",
+        advice="Connect: without an address it uses the server of this machine, and starts one"
+        " where there is none (%djinn_connect).",
+    )
+
+
+def lost(address: str, error: BaseException) -> Notice:
+    """The connection broke; what is shown is from before."""
+    denied = isinstance(error, AccessDenied)
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if denied:
+        return Notice(
+            level="error",
+            code="AccessDenied",
+            text=f"{address} refuses the access token: {text}",
+            advice="Connect again with its token: token=…, or $DJINN_TOKEN.",
+        )
+    return Notice(
+        level="error",
+        code="ConnectionLost",
+        text=f"The connection to {address} is lost ({text}). Shown is what was last known.",
+        advice="It is tried again by itself, and sessions live on in the server. If the server has"
+        " ended, start it, or connect to another.",
+    )
+
+
+def replaced(session_id: str, address: str) -> Notice:
+    """Another server answers where the session's was."""
+    return Notice(
+        level="warning",
+        code="ServerReplaced",
+        text=f"The server of session {session_id} has ended; {address} is another one now.",
+        advice="Choose a session in the list, or launch one.",
+    )
+
+
+def ended(session_id: str, *, here: bool) -> Notice:
+    """The current session is no more."""
+    return Notice(
+        level="info" if here else "warning",
+        code="Terminated",
+        text=f"Session {session_id} was terminated{'' if here else ' by another client'}.",
+        advice="Choose another session in the list, or launch one.",
+    )
+
+
+def taken_over(info: m.SessionInfo) -> Notice:
+    """Another client has moved the current session."""
+    where = f"is stopped at {info.location}" if info.status == "stopped" else f"is {info.status}"
+    return Notice(
+        level="warning",
+        code="TakenOver",
+        text=f"Session {info.id} was moved by another client: it {where}, forward {info.forward}.",
+        advice="Look again, to go on from there; until then nothing here moves it.",
+    )
+
+
+def failed(info: m.SessionInfo) -> Notice:
+    """The current session failed."""
+    why = info.error.message if info.error is not None else "the model failed"
+    return Notice(
+        level="error",
+        code="SessionFailed",
+        text=f"Session {info.id} failed: {why}",
+        advice="session.story() tells what led to it; terminate it, or choose another session.",
+    )

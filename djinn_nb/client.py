@@ -137,6 +137,11 @@ class Client:
         return self.control(m.Describe(session_id=session_id))
 
     @property
+    def known_model(self) -> m.ModelInfo | None:
+        """The model served, if it has been asked for."""
+        return self._model
+
+    @property
     def model(self) -> m.ModelInfo:
         """The model served, asked for once."""
         if self._model is None:
@@ -343,8 +348,13 @@ class Mirror:
         self._gone: set[str] = set()
         self._versions: dict[str, int] = {}
         self._waiters: list[Waiter] = []
-        #: told of every event, and of None when events may have been missed; on the events thread
-        self.listeners: list[Callable[[m.Event | None], None]] = []
+        self._progress: dict[str, m.Event] = {}
+        #: called when anything told here has changed, on whichever thread told it
+        self.listeners: list[Callable[[], None]] = []
+        #: how often events may have been missed
+        self.num_doubts = 0
+        #: sessions that this process terminated
+        self.ended_here: set[str] = set()
         self.swaps = Swaps()
         self._lock = threading.Lock()
 
@@ -357,13 +367,18 @@ class Mirror:
             self._infos[info.id] = info
             if known is None or known.edits != info.edits:
                 self._versions[info.id] = self._versions.get(info.id, 0) + 1
+        if known != info:
+            self._tell()
 
     def forget_sessions(self) -> None:
         """Another server has taken the place of the one described here."""
         with self._lock:
             self._infos.clear()
             self._gone.clear()
+            self._progress.clear()
+            self.ended_here.clear()
             self.swaps = Swaps()
+        self._tell()
 
     def take(self, event: m.Event) -> None:
         """Learn from an event."""
@@ -372,12 +387,41 @@ class Mirror:
         if event.kind == "terminated":
             with self._lock:
                 self._gone.add(event.session_id)
+                if event.seq == 0:
+                    self.ended_here.add(event.session_id)
+        if event.kind == "progress":
+            self._progress[event.session_id] = event
+        elif event.kind not in ("changed", "swapped"):
+            self._progress.pop(event.session_id, None)
         self.swaps.take(event, time.time())
         self._wake(event.session_id, event)
 
     def doubt(self) -> None:
         """Events may have been missed: every waiter asks the server."""
+        self.num_doubts += 1
         self._wake(None, None)
+
+    def listed(self, infos: Sequence[m.SessionInfo], before: set[str]) -> None:
+        """All sessions of the server. before: those known when it was asked; of these, one that is
+        not listed has ended."""
+        for info in infos:
+            self.update(info)
+        with self._lock:
+            self._gone |= before - {info.id for info in infos}
+        self._tell()
+
+    def sessions(self) -> list[m.SessionInfo]:
+        """The newest description of every session known that has not ended."""
+        with self._lock:
+            return [info for info in self._infos.values() if info.id not in self._gone]
+
+    def progress(self, session_id: str) -> m.Event | None:
+        """The newest event of progress of a session that runs."""
+        return self._progress.get(session_id)
+
+    def is_waited_for(self, session_id: str) -> bool:
+        """Whether somebody of this process waits for the session to rest."""
+        return any(waiter.session_id == session_id for waiter in list(self._waiters))
 
     def values_changed(self, session_id: str) -> None:
         """An edit was made here: values read before are out of date."""
@@ -390,15 +434,6 @@ class Mirror:
 
     def newest(self, session_id: str) -> m.SessionInfo | None:
         return self._infos.get(session_id)
-
-    def sessions(self) -> list[m.SessionInfo]:
-        """The newest description of every session known that is not terminated."""
-        with self._lock:
-            return [info for info in self._infos.values() if info.id not in self._gone]
-
-    def is_waited_for(self, session_id: str) -> bool:
-        """Whether somebody of this process waits for the session to rest."""
-        return any(waiter.session_id == session_id for waiter in list(self._waiters))
 
     def is_gone(self, session_id: str) -> bool:
         return session_id in self._gone
@@ -413,8 +448,11 @@ class Mirror:
         for waiter in list(self._waiters):
             if session_id is None or waiter.session_id == session_id:
                 waiter.queue.put(event)
-        for told in list(self.listeners):
-            told(event)
+        self._tell()
+
+    def _tell(self) -> None:
+        for changed in list(self.listeners):
+            changed()
 
     def forget(self, waiter: Waiter) -> None:
         if waiter in self._waiters:

@@ -6,7 +6,8 @@ of the user's that merely has one of these names is never overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,9 @@ class Current(Magics):
             if name not in self._told:
                 self._told.add(name)
                 kind = type(mine).__name__
-                print(f"`{name}` is a variable of yours ({kind}) and is kept: use `djinn_{name}`")
+                self.say(
+                    f"`{name}` is a variable of yours ({kind}) and is kept: use `djinn_{name}`"
+                )
             self.names[f"djinn_{name}"] = value
             return
         self.names[name] = value
@@ -171,7 +174,18 @@ class Current(Magics):
             return False
 
     def say(self, text: str) -> None:
-        print(text)
+        """Print a line; on a thread of the workbench, where no cell would show it, as a notice."""
+        if self.bench is None or not self.bench.say(text):
+            print(text)
+
+    @contextmanager
+    def connecting(self) -> Iterator[None]:
+        """Around connecting: panels and the sidebar show how far the model is loaded."""
+        if self.bench is None:
+            yield
+            return
+        with self.bench.connecting():
+            yield
 
     def ran_a_cell(self, *_: object) -> None:
         """A cell may have changed anything: IPython's `post_run_cell`."""

@@ -74,7 +74,8 @@ class DjinnMagics(StopMagics):
         self._connect(None, model=args.model, device=args.device, dtype=args.dtype)
 
     def _connect(self, address: str | None, **wishes: Any) -> None:
-        server = connect(address, **wishes)
+        with self.connecting():
+            server = connect(address, **wishes)
         self.use_server(server)
         self.say(repr(server))
 

@@ -18,20 +18,20 @@ from typing import Any
 #: Work that is done sooner shows no line, seconds.
 DELAY_S = 0.4
 
-#: Told of progress instead of a line: label, done, total, text.
+#: Told of progress: label, done, total, text.
 Told = Callable[[str, float, float, str], None]
 _thread = threading.local()
 
 
 @contextlib.contextmanager
-def heard_by(told: Told) -> Iterator[None]:
-    """Let `told` have what this thread's progress lines would show; none is drawn meanwhile."""
-    before = getattr(_thread, "told", None)
-    _thread.told = told
+def heard_by(told: Told, *, drawn: bool = False) -> Iterator[None]:
+    """Let `told` have what the progress lines of this thread show; drawn: and draw them."""
+    before = getattr(_thread, "told", None), getattr(_thread, "drawn", True)
+    _thread.told, _thread.drawn = told, drawn
     try:
         yield
     finally:
-        _thread.told = before
+        _thread.told, _thread.drawn = before
 
 
 def in_notebook() -> bool:
@@ -67,7 +67,7 @@ class Progress:
         self._begin = time.monotonic()
         self._delay_s = delay_s
         self._told: Told | None = getattr(_thread, "told", None)
-        self._watched = self._told is None and someone_watches()
+        self._watched = getattr(_thread, "drawn", True) and someone_watches()
         self._bar: Any = None
 
     def at(self, done: float, total: float, text: str = "") -> None:

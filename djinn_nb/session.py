@@ -32,6 +32,7 @@ from kernel_server.protocol.errors import (
     NotFinished,
     NoTokenizer,
     NotStopped,
+    RequestError,
     UnknownLocation,
     UnknownSession,
 )
@@ -64,6 +65,8 @@ class Session(Moving, Planned):
         self._first = info
         #: the stop this handle has shown last; the server refuses a call that saw an older one
         self._seen = info.stop_number
+        #: the stop from which it runs, or ran last, at our wish
+        self._ran_from = info.stop_number if info.status == "running" else None
         self._stop: Stopped | None = None
         #: logpoints that were said to be full
         self._lost: set[int] = set()
@@ -89,6 +92,19 @@ class Session(Moving, Planned):
     def seen(self) -> int:
         """Number of the stop that this handle has shown last."""
         return self._seen
+
+    @property
+    def is_taken_over(self) -> bool:
+        """Whether somebody else has moved it since this handle showed where it stands.
+
+        Asks nothing. `session.stop` looks again; until then a control call gets StaleStop.
+        """
+        seen = self._seen  # read first: it never runs ahead of what is described
+        info = self.newest
+        ours = self._ran_from == seen
+        if info.status == "running":
+            return not (ours and info.stop_number == seen)
+        return info.stop_number != seen + ours
 
     @property
     def newest(self) -> m.SessionInfo:
@@ -435,7 +451,7 @@ class Session(Moving, Planned):
         """
         number = node.number if isinstance(node, Stopped) else whole(node, "node", least=0)
         message = m.GoTo(session_id=self.id, seen=self._seen, node=number)
-        info = run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
+        info = self._rested(message, timeout)
         if info.status == "waiting" and info.error is None:
             self.client.mirror.update(info)
             self._seen = info.stop_number
@@ -578,8 +594,15 @@ class Session(Moving, Planned):
         return f"session {self._id}{named}"
 
     def _run(self, message: Any, timeout: float | None) -> Stopped | Finished:
-        info = run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
-        return self._arrived(info)
+        return self._arrived(self._rested(message, timeout))
+
+    def _rested(self, message: Any, timeout: float | None) -> m.SessionInfo:
+        self._ran_from = self._seen
+        try:
+            return run_until_rest(self.client, message, timeout_s=timeout, name=self._label)
+        except RequestError:  # refused: it was not moved
+            self._ran_from = None
+            raise
 
     def _arrived(self, info: m.SessionInfo) -> Stopped | Finished:
         """What a description of a session at rest means for the user."""

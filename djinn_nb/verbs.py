@@ -165,8 +165,7 @@ def _terminate(bench: Workbench, session: str | None = None) -> Step:
         if current.session is not None and current.session.id == found.id:
             current.bind("stop", None)
 
-    named = "session" if session is None else f"server.attach({session!r})"
-    return Step(f"terminate {found.id}", f"{named}.terminate()", run)
+    return Step(f"terminate {found.id}", f"{_named(bench, session)}.terminate()", run)
 
 
 def _session(bench: Workbench, session: str | None) -> Session:
@@ -175,6 +174,14 @@ def _session(bench: Workbench, session: str | None) -> Session:
     if session is None or (mine is not None and mine.id == session):
         return bench.current.need_session()
     return bench.current.need_server().attach(session)
+
+
+def _named(bench: Workbench, session: str | None) -> str:
+    """What to write for the session named, or the current one."""
+    mine = bench.current.session
+    if session is None or (mine is not None and mine.id == session):
+        return "session"
+    return f"server.attach({session!r})"
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -399,18 +406,20 @@ def _on_edit(bench: Workbench, id: int, method: str) -> Step:
 
 def _evict(bench: Workbench, to: str = "host", session: str | None = None) -> Step:
     found = _session(bench, session)
-    return Step(f"evict to {to}", f"session.evict(to={to!r})", lambda: found.evict(to=to))
+    code = f"{_named(bench, session)}.evict(to={to!r})"
+    return Step(f"evict to {to}", code, lambda: found.evict(to=to))
 
 
 def _restore(bench: Workbench, session: str | None = None) -> Step:
     found = _session(bench, session)
-    return Step("restore", "session.restore()", found.restore)
+    return Step("restore", f"{_named(bench, session)}.restore()", found.restore)
 
 
 def _pin(bench: Workbench, pinned: bool = True, session: str | None = None) -> Step:
     found = _session(bench, session)
     label = "pin" if pinned else "let go"
-    return Step(label, f"session.pin({'' if pinned else 'False'})", lambda: found.pin(pinned))
+    code = f"{_named(bench, session)}.pin({'' if pinned else 'False'})"
+    return Step(label, code, lambda: found.pin(pinned))
 
 
 #: verb -> how its step is made

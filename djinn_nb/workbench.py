@@ -1,9 +1,11 @@
 """What the panels and the sidebar of one notebook share: actions, questions, one snapshot for all.
 
-Callers (callbacks of widgets, handlers of comms, any thread of the kernel) queue and return. One
-worker thread carries out actions in order; a run, which waits until its session rests, has a thread
-of its own, so that it keeps nothing else; an asker thread answers questions, the newest of each
-kind. A publisher thread makes snapshots when something has changed and tells the subscribers.
+Callers (callbacks of widgets, handlers of comms, any thread of the kernel) queue and return. Who
+waits, so that nothing else has to: a *worker* carries out actions in order; a run, which ends when
+its session rests, has a thread of its own; an *asker* answers questions, the newest of each kind; a
+*reader* fetches what snapshots need; a *publisher* makes them, from what is known here alone, and
+tells the subscribers. `urgent` passes all of them. Wake-ups are `SimpleQueue`s: an interrupt of the
+main thread leaves no lock held.
 
 The notebook's server, session and stop are those of the magics (`current.Current`): a click and a
 cell act on the same objects. What a verb does is decided in `verbs`, how things look in the views.
@@ -16,116 +18,124 @@ import itertools
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from djinn_nb import briefs
+from djinn_nb.composing import compose
 from djinn_nb.progress import heard_by
+from djinn_nb.reading import Reader
 from djinn_nb.stopped import Finished, Stopped
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import (
-    AccessDenied,
-    BadArgument,
-    ConnectionFailed,
-    DjinnError,
-    UnknownSession,
-)
+from kernel_server.protocol.errors import AccessDenied, BadArgument, DjinnError
 from kernel_server.protocol.snapshot import (
     ActionBrief,
     Busy,
-    Connection,
-    MemoryBrief,
-    ModelBrief,
-    NodeBrief,
     Notice,
     ProgressBrief,
     Selection,
     Snapshot,
-    SwapBrief,
 )
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from djinn_nb.client import Client
     from djinn_nb.current import Current
     from djinn_nb.session import Session
 
-#: Snapshots are at least this far apart, and memory is asked for this often while somebody looks.
-PAUSE_S, MEMORY_S = 0.03, 2.0
-#: Kept of what was done, and of swaps.
-MOST_ACTIONS, MOST_SWAPS = 50, 200
-#: How long an urgent call waits for the server, seconds.
-URGENT_S = 5.0
+#: Snapshots are at least this far apart, and looked at anew this often while somebody watches.
+PAUSE_S, TICK_S = 0.02, 2.0
+#: Kept of what was done.
+MOST_ACTIONS = 50
+#: How long an urgent call waits for the server, and a pause for the layer boundary, seconds.
+URGENT_S, BOUNDARY_S = 5.0, 2.0
 
 _UNCHANGED: Any = object()
+Told = Callable[[Snapshot], None]
+Answered = Callable[[Any, BaseException | None], None]
 
 
 class Workbench:
     """What the views of one notebook act on; made by `workbench()`.
 
     bench = workbench()
-    bench.do("next", "stop = session.next()", run)
+    bench.do("next", "stop = session.next()", lambda: bench.arrived(session.next()))
     bench.snapshot().session
     """
 
     def __init__(self, current: Current) -> None:
         self.current = current
         self.kernel = secrets.token_hex(4)
-        self._lock = threading.Lock()
-        self._actions: deque[ActionBrief] = deque(maxlen=MOST_ACTIONS)
-        self._numbers = itertools.count(1)
-        self._notice: Notice | None = None
+        self.reader = Reader(current, self.changed)
+        #: what is under way and was done, by number; written by one thread per number
+        self.busy: dict[int, Busy] = {}
+        self.actions: dict[int, ActionBrief] = {}
+        #: what the last action had to say
+        self.notice: Notice | None = None
+        #: how far a model is loaded; while connecting
+        self.loading: ProgressBrief | None = None
+        self.is_connecting = False
+        #: why the last connecting was refused for its access token
+        self.denied: Notice | None = None
+        #: the connection broke, and what failed for that may still be shown
+        self.was_lost = False
         self._selection = Selection()
-        self._busy: dict[int, Busy] = {}
-        self._loading: ProgressBrief | None = None
-        self._connecting = False
-        self._refused: Connection = "none"
-        self._subscribers: list[Callable[[Snapshot], None]] = []
-        self._watched: Client | None = None
-        self._listed = False
-        self._branches: tuple[tuple[str, int], tuple[NodeBrief, ...]] = (("", 0), ())
-        self._memory: MemoryBrief | None = None
-        self._memory_at = 0.0
-        self._snapshot = Snapshot(rev=0, kernel=self.kernel, connection="none")
+        self._followed: tuple[str, int] | None = None
+        self._forward: int | None = None
+        self._numbers = itertools.count(1)
+        self._subscribers: list[Told] = []
         self._closed = False
-        self._changed = threading.Event()
+        self._wakes: SimpleQueue[SimpleQueue[None] | None] = SimpleQueue()
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._questions: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {}
-        self._asked = threading.Event()
+        self._questions: SimpleQueue[tuple[str, Callable[[], Any], Answered] | None] = SimpleQueue()
+        self._adopting: tuple[str, int] | None = None
+        self._snapshot = Snapshot(rev=0, kernel=self.kernel, connection="none")
+        self._snapshot = replace(compose(self, self._snapshot), rev=1)
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for target, name in (
+                (self._carry_out, "djinn-worker"),
+                (self._answer, "djinn-asker"),
+                (self._publish, "djinn-publisher"),
+                (self.reader.run, "djinn-reader"),
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
         current.listeners.append(self.changed)
-        for target, name in (
-            (self._carry_out, "djinn-worker"),
-            (self._answer, "djinn-asker"),
-            (self._publish, "djinn-publisher"),
-        ):
-            threading.Thread(target=target, name=name, daemon=True).start()
         self.changed()
 
     # -- looking --------------------------------------------------------------------------
 
-    def snapshot(self) -> Snapshot:
-        """The newest snapshot; asks nothing of the server."""
+    def snapshot(self, *, fresh: bool = False) -> Snapshot:
+        """The newest snapshot; fresh: one made after this call. Asks nothing of the server."""
+        if fresh and not self._closed and threading.current_thread() not in self._threads:
+            made: SimpleQueue[None] = SimpleQueue()
+            self._wakes.put(made)
+            with contextlib.suppress(Empty):
+                made.get(timeout=1.0)
         return self._snapshot
 
-    def subscribe(self, told: Callable[[Snapshot], None]) -> Callable[[], None]:
+    def subscribe(self, told: Told) -> Callable[[], None]:
         """Tell `told` every newer snapshot, on the publisher's thread; returns how to end that."""
         self._subscribers.append(told)
+        self.reader.is_watched = True
         self.changed()
 
         def unsubscribe() -> None:
             with contextlib.suppress(ValueError):
                 self._subscribers.remove(told)
+            self.reader.is_watched = bool(self._subscribers)
 
         return unsubscribe
 
     def changed(self) -> None:
         """Something may look different: a new snapshot is made soon. Any thread."""
-        self._changed.set()
+        self._wakes.put(None)
+        self.reader.wake()
 
     @property
     def selection(self) -> Selection:
@@ -133,49 +143,63 @@ class Workbench:
         return self._selection
 
     def select(
-        self, *, layer: Any = _UNCHANGED, head: Any = _UNCHANGED, token: Any = _UNCHANGED
+        self,
+        *,
+        session: str | None = None,
+        layer: Any = _UNCHANGED,
+        head: Any = _UNCHANGED,
+        token: Any = _UNCHANGED,
     ) -> None:
         """Choose a layer, a head, a token (absolute position) for all views; None: no choice.
 
+        session: only if that is the current session; a click on what is no longer shown is dropped.
         Raises BadArgument for what the model or the session has not.
         """
+        now = self._snapshot
+        if session is not None and session != now.session_id:
+            return
         wanted = {"layer": layer, "head": head, "token": token}
         given = {name: value for name, value in wanted.items() if value is not _UNCHANGED}
         for name, value in given.items():
             if value is not None and (type(value) is not int or value < 0):
-                raise BadArgument(f"{name} is a whole number from 0 or None, not {value!r}")
-        model, session = self._snapshot.model, self._snapshot.session
+                raise BadArgument(f"{name} is a whole number from 0, or None, not {value!r}")
         chosen = replace(self._selection, **given)
-        if model is not None and chosen.layer is not None and chosen.layer >= model.num_layers:
-            raise BadArgument(f"layer {chosen.layer}: the model has {model.num_layers}, from 0")
-        heads = None if model is None else model.num_heads
-        if heads is not None and chosen.head is not None and chosen.head >= heads:
-            raise BadArgument(f"head {chosen.head}: a layer has {heads}, from 0")
-        if session is not None and chosen.token is not None and chosen.token >= session.num_tokens:
-            raise BadArgument(f"token {chosen.token}: the session has {session.num_tokens}, from 0")
-        self._selection = chosen
+        if now.model is not None:
+            _require_below(chosen.layer, now.model.num_layers, "layer", "the model")
+            _require_below(chosen.head, now.model.num_heads, "head", "a layer")
+        if now.session is not None:
+            _require_below(chosen.token, now.session.num_tokens, "token", "the session")
+        self._selection = replace(chosen, session_id=now.session_id)
         self.changed()
 
     # -- acting ---------------------------------------------------------------------------
 
     def do(
-        self, label: str, code: str, run: Callable[[], Any], *, waits: bool = False
+        self,
+        label: str,
+        code: str,
+        run: Callable[[], Any],
+        *,
+        waits: bool = False,
     ) -> Future[Any]:
         """Carry out an action on a thread of the workbench; returns at once.
 
-        code: the Python that repeats it, kept with it. run: calls the public API. waits: it waits
-        until a session rests, or a model is loaded, and must not keep the actions after it.
+        code: the Python that repeats it, kept with it; empty: it is not recorded. run: calls the
+        public API. waits: until a session rests or a model is loaded; it keeps no other action.
         An error becomes a notice, and is in the future.
         """
         future: Future[Any] = Future()
         number = next(self._numbers)
-        action = ActionBrief(number=number, label=label, code=code, outcome="running")
-        with self._lock:
-            self._actions.append(action)
+        if code:
+            self.actions[number] = ActionBrief(
+                number=number, label=label, code=code, outcome="running"
+            )
+        self.busy[number] = Busy(text=label, since_s=time.time(), can_pause=waits)
+        self.changed()
 
         def carry_out() -> None:
             future.set_running_or_notify_cancel()
-            self._run(action, run, future, can_pause=waits)
+            self._run(number, run, future)
 
         if waits:
             threading.Thread(target=carry_out, name=f"djinn-run-{number}", daemon=True).start()
@@ -183,139 +207,176 @@ class Workbench:
             self._work.put(carry_out)
         return future
 
-    def _run(
-        self, action: ActionBrief, run: Callable[[], Any], future: Future[Any], *, can_pause: bool
-    ) -> None:
-        busy = Busy(text=action.label, since_s=time.time(), can_pause=can_pause)
-        self._busy[action.number] = busy
-        self.changed()
+    def _run(self, number: int, run: Callable[[], Any], future: Future[Any]) -> None:
+        busy, action = self.busy[number], self.actions.get(number)
 
         def told(label: str, done: float, total: float, text: str) -> None:
-            share = min(1.0, done / total) if total else None
-            words = f"{label}, {text}" if text else label
-            progress = ProgressBrief(text=words, done=share)
-            self._busy[action.number] = replace(busy, progress=progress)
+            self.busy[number] = replace(busy, progress=_progress(label, done, total, text))
             self.changed()
 
-        outcome: dict[str, Any] = {"outcome": "done"}
+        had, result, failure = self.notice, None, None
         try:
             with heard_by(told):
                 result = run()
         except BaseException as error:  # a thread of ours has nobody else to tell
-            self._notice = briefs.notice_of(error)
-            outcome = {"outcome": "failed", "error": self._notice.text}
-            future.set_exception(error)
+            failure = error
+            self.notice = briefs.notice_of(error)
         else:
-            if self._notice is not None and self._notice.level == "error":
-                self._notice = None
+            if self.notice is had:  # it had nothing to say itself
+                self.notice = None
+        self.busy.pop(number, None)
+        if action is not None:
+            self.actions[number] = replace(
+                action,
+                outcome="done" if failure is None else "failed",
+                error=None if failure is None or self.notice is None else self.notice.text,
+            )
+            for old in list(self.actions)[:-MOST_ACTIONS]:
+                self.actions.pop(old, None)
+        self.changed()
+        if failure is None:
             future.set_result(result)
-        finally:
-            self._busy.pop(action.number, None)
-            with self._lock:
-                for i, kept in enumerate(self._actions):
-                    if kept.number == action.number:
-                        self._actions[i] = replace(kept, **outcome)
-            self.changed()
+        else:
+            future.set_exception(failure)
 
-    def ask(
-        self, key: str, run: Callable[[], Any], told: Callable[[Any, BaseException | None], None]
-    ) -> None:
-        """Ask a question whose answer only the newest matters of: a preview, a lens, a map.
+    def ask(self, key: str, run: Callable[[], Any], told: Answered) -> None:
+        """Ask what only the newest answer matters of: a preview, a lens, a map. Never recorded.
 
-        At most one is under way; of those that wait, the newest of each key is kept. told: gets
-        (answer, error) on the asker's thread; nobody is told of one that was dropped.
+        One question is under way at a time; of those that wait the newest of each key is kept.
+        told: gets (answer, error) on the asker's thread; nobody is told of one that was dropped.
         """
-        with self._lock:
-            self._questions.pop(key, None)
-            self._questions[key] = (run, told)
-        self._asked.set()
+        self._questions.put((key, run, told))
 
     def urgent(self, verb: str) -> dict[str, Any]:
-        """Pause or terminate the current session now, past every queue; from any thread.
+        """Pause or stop waiting for the current session now, past every queue; from any thread.
 
-        verb: "pause" (at the next layer boundary) or "terminate". Returns `ok`, the session's
-        `status`, and a `notice` where it was refused.
+        verb: "pause", at the next layer boundary, which is waited for; or "terminate". Returns
+        `ok`, the session's `status` and `location`, and a `notice` where it was refused.
         """
         try:
+            if verb not in ("pause", "terminate"):
+                raise BadArgument(f"an urgent verb is 'pause' or 'terminate', not {verb!r}")
             session = self.current.need_session()
             if verb == "pause":
                 return self._pause(session)
-            if verb == "terminate":
-                session.client.call(
-                    m.Terminate(session_id=session.id), m.Terminated, timeout_s=URGENT_S
-                )
-                session.client.mirror.take(m.Event(seq=0, kind="terminated", session_id=session.id))
-                return {"ok": True, "status": "terminated", "notice": None}
-            raise BadArgument(f"an urgent verb is 'pause' or 'terminate', not {verb!r}")
+            # the bulk connection: the other one may be waiting for a lens
+            message = m.Terminate(session_id=session.id)
+            session.client.call(message, m.Terminated, timeout_s=URGENT_S, bulk=True)
+            session.client.mirror.take(m.Event(seq=0, kind="terminated", session_id=session.id))
+            return {"ok": True, "status": "terminated", "location": None, "notice": None}
         except DjinnError as error:
-            self._notice = briefs.notice_of(error)
-            return {"ok": False, "status": "", "notice": self._notice}
+            self.notice = briefs.notice_of(error)
+            return {"ok": False, "status": "", "location": None, "notice": self.notice}
         finally:
             self.changed()
 
     def _pause(self, session: Session) -> dict[str, Any]:
         client = session.client
-        waited = client.mirror.is_waited_for(session.id)
-        info = client.call(m.Pause(session_id=session.id), m.SessionReply, timeout_s=URGENT_S)
-        client.mirror.update(info.session)
-        if not waited and info.session.status == "running":
-            # nobody would show where it stops: an interrupted cell left it running
-            self.do("pause", "stop = session.pause()", lambda: self.arrived(session.wait()),
-                    waits=True)  # fmt: skip
-        return {"ok": True, "status": info.session.status, "notice": None}
+        deadline = time.monotonic() + BOUNDARY_S
+        with client.mirror.waiter(session.id) as waiter:
+            message = m.Pause(session_id=session.id)
+            info = client.call(message, m.SessionReply, timeout_s=URGENT_S, bulk=True).session
+            client.mirror.update(info)
+            while info.status == "running" and (left := deadline - time.monotonic()) > 0:
+                waiter.next(left)
+                info = client.mirror.newest(session.id) or info
+        return {"ok": True, "status": info.status, "location": info.location, "notice": None}
 
     def arrived(self, found: Stopped | Finished | None) -> Stopped | Finished | None:
-        """Bind what a run ended in as the notebook's `stop`, and let the views follow it."""
+        """Bind what a run ended in as the notebook's `stop`."""
         self.current.bind("stop", found)
-        if isinstance(found, Stopped):
-            self.follow(found.session.newest)
         return found
-
-    def follow(self, info: m.SessionInfo) -> None:
-        """Look at the last token of the layer that a session stands at."""
-        if info.stop is not None and self._watched is not None:
-            layer = briefs.layer_at(info.stop.location, self._watched.model.num_layers)
-            self._selection = replace(
-                self._selection,
-                session_id=info.id,
-                layer=self._selection.layer if layer is None else layer,
-                token=info.stop.end_token - 1,
-            )
 
     def notify(self, notice: Notice | None) -> None:
         """Show a notice, or take it away."""
-        self._notice = notice
+        self.notice = notice
         self.changed()
+
+    def say(self, text: str) -> bool:
+        """On a thread of the workbench: show a line as a notice. False on another."""
+        if not threading.current_thread().name.startswith("djinn-"):
+            return False
+        self.notify(Notice(level="info", code="Note", text=text))
+        return True
 
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:
-        """Show that a server is being connected, and why it could not be."""
-        self._connecting, self._refused = True, "none"
-        self.changed()
-        try:
-            yield
-        except AccessDenied:
-            self._refused = "denied"
-            raise
-        finally:
-            self._connecting, self._loading = False, None
+        """Show that a server is being connected, how far, and why it could not be."""
+
+        def told(label: str, done: float, total: float, text: str) -> None:
+            self.loading = _progress(label, done, total, text)
             self.changed()
 
-    def loading(self, text: str, done: float | None) -> None:
-        """Show how far the model is loaded."""
-        self._loading = ProgressBrief(text=text, done=done)
+        self.is_connecting, self.denied = True, None
         self.changed()
+        of_cell = not threading.current_thread().name.startswith("djinn-")
+        try:
+            with heard_by(told, drawn=of_cell):
+                yield
+            self.notice = None
+        except AccessDenied as error:
+            self.denied = briefs.notice_of(error)
+            raise
+        finally:
+            self.is_connecting, self.loading = False, None
+            self.changed()
 
     def close(self) -> None:
         """End the threads; the server and its sessions stay."""
         self._closed = True
         self._subscribers.clear()
         self._work.put(None)
-        self._asked.set()
-        self._changed.set()
+        self._questions.put(None)
+        self._wakes.put(None)
+        self.reader.close()
         with contextlib.suppress(ValueError):
             self.current.listeners.remove(self.changed)
-        self._watch(None)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    # -- following ------------------------------------------------------------------------
+
+    def follow(self, info: m.SessionInfo | None, num_layers: int) -> Selection:
+        """The selection as far as there is what it names; it goes along when the session stops.
+
+        The layer is that of the stop; the token stays while the forward does, as one steps.
+        """
+        chosen = self._selection
+        if info is None:
+            chosen = replace(chosen, session_id=None, token=None)
+        else:
+            if chosen.session_id != info.id:
+                chosen, self._followed = Selection(session_id=info.id), None
+            if info.stop is not None and self._followed != (info.id, info.stop.number):
+                layer = briefs.layer_at(info.stop.location, num_layers)
+                new_forward = self._followed is None or self._forward != info.stop.forward
+                chosen = replace(
+                    chosen,
+                    layer=chosen.layer if layer is None else layer,
+                    token=info.stop.end_token - 1 if new_forward else chosen.token,
+                )
+                self._followed, self._forward = (info.id, info.stop.number), info.stop.forward
+            if chosen.token is not None and chosen.token >= len(info.tokens):
+                chosen = replace(chosen, token=len(info.tokens) - 1)
+        self._selection = chosen
+        return chosen
+
+    def adopt(self, session: Session) -> None:
+        """Bind the stop of a run of this notebook's for which nobody waits any more."""
+        info = session.newest
+        key = (info.id, info.stop_number)
+        if self._adopting == key or session.client.mirror.is_waited_for(info.id):
+            return
+        self._adopting = key
+
+        def look() -> None:
+            with contextlib.suppress(DjinnError):
+                if self.current.session is session:
+                    self.current.bind("stop", session.wait(timeout=URGENT_S))
+
+        self._work.put(look)
 
     # -- the threads ----------------------------------------------------------------------
 
@@ -324,18 +385,16 @@ class Workbench:
             work()
 
     def _answer(self) -> None:
-        while True:
-            self._asked.wait()
-            with self._lock:
-                key = next(iter(self._questions), None)
-                if key is None:
-                    self._asked.clear()
-                else:
-                    run, told = self._questions.pop(key)
-            if self._closed:
-                return
-            if key is None:
-                continue
+        waiting: dict[str, tuple[Callable[[], Any], Answered]] = {}
+        while not self._closed:
+            while not waiting or not self._questions.empty():
+                asked = self._questions.get()
+                if asked is None:
+                    return
+                key, run, told = asked
+                waiting.pop(key, None)  # the newest waits at the end
+                waiting[key] = (run, told)
+            run, told = waiting.pop(next(iter(waiting)))
             answer, refusal = None, None
             try:
                 with heard_by(lambda *_: None):
@@ -349,218 +408,37 @@ class Workbench:
 
     def _publish(self) -> None:
         while not self._closed:
-            self._changed.wait(MEMORY_S if self._subscribers else None)
+            waiting = []
+            with contextlib.suppress(Empty):
+                waiting.append(self._wakes.get(timeout=TICK_S))
+            with contextlib.suppress(Empty):
+                while True:
+                    waiting.append(self._wakes.get_nowait())
             if self._closed:
                 return
-            self._changed.clear()
             try:
-                made = self._made()
-            except Exception as error:
+                made = compose(self, self._snapshot)
+            except Exception as error:  # shown, since nobody reads a log here
                 made = replace(self._snapshot, notice=briefs.notice_of(error))
             if replace(made, rev=self._snapshot.rev) != self._snapshot:
                 self._snapshot = replace(made, rev=self._snapshot.rev + 1)
                 for told in list(self._subscribers):
                     with contextlib.suppress(Exception):  # as above
                         told(self._snapshot)
+            for one in waiting:
+                if one is not None:
+                    one.put(None)
             time.sleep(PAUSE_S)
 
-    # -- a snapshot -----------------------------------------------------------------------
 
-    def _made(self) -> Snapshot:
-        server = self.current.server
-        client = None if server is None else server.client
-        self._watch(client)
-        with self._lock:
-            actions = tuple(self._actions)
-        common: dict[str, Any] = {
-            "rev": self._snapshot.rev,
-            "kernel": self.kernel,
-            "notice": self._notice,
-            "actions": actions,
-            "busy": next(iter(self._busy.copy().values()), None),
-        }
-        if client is None:
-            connection: Connection = "connecting" if self._connecting else self._refused
-            if self._loading is not None:
-                connection = "loading"
-            return Snapshot(
-                **common,
-                connection=connection,
-                progress=self._loading,
-                pending=briefs.pending_briefs(self.current.pending, 0),
-                can=() if self._connecting else ("connect",),
-            )
-        connection = self._state_of(client)
-        if connection in ("lost", "denied") and self._notice is None:
-            common["notice"] = _lost(client)
-        model = briefs.model_brief(client.model)
-        if connection == "ready" and not self._listed:
-            try:
-                for info in client.call(m.ListSessions(), m.Sessions).sessions:
-                    client.mirror.update(info)
-                self._listed = True
-            except ConnectionFailed as error:
-                connection, common["notice"] = "lost", briefs.notice_of(error)
-        session = self.current.session
-        here = None if session is None else self._info_of(session, client)
-        infos = sorted(client.mirror.sessions(), key=lambda info: (len(info.id), info.id))
-        sessions = tuple(
-            briefs.session_brief(
-                info,
-                model.num_layers,
-                taken_over=here is not None
-                and info.id == here.id
-                and session is not None
-                and self._is_taken_over(session, info, client),
-            )
-            for info in infos
-        )
-        listed = here is not None and any(one.id == here.id for one in sessions)
-        if not listed:
-            here = None
-        return Snapshot(
-            **common,
-            connection=connection,
-            address=str(client.transport.address),
-            progress=self._loading,
-            model=model,
-            session_id=None if here is None else here.id,
-            sessions=sessions,
-            breakpoints=()
-            if here is None
-            else briefs.breakpoint_briefs(here.breakpoints, model.num_layers),
-            pending=briefs.pending_briefs(self.current.pending, model.num_layers),
-            branches=() if here is None else self._branches_of(here, client, connection),
-            edits=() if here is None else briefs.edit_briefs(here.edits),
-            memory=self._memory_of(client, connection),
-            selection=self._selection_in(here, model),
-            can=_can(connection, here),
-        )
-
-    def _watch(self, client: Client | None) -> None:
-        """Hear the events of the notebook's server, and of no other."""
-        if client is self._watched:
-            return
-        if self._watched is not None:
-            with contextlib.suppress(ValueError):
-                self._watched.mirror.listeners.remove(self._heard)
-        self._watched, self._listed = client, False
-        self._memory, self._memory_at = None, 0.0
-        self._branches = (("", 0), ())
-        self._selection = Selection()
-        if client is not None:
-            client.mirror.listeners.append(self._heard)
-
-    def _heard(self, event: m.Event | None) -> None:
-        """Runs on the events thread of the connection."""
-        if event is None:
-            self._listed = False
-        elif event.kind == "swapped":
-            self._memory_at = 0.0
-        self.changed()
-
-    def _state_of(self, client: Client) -> Connection:
-        trouble = client.trouble
-        if trouble is None:
-            return "connecting" if self._connecting else "ready"
-        return "denied" if isinstance(trouble, AccessDenied) else "lost"
-
-    def _info_of(self, session: Session, client: Client) -> m.SessionInfo | None:
-        """The newest description of the notebook's session; None when it is gone."""
-        if session.client is not client:
-            return None
-        try:
-            if client.mirror.is_gone(session.id):
-                return None
-        except UnknownSession as error:  # another server stands in its place
-            if self._notice is None:
-                self._notice = briefs.notice_of(error)
-            return None
-        return session.newest
-
-    def _is_taken_over(self, session: Session, info: m.SessionInfo, client: Client) -> bool:
-        """Whether somebody else moved it: it rests where this notebook has not seen it."""
-        return (
-            info.status == "stopped"
-            and info.stop_number != session.seen
-            and not client.mirror.is_waited_for(info.id)
-        )
-
-    def _branches_of(
-        self, info: m.SessionInfo, client: Client, connection: Connection
-    ) -> tuple[NodeBrief, ...]:
-        key = (info.id, info.revision)
-        if self._branches[0] == key or connection != "ready" or info.status == "running":
-            return self._branches[1] if self._branches[0][0] == info.id else ()
-        try:
-            reply = client.call(m.ListBranches(session_id=info.id), m.Branches)
-        except DjinnError:  # it ended or runs by now; the next event says so
-            return ()
-        self._branches = (key, briefs.node_briefs(reply.nodes))
-        return self._branches[1]
-
-    def _memory_of(self, client: Client, connection: Connection) -> MemoryBrief | None:
-        now = time.monotonic()
-        if connection != "ready" or not self._subscribers or now - self._memory_at < MEMORY_S:
-            return self._memory
-        try:
-            rows = client.call(m.DescribeMemory(), m.MemoryReply).rows
-        except DjinnError:
-            return self._memory
-        swaps = [
-            SwapBrief(time_s=time_s, session_id=session_id, nbytes=nbytes, text=text)
-            for time_s, session_id, nbytes, text in client.mirror.swaps.newest(MOST_SWAPS)
-        ]
-        self._memory, self._memory_at = briefs.memory_brief(rows, swaps), now
-        return self._memory
-
-    def _selection_in(self, info: m.SessionInfo | None, model: ModelBrief) -> Selection:
-        """The selection as far as the session has what it names."""
-        if info is None:
-            return replace(self._selection, session_id=None, token=None)
-        if self._selection.session_id != info.id:
-            self._selection = Selection(session_id=info.id)
-            self.follow(info)
-        chosen = self._selection
-        if chosen.token is not None and chosen.token >= len(info.tokens):
-            chosen = replace(chosen, token=len(info.tokens) - 1)
-        self._selection = chosen
-        return chosen
+def _progress(label: str, done: float, total: float, text: str) -> ProgressBrief:
+    share = max(0.0, min(1.0, done / total)) if total else None
+    return ProgressBrief(text=f"{label}, {text}" if text else label, done=share)
 
 
-def _lost(client: Client) -> Notice:
-    assert client.trouble is not None
-    return briefs.notice_of(client.trouble)
-
-
-#: status of the current session -> verbs that it takes
-_CAN: dict[str, tuple[str, ...]] = {
-    "waiting": ("continue", "next", "step_in", "step_out", "run_to"),
-    "running": ("pause",),
-    "stopped": (
-        "continue", "next", "step_in", "step_out", "step_back", "run_to", "go_to", "rewind",
-        "prune", "look", "evict", "restore", "pin",
-    ),
-    "finished": ("step_back", "go_to", "rewind", "prune", "evict", "restore", "pin"),
-    "failed": (),
-}  # fmt: skip
-
-
-def _can(connection: Connection, info: m.SessionInfo | None) -> tuple[str, ...]:
-    """Verbs that the server would not refuse for where things stand."""
-    if connection != "ready":
-        return ("connect",)
-    always = ("connect", "launch", "attach", "toggle_breakpoint", "clear_breakpoints")
-    if info is None:
-        return always
-    found = [*always, *_CAN[info.status], "terminate"]
-    if info.status in ("waiting", "running", "stopped"):
-        found += ["set_breakpoint", "enable_breakpoint", "remove_breakpoint"]
-    if info.status in ("waiting", "stopped", "finished"):
-        found.append("fork")
-    if info.status == "stopped" and any(edit.at_this_stop for edit in info.edits):
-        found.append("undo")
-    return tuple(dict.fromkeys(found))
+def _require_below(value: int | None, count: int | None, what: str, owner: str) -> None:
+    if value is not None and count is not None and value >= count:
+        raise BadArgument(f"{what} {value}: {owner} has {count}, counted from 0")
 
 
 def workbench(shell: InteractiveShell | None = None) -> Workbench:

@@ -42,11 +42,12 @@ class Front:
         self.client.shell_channel.send(message)
         return message["header"]["msg_id"]
 
-    def open(self) -> None:
-        self.send("comm_open", comm_id=self.comm_id, target_name="djinn", data={})
+    def open(self, subshell: str | None = None) -> None:
+        self.speaks_on = subshell
+        self.send("comm_open", subshell, comm_id=self.comm_id, target_name="djinn", data={})
 
     def tell(self, **data: Any) -> None:
-        self.send("comm_msg", comm_id=self.comm_id, data=data)
+        self.send("comm_msg", self.speaks_on, comm_id=self.comm_id, data=data)
 
     def hear(
         self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 20
@@ -178,9 +179,87 @@ def test_a_pause_over_a_subshell_stops_the_session_that_a_cell_waits_for(front: 
         pass
 
     assert answer["ok"] and answer["notice"] is None
+    assert answer["status"] == "stopped"  # with where, so that nobody need wait for a snapshot
+    assert answer["location"] == shown["sessions"][0]["location"]
     assert shown["sessions"][0]["reason"] == "pause"
     assert took_s < 3
     assert front.run("assert stop.reason == 'pause'") == ""
+
+
+def test_a_verb_over_a_subshell_is_heard_while_a_cell_runs_also_after_it_was_told_things(
+    front: Front,
+) -> None:
+    """What is told while a cell runs must not make the front end's words wait for that cell."""
+    front.open(front.subshell())
+    front.snapshot(lambda s: s["connection"] == "ready")
+    front.run("session = server.launch([1, 2, 3], max_new_tokens=8000)")
+    cell = front.send("execute_request", code="stop = session.continue_()", silent=False)
+    told = front.snapshot(lambda s: s["busy"] is not None and s["busy"]["progress"] is not None)
+
+    began = time.monotonic()
+    front.tell(type="do", verb="toggle_breakpoint", args={"location": 3}, id=21)
+    answer = front.hear(lambda d: d["type"] == "answer" and d["id"] == 21)
+    took_s = time.monotonic() - began
+    while front.client.get_shell_msg(timeout=10)["parent_header"].get("msg_id") != cell:
+        pass
+
+    assert answer["ok"] and took_s < 2
+    assert told["busy"]["can_pause"] and 0 <= told["busy"]["progress"]["done"] <= 1
+    assert front.run("assert stop.location == 'layers.3.output', stop") == ""
+
+
+def test_who_is_silent_is_told_nothing_more_until_it_speaks_again(front: Front) -> None:
+    front.open()
+    front.snapshot(lambda s: s["connection"] == "ready")
+    assert front.run("from djinn_nb import comm_bridge, verbs\ncomm_bridge.SILENCE_S = 0.3") == ""
+    time.sleep(0.6)
+    # a push outside a cell, from a thread
+    later = "import threading; threading.Timer(0.5, lambda: bench.select(layer=3)).start()"
+    assert (
+        front.run(f"from djinn_nb.workbench import workbench\nbench = workbench()\n{later}") == ""
+    )
+    time.sleep(1.2)
+    counted = "get_ipython().magics_manager.registry['DjinnMagics'].bridge.num_open"
+    assert front.run(f"comm_bridge.SILENCE_S = 120\nassert {counted} == 0, {counted}") == ""
+
+    front.heard.clear()
+    front.tell(type="alive")
+
+    assert front.snapshot(lambda s: True)["selection"]["layer"] == 3
+    assert front.run(f"assert {counted} == 1, {counted}") == ""
+
+
+def test_a_long_cell_makes_nobody_silent(front: Front) -> None:
+    front.open()
+    front.snapshot(lambda s: s["connection"] == "ready")
+    assert front.run("from djinn_nb import comm_bridge\ncomm_bridge.SILENCE_S = 0.5") == ""
+
+    cell = "import time; time.sleep(1.5)\nget_ipython().run_line_magic('djinn_break', '4')"
+    assert front.run(f"{cell}\ntime.sleep(1)\ncomm_bridge.SILENCE_S = 120") == ""
+
+    shown = front.snapshot(lambda s: bool(s["pending"]))
+    assert shown["pending"][0]["location"] == "layers.4.output"
+
+
+def test_a_cell_is_inserted_by_the_front_end_that_is_there(front: Front) -> None:
+    bridge = "get_ipython().magics_manager.registry['DjinnMagics'].bridge"
+    assert front.run(f"assert not {bridge}.insert_cell('1')") == ""
+    front.open()
+    front.snapshot(lambda s: True)
+
+    code = f"assert {bridge}.insert_cell('stop = session.next()')"
+    front.send("execute_request", code=code, silent=False)
+
+    inserted = front.hear(lambda d: d["type"] == "insert_cell")
+    assert inserted["code"] == "stop = session.next()"
+
+
+def test_a_front_end_can_ask_whether_a_comm_would_be_taken(front: Front, process: Process) -> None:
+    asked = "from djinn_nb.comm_bridge import is_loaded"
+    assert front.run(f"{asked}\nassert is_loaded()") == ""
+    assert front.run("%unload_ext djinn_nb\nassert not is_loaded()") == ""
+    assert front.run(f"%load_ext djinn_nb\n%djinn_connect {process.address}") == ""
+    assert front.run("assert is_loaded()") == ""
 
 
 def test_control_the_same_pause_on_the_main_shell_waits_for_the_cell(front: Front) -> None:
@@ -207,5 +286,5 @@ def test_the_kernel_says_that_it_is_there_and_says_goodbye(front: Front, process
         if kind == "comm_open":
             front.opened.append(content["target_name"])
 
-    assert "djinn-hello" in front.opened
+    assert "djinn-push" in front.opened  # the target that the extension registers
     assert front.run(f"%djinn_connect {process.address}") == ""

@@ -126,7 +126,7 @@ def test_a_bad_message_is_a_notice_and_changes_nothing(bench, kind) -> None:
     ):
         bench.notify(None)
         drawn.picture.take(message)
-        assert bench._notice is not None, message
+        assert bench.notice is not None, message
 
     assert stop.session.refresh().revision == before
     assert not bench._actions

@@ -78,7 +78,7 @@ def test_a_day_of_clicks_and_the_python_recorded_of_it_end_alike(make_bench) -> 
     typed, shell = make_bench()
     for verb, given in DAY:
         verbs.perform(clicked, verb, **given).result(30)
-        code = clicked._actions[-1].code
+        code = [*clicked.actions.values()][-1].code
         ran = shell.run_cell(code)
 
         assert ran.error_before_exec is None and ran.error_in_exec is None, (verb, code)
@@ -130,4 +130,4 @@ def test_what_cannot_be_is_refused_before_anything_is_recorded(make_bench, verb,
 
     with pytest.raises(errors.DjinnError):
         verbs.perform(bench, verb, **given)
-    assert not bench._actions
+    assert not bench.actions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from IPython.core.interactiveshell import InteractiveShell
 import djinn_nb as djinn
 from djinn_nb import errors, verbs
 from djinn_nb.workbench import Workbench, workbench
+from kernel_server.protocol import messages as m
 from kernel_server.protocol.snapshot import Snapshot
 from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
 
@@ -67,7 +70,7 @@ def test_a_session_launched_by_a_click_is_the_notebooks(connected, shell, soon):
     verbs.perform(connected, "toggle_breakpoint", location=2).result(30)
     stop = verbs.perform(connected, "launch", prompt=PROMPT, max_new_tokens=4).result(30)
 
-    shown = soon(connected, _status("stopped"))
+    shown = soon(connected, lambda s: _status("stopped")(s) and s.busy is None)
     assert shell.user_ns["stop"] is stop
     assert shell.user_ns["session"].id == shown.session_id
     assert (shown.session.location, shown.session.layer) == ("layers.2.output", 2)
@@ -80,10 +83,9 @@ def test_a_session_launched_by_a_click_is_the_notebooks(connected, shell, soon):
 def test_what_a_cell_does_is_in_the_next_snapshot(connected, shell, soon):
     shell.run_cell(f"session = server.launch({PROMPT!r}, max_new_tokens=4)\n_ = session.run_to(3)")
 
-    shown = soon(connected, _status("stopped"))
+    shown = soon(connected, lambda s: _status("stopped")(s) and len(s.branches) >= 2)
     assert shown.session.layer == 3
     assert shown.model.num_layers == NUM_LAYERS
-    assert len(shown.branches) >= 2
     assert [node.current for node in shown.branches].count(True) == 1
 
 
@@ -199,7 +201,7 @@ def test_an_address_with_no_server_is_told(bench, tmp_path, soon):
     future = verbs.perform(bench, "connect", address=f"unix:{tmp_path / 'none.sock'}")
 
     assert isinstance(future.exception(20), errors.NoServer)
-    shown = soon(bench, lambda s: s.notice is not None)
+    shown = soon(bench, lambda s: s.notice is not None and s.notice.level == "error")
     assert (shown.connection, shown.notice.code) == ("none", "NoServer")
 
 
@@ -254,3 +256,177 @@ def test_a_selection_of_what_is_not_there_is_refused(connected, session, soon, w
     with pytest.raises(errors.BadArgument, match=error):
         connected.select(**wish)
     assert connected.selection == before
+
+
+# -- who waits for whom ---------------------------------------------------------------------------
+
+
+def test_an_urgent_call_passes_a_busy_worker_an_asker_and_a_long_answer(
+    connected, long_session, soon
+):
+    connected.current.bind("session", long_session)
+    running = verbs.perform(connected, "continue")
+    soon(connected, _status("running"))
+    gate = threading.Event()
+    connected.do("slow", "pass", gate.wait)
+    connected.ask("slow", gate.wait, lambda *_: None)
+    # the connection of ordinary calls is kept waiting too
+    control = long_session.client.transport._control
+    control.calls.put(_Holding(gate))
+
+    began = time.monotonic()
+    answer = connected.urgent("pause")
+    took_s = time.monotonic() - began
+    gate.set()
+
+    assert answer["status"] == "stopped" and answer["location"]
+    assert took_s < 2
+    assert running.result(10).reason == "pause"
+
+
+class _Holding:
+    """A call that keeps the thread of its connection until a gate opens."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+
+    @property
+    def abandoned(self) -> bool:
+        self._gate.wait(10)
+        return True
+
+
+def test_snapshots_come_while_the_server_is_kept_busy(connected, session, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    soon(connected, _status("stopped"))
+    gate = threading.Event()
+    session.client.transport._control.calls.put(_Holding(gate))
+    connected.reader.forget_branches()
+
+    connected.select(layer=1)
+
+    assert soon(connected, lambda s: s.selection.layer == 1, 2.0)
+    gate.set()
+
+
+def test_an_interrupted_cell_leaves_a_run_whose_stop_is_bound_when_it_comes(
+    connected, shell, long_session, soon
+):
+    connected.current.bind("session", long_session)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    done = shell.run_cell("stop = session.continue_()")
+    assert isinstance(done.error_in_exec, KeyboardInterrupt)
+
+    shown = soon(connected, _status("running"))
+    assert not shown.session.taken_over and shown.busy.can_pause
+    assert connected.urgent("pause")["status"] == "stopped"
+
+    deadline = time.monotonic() + 10
+    while shell.user_ns.get("stop") is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert shell.user_ns["stop"].reason == "pause"
+    shown = soon(connected, lambda s: _status("stopped")(s) and s.busy is None)
+    assert shown.notice is None and not shown.session.taken_over
+    assert verbs.perform(connected, "next").result(10).reason == "step"
+
+
+def test_a_run_of_another_client_is_told_while_it_runs(connected, long_session, process, soon):
+    connected.current.bind("session", long_session)
+    with process.connect() as other:
+        theirs = other.attach(long_session.id)
+        other.client.control(m.Continue(session_id=theirs.id, seen=theirs.seen))
+        shown = soon(connected, lambda s: s.session is not None and s.session.taken_over)
+        theirs.pause()
+
+    assert shown.notice.code == "TakenOver" and "running" in shown.notice.text
+    assert "look" in shown.can and "continue" not in shown.can
+
+
+# -- states of the server -------------------------------------------------------------------------
+
+
+def test_a_session_terminated_elsewhere_says_so(connected, session, process, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    soon(connected, _status("stopped"))
+    with process.connect() as other:
+        other.attach(session.id).terminate()
+
+    shown = soon(connected, lambda s: s.session_id is None and s.notice is not None)
+    assert shown.notice.code == "Terminated" and "another client" in shown.notice.text
+    assert "launch" in shown.can and "next" not in shown.can
+
+
+def test_a_loading_model_shows_how_far_it_is(bench, own_user_folders, soon):
+    seen: list[Snapshot] = []
+    bench.subscribe(seen.append)
+
+    verbs.perform(bench, "connect").result(120)
+
+    loading = [shown for shown in seen if shown.connection == "loading"]
+    assert any(shown.progress.done is not None for shown in loading)
+    assert all(shown.can == () for shown in loading)
+    assert soon(bench, lambda s: s.connection == "ready").notice is None
+
+
+@pytest.mark.slow
+def test_another_server_takes_the_place_of_one_that_was_lost(model_folder, bench, tmp_path, soon):
+    first = Process(tmp_path / "run", "--model", str(model_folder))
+    try:
+        bench.current.use_server(first.connect())
+        bench.current.bind("session", bench.current.server.launch(PROMPT, max_new_tokens=4))
+        bench.current.session.run_to(1)
+        soon(bench, _status("stopped"))
+        first.process.kill()
+        first.process.wait()
+        soon(bench, lambda s: s.connection == "lost")
+        assert isinstance(verbs.perform(bench, "next").exception(20), errors.ConnectionFailed)
+    finally:
+        first.end()
+    second = Process(tmp_path / "run", "--model", str(model_folder))
+    try:
+        second.connect().close()
+        shown = soon(bench, lambda s: s.connection == "ready", 30.0)
+
+        assert (shown.session_id, shown.notice.code) == (None, "ServerReplaced")
+        verbs.perform(bench, "launch", prompt="Mary", max_new_tokens=2).result(20)
+        assert soon(bench, _status("finished")).notice is None
+    finally:
+        second.end()
+
+
+def test_a_connection_that_breaks_and_stands_again_goes_on(connected, session, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    for line in session.client.transport._lines.values():
+        line.interrupt()
+
+    deadline = time.monotonic() + 15
+    while session.client.transport.traffic["events"].connects < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    soon(connected, lambda s: s.connection == "ready")
+    assert verbs.perform(connected, "next").result(10).location == "layers.3.output"
+
+
+def test_a_click_on_a_session_that_is_no_longer_shown_is_dropped(connected, session, soon):
+    connected.current.bind("session", session)
+    session.run_to(2)
+    before = soon(connected, _status("stopped")).selection
+
+    connected.select(session="s999", token=0)
+
+    assert connected.selection == before
+
+
+def test_closing_ends_the_threads(bench):
+    threads = list(bench._threads)
+
+    bench.close()
+
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
