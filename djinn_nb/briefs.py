@@ -41,8 +41,8 @@ from kernel_server.protocol.snapshot import (
 #: Rows of the server's memory that lie on the device; the pools of the other tiers say so in
 #: their names, and sums are left out.
 _ON_DEVICE = (
-    "weights", "KV pages in use", "KV pages free", "activations", "workspace", "torch's cache",
-    "rest of the device",
+    "weights", "KV pages in use", "KV pages free", "activations", "kept stops", "workspace",
+    "torch's cache", "rest of the device",
 )  # fmt: skip
 _SUMS = ("device used", "device free", "host process", "never written")
 

@@ -349,7 +349,7 @@ class DjinnMagics(StopMagics):
         self.say(repr(self.need_session().story()))
 
     @magic_arguments()
-    @argument("names", nargs="*", help="sessions, breakpoints, edit, branches, memory (all)")
+    @argument("names", nargs="*", help="tokens, sessions, edit, memory, … (all)")
     @line_magic
     def djinn_panel(self, line: str) -> Any:
         """Open panels: run, break, edit and go back with buttons; they follow the notebook."""

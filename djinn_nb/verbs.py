@@ -453,3 +453,17 @@ VERBS: dict[str, Callable[..., Step]] = {
     "restore": _restore,
     "pin": _pin,
 }
+
+
+def insert_cell(bench: Workbench, code: str) -> str:
+    """Put code in a new cell; returns where it goes.
+
+    By the JupyterLab extension, below the active cell; without it by the kernel, which can do so
+    only after the next cell that is run.
+    """
+    current = bench.current
+    if current.bridge is not None and current.bridge.insert_cell(code):
+        return "inserted below the active cell"
+    if current.shell is not None:
+        current.shell.set_next_input(code, replace=False)
+    return "it comes below the next cell that you run"

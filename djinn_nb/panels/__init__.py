@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PANELS = {
     "sessions": "SessionsPanel",
     "breakpoints": "BreakpointsPanel",
+    "tokens": "TokensPanel",
     "layers": "LayersPanel",
     "edit": "EditPanel",
     "branches": "BranchesPanel",
@@ -31,8 +32,8 @@ PANELS = {
 def panel(*names: str) -> Any:
     """Panels of this notebook by name, or all of them linked; shown as the last line of a cell.
 
-    names: "sessions", "breakpoints", "layers", "edit", "branches", "memory". Raises BadArgument for
-    another name, and outside IPython.
+    names: those of `PANELS`, such as "sessions" or "edit". Raises BadArgument for another name, and
+    outside IPython.
 
         djinn.panel()
         djinn.panel("edit")

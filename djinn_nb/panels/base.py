@@ -14,13 +14,12 @@ from typing import Any, ClassVar
 import ipywidgets as widgets
 
 from djinn_nb import briefs, verbs
-from djinn_nb.cards import CARD, MONO, MUTED
+from djinn_nb.cards import CARD, MUTED
+from djinn_nb.panels.actions import ActionsBar
 from djinn_nb.workbench import Workbench
 from kernel_server.protocol.errors import DjinnError
-from kernel_server.protocol.snapshot import ActionBrief, Notice, Snapshot
+from kernel_server.protocol.snapshot import Notice, Snapshot
 
-#: Actions whose code a panel shows.
-SHOWN_ACTIONS = 3
 #: The value of a choice that is none: a widget shows no text for None.
 NONE = -1
 
@@ -61,11 +60,11 @@ class Panel:
         """The widgets, which follow the workbench from now on."""
         if self._body is None:
             self._notice = widgets.HTML()
-            self._code = widgets.HTML()
+            self._code = ActionsBar(self.bench, f"Djinn: {self.name}")
             self.heading = widgets.HTML(
                 f"<b role='heading' aria-level='3'>{escape(self.title)}</b>"
             )
-            self._body = widgets.VBox([self.heading, self._notice, *self.make(), self._code])
+            self._body = widgets.VBox([self.heading, self._notice, *self.make(), self._code.widget])
             self._body.add_class("djinn-panel")
             self._end = self.bench.subscribe(self._told)
             self._told(self.bench.snapshot())
@@ -76,7 +75,7 @@ class Panel:
             return
         self._rev = shown.rev
         self._notice.value = notice_html(state_of(shown))
-        self._code.value = actions_html(shown.actions)
+        self._code.draw(shown)
         self.draw(shown)
 
     def close(self) -> None:
@@ -111,7 +110,7 @@ class Panel:
         with contextlib.suppress(AttributeError, TypeError):
             bundle = dict(self.body._repr_mimebundle_() or {})
         bundle["text/html"] = (
-            f"<div role='region' aria-label='Djinn: {escape(self.title)}' style='{CARD}'>"
+            f"<div role='region' aria-label='Djinn: {escape(self.name)}' style='{CARD}'>"
             f"<b>{escape(self.title)}</b>{notice_html(state_of(shown))}{self.html(shown)}</div>"
         )
         bundle["text/plain"] = f"{self.title}: {one_line(shown)}"
@@ -194,21 +193,6 @@ def notice_html(notice: Notice | None) -> str:
     return (
         f"<div role='{role}' style='border-left:3px solid currentColor;padding:2px 8px;margin:4px"
         f" 0'><b>{sign}</b> {escape(notice.text)}{'.' if notice.advice else ''}{advice}</div>"
-    )
-
-
-def actions_html(actions: Sequence[ActionBrief]) -> str:
-    """The code of what was done last, to be copied into a cell."""
-    if not actions:
-        return ""
-    rows = "\n".join(
-        f"{one.code}{'' if one.outcome == 'done' else f'  # {one.outcome}'}"
-        for one in actions[-SHOWN_ACTIONS:]
-    )
-    return (
-        f"<details><summary style='{MUTED}'>the same as Python</summary>"
-        f"<pre tabindex='0' style='{MONO};margin:2px 0;user-select:all'>{escape(rows)}</pre>"
-        "</details>"
     )
 
 

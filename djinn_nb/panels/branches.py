@@ -11,14 +11,20 @@ from djinn_nb.cards import MONO, MUTED
 from djinn_nb.panels.base import Panel
 from kernel_server.protocol.snapshot import NodeBrief, Snapshot
 
+#: A space that is kept.
+NBSP = "\N{NO-BREAK SPACE}"
+
 
 def lines_of(nodes: Sequence[NodeBrief]) -> list[tuple[int, str]]:
-    """(number, text) of each node, children below their parent and set in; a branch opens deeper.
+    """(number, text) of each node, children below their parent; where it branches, with rails.
+
+    A straight way is not set in: trees are long, not wide. Spaces do not break, since a list of a
+    browser takes others together.
 
     >>> root = NodeBrief(number=0, parent=None, location=None, forward=0, reason=None,
     ...                  status="waiting", current=True, kept=False, num_tokens=3, num_edits=0)
     >>> lines_of([root])
-    [(0, '▶ 0 start, forward 0')]
+    [(0, '▶\xa00 start, forward 0')]
     """
     children: dict[int | None, list[NodeBrief]] = {}
     known = {node.number for node in nodes}
@@ -26,14 +32,19 @@ def lines_of(nodes: Sequence[NodeBrief]) -> list[tuple[int, str]]:
         parent = node.parent if node.parent in known else None
         children.setdefault(parent, []).append(node)
     lines: list[tuple[int, str]] = []
-    # a line of stops is not set in, only what branches off: trees are long, not wide
-    todo = [(node, 0) for node in reversed(children.get(None, []))]
+    # (node, what stands before it, what stands before all that comes after it)
+    todo = [(node, "", "") for node in reversed(children.get(None, []))]
     while todo:
-        node, depth = todo.pop()
-        lines.append((node.number, f"{'  ' * depth}{'▶' if node.current else '·'} {_text(node)}"))
+        node, here, rails = todo.pop()
+        lines.append((node.number, f"{here}{'▶' if node.current else '●'}{NBSP}{_text(node)}"))
         below = children.get(node.number, [])
-        step = 1 if len(below) > 1 else 0
-        todo += [(child, depth + step) for child in reversed(below)]
+        if len(below) == 1:
+            todo.append((below[0], rails, rails))
+            continue
+        for i in reversed(range(len(below))):
+            last = i == len(below) - 1
+            branch, rail = ("└─", 2 * NBSP) if last else ("├─", f"│{NBSP}")
+            todo.append((below[i], rails + branch, rails + rail))
     return lines
 
 
@@ -86,7 +97,7 @@ class BranchesPanel(Panel):
 
 
 def _legend(shown: Snapshot) -> str:
-    text = "▶ where the session stands · set in: a branch"
+    text = "▶ where the session stands · ├ └ the ways it took from one node"
     if not shown.branches:
         text = "no session has stood anywhere yet: launch a prompt"
     return f"<div style='{MUTED}'>{escape(text)}</div>"

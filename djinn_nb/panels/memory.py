@@ -1,4 +1,4 @@
-"""The panel of memory: what each tier holds, by kind, and the pages that moved last."""
+"""The panel of memory: what each tier holds, by kind, and the pages that moved."""
 
 from __future__ import annotations
 
@@ -10,48 +10,15 @@ import ipywidgets as widgets
 
 from djinn_nb.cards import MUTED
 from djinn_nb.panels.base import Panel, table
-from kernel_server.protocol.snapshot import MemoryBrief, Snapshot
+from djinn_nb.panels.memory_model import bars_html, size_text, timeline_svg
+from kernel_server.protocol.snapshot import Snapshot
 
 #: Swaps listed.
 MOST_SWAPS = 8
 
 
-def size_text(nbytes: int) -> str:
-    """Bytes for people.
-
-    >>> size_text(3 * 2**20), size_text(5 * 2**30)
-    ('3.0 MiB', '5.0 GiB')
-    """
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if abs(nbytes) >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} B"
-
-
-def bars_html(memory: MemoryBrief) -> str:
-    """A bar per tier: KV pages in use of those there are."""
-    tiers = (
-        ("device", memory.device_used, memory.device_total),
-        ("host", memory.host_used, memory.host_total),
-        ("disk", memory.disk_used, memory.disk_total),
-    )
-    lines = []
-    for name, used, total in tiers:
-        if not total:
-            lines.append(f"<div style='{MUTED}'>{name}: no such tier on this server</div>")
-            continue
-        share = used / total
-        text = f"{name}: KV {size_text(used)} of {size_text(total)}"
-        lines.append(
-            f"<div>{text}<div role='img' aria-label='{text}, {share:.0%}' style='height:9px;"
-            "max-width:420px;border:1px solid currentColor'><div style='height:100%;"
-            f"width:{100 * share:.1f}%;background:currentColor;opacity:.55'></div></div></div>"
-        )
-    return "".join(lines)
-
-
 class MemoryPanel(Panel):
-    """Device, host and disk by kind, and the newest swaps."""
+    """Device, host and disk by kind, the timeline of swaps, and the newest ones in words."""
 
     name, title = "memory", "Memory"
 
@@ -76,18 +43,22 @@ class MemoryPanel(Panel):
             (
                 time.strftime("%H:%M:%S", time.localtime(swap.time_s)),
                 swap.session_id,
-                size_text(swap.nbytes),
+                size_text(swap.nbytes) if swap.nbytes else "–",
                 swap.text,
             )
             for swap in reversed(memory.swaps[-MOST_SWAPS:])
         ]
+        device = "" if shown.model is None else shown.model.device
         return (
-            bars_html(memory)
-            + table(("what", "tier", "size", "note"), kinds, "", "by kind")
+            bars_html(memory, device)
+            + timeline_svg(memory.swaps)
             + table(
                 ("time", "session", "size", "what happened"),
                 swaps,
                 "no pages have moved between tiers",
                 "swaps, the newest first",
             )
+            + f"<details><summary style='{MUTED}'>by kind, in numbers</summary>"
+            + table(("what", "tier", "size", "note"), kinds, "", "by kind")
+            + "</details>"
         )

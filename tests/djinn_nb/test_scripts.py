@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from djinn_nb.panels import PANELS
-from djinn_nb.panels.canvas import STATIC, script
+from djinn_nb.panels.scripts import STATIC, script
 
 DRAWN = [name for name in PANELS if (STATIC / f"{name}.js").exists()]
 HELPERS = Path(__file__).with_name("scripts.test.mjs")

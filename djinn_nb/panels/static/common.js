@@ -77,6 +77,25 @@ export function floats(view) {
   return new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 }
 
+/** Least and largest of the finite numbers, for a linear scale; 0 and 1 without any.
+ * @param {Float32Array} values
+ * @returns {[number, number]} */
+export function rangeOf(values) {
+  let [least, most] = [Infinity, -Infinity];
+  for (const value of values) {
+    if (!Number.isFinite(value)) continue;
+    if (value < least) least = value;
+    if (value > most) most = value;
+  }
+  return least <= most ? [least, most] : [0, 1];
+}
+
+/** Where a number lies between two, from 0 to 1; in the middle where they are one.
+ * @param {number} value @param {number} least @param {number} most */
+export function linearShare(value, least, most) {
+  return most > least ? (value - least) / (most - least) : 0.5;
+}
+
 /** Least and largest of the finite numbers above 0, for a logarithmic scale.
  * @param {Float32Array} values
  * @returns {[number, number]} */
