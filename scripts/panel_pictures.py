@@ -1,7 +1,7 @@
 """Draw the README's picture of the panels: their static forms, as a saved notebook shows them.
 
-`python -m scripts.panel_pictures` writes `docs/panels.png`; `--all FOLDER` writes it light and dark,
-wide and narrow, to be looked at. Needs Chromium.
+`python -m scripts.panel_pictures` writes `docs/panels.png`; `--all FOLDER` writes it light and
+dark, wide and narrow, to be looked at. Needs Chromium.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ const folder = new URL("../../djinn_nb/panels/static/", import.meta.url);
 const load = (name) =>
   import(`data:text/javascript,${encodeURIComponent(readFileSync(new URL(name, folder), "utf8"))}`);
 
-const { floats, logShare, missingTiles, positiveRange, short, visible, windowOf } =
+const { floats, linearShare, logShare, missingTiles, positiveRange, rangeOf, short, visible, windowOf } =
   await load("common.js");
 const { colourOf, paint } = await load("colours.js");
 
@@ -47,6 +47,13 @@ test("a logarithmic scale leaves out zeros, NaN and infinities", () => {
   assert.deepEqual(positiveRange(Float32Array.of(0, NaN)), [1, 1]);
   assert.equal(logShare(4, 2, 8), 0.5);
   assert.equal(logShare(3, 3, 3), 0.5);
+});
+
+test("a linear scale spans the finite numbers, and has a middle where there is one number", () => {
+  assert.deepEqual(rangeOf(Float32Array.of(NaN, 2, -1, Infinity)), [-1, 2]);
+  assert.deepEqual(rangeOf(Float32Array.of(NaN)), [0, 1]);
+  assert.equal(linearShare(0.5, -1, 2), 0.5);
+  assert.equal(linearShare(3, 3, 3), 0.5);
 });
 
 test("bytes at an odd offset are read, and ink contrasts with its fill", () => {

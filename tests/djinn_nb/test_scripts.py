@@ -54,4 +54,4 @@ def test_the_helpers_of_the_scripts() -> None:
     )
 
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "# pass 6" in found.stdout
+    assert "# pass 7" in found.stdout
