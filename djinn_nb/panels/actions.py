@@ -21,7 +21,7 @@ MOST = 5
 class Actions(anywidget.AnyWidget):
     """The newest actions, each with its code; it also gives its panel a role and a name."""
 
-    actions = traitlets.List().tag(sync=True)
+    actions: Any = traitlets.List().tag(sync=True)
     said = traitlets.Unicode().tag(sync=True)
     label = traitlets.Unicode().tag(sync=True)
 

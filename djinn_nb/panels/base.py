@@ -20,6 +20,8 @@ from djinn_nb.workbench import Workbench
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.snapshot import Notice, Snapshot
 
+#: A cell of a table may be broken into lines if it has more characters.
+MOST_UNBROKEN = 24
 #: The value of a choice that is none: a widget shows no text for None.
 NONE = -1
 
@@ -219,15 +221,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: str, cap
     lines = "".join(
         "<tr>"
         + "".join(
-            f"<td style='text-align:left;padding:1px 10px 1px 0;white-space:nowrap'>{escape(cell)}"
-            "</td>"
+            f"<td style='text-align:left;padding:1px 10px 1px 0;vertical-align:top"
+            f"{';white-space:nowrap' if len(cell) <= MOST_UNBROKEN else ''}'>{escape(cell)}</td>"
             for cell in row
         )
         + "</tr>"
         for row in rows
     )
     return (
-        f"<div style='overflow-x:auto'><table><caption style='text-align:left;{MUTED}'>"
+        f"<div style='overflow-x:auto'><table><caption style='text-align:left;"
+        f"white-space:nowrap;{MUTED}'>"
         f"{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
         "</div>"
     )

@@ -18,6 +18,9 @@ from kernel_server.protocol.snapshot import MemoryBrief, MemoryRow, SwapBrief
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 #: What is free is no colour: it shows the page.
 FREE = "transparent"
+#: Kinds that have their colour in every tier; others take what is left, in the order met.
+_KNOWN = ("KV pages in use", "weights", "activations", "kept stops", "workspace")
+_GREY = "#7F7F7F"
 TIERS = ("device", "host", "disk")
 _FREE_KINDS = ("KV pages free",)
 _WAY = re.compile(r"(device|host|disk) to (device|host|disk)")
@@ -66,18 +69,33 @@ def bars_of(memory: MemoryBrief) -> list[Bar]:
         "host": (memory.host_used, memory.host_total),
         "disk": (memory.disk_used, memory.disk_total),
     }
+    colours = _colours(memory)
     bars = []
     for tier in TIERS:
         rows = [row for row in memory.rows if row.tier == tier and row.nbytes > 0]
         if not rows:
             continue
         rows.sort(key=_order)
-        colours = iter(PALETTE * (1 + len(rows) // len(PALETTE)))
-        parts = [
-            Part(row.kind, row.nbytes, FREE if _is_free(row) else next(colours)) for row in rows
-        ]
+        parts = [Part(row.kind, row.nbytes, colours[_name(row)]) for row in rows]
         bars.append(Bar(tier, tuple(parts), *totals[tier]))
     return bars
+
+
+def _colours(memory: MemoryBrief) -> dict[str, str]:
+    """Kind -> its colour: one kind is one colour in every tier."""
+    names = [_name(row) for row in memory.rows if row.nbytes > 0]
+    free = [_name(row) for row in memory.rows if _is_free(row)]
+    rest = [name for name in names if name.startswith("rest ")]
+    left = [name for name in dict.fromkeys(names) if name not in (*_KNOWN, *free, *rest)]
+    colours = dict(zip(_KNOWN, PALETTE, strict=False))
+    spare = [one for one in PALETTE[len(_KNOWN) :] if one != _GREY]
+    colours |= {name: spare[i % len(spare)] for i, name in enumerate(left)}
+    return colours | dict.fromkeys(rest, _GREY) | dict.fromkeys(free, FREE)
+
+
+def _name(row: MemoryRow) -> str:
+    """The kind without its tier."""
+    return row.kind.removesuffix(f" ({row.tier})")
 
 
 def _order(row: MemoryRow) -> tuple[int, int]:
@@ -160,8 +178,12 @@ def _legend_html(part: Part, whole: int) -> str:
     return (
         "<span style='white-space:nowrap'><span style='display:inline-block;width:10px;height:10px;"
         f"border:1px solid currentColor;background:{part.colour};margin-right:4px'></span>"
-        f"{escape(part.kind)} {size_text(part.nbytes)} ({share:.0%})</span>"
+        f"{escape(part.kind)} {size_text(part.nbytes)} ({_share_text(share)})</span>"
     )
+
+
+def _share_text(share: float) -> str:
+    return "under 1%" if 0 < share < 0.01 else f"{share:.0%}"
 
 
 @dataclass(frozen=True, slots=True)

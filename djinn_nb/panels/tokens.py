@@ -48,13 +48,14 @@ def strip_html(picture: TokensModel, chosen: int | None) -> str:
             title = f"position {position}: {value:.4g}"
         else:
             style, title = "opacity:.75", f"position {position}: {shown['missing']}"
-        ring = ";outline:2px solid currentColor;outline-offset:1px" if position == chosen else ""
+        # around the token, in the page's ink: that of the token may be the page's own colour
+        ring = "outline:2px solid currentColor;outline-offset:1px" if position == chosen else ""
         kind = ";font-weight:bold" if position >= shown["prompt"] else ""
         spans.append(
-            f"<span title='{escape(title, quote=True)}' style='display:inline-block;"
-            "white-space:pre;border:1px solid rgba(128,128,128,.4);border-radius:2px;padding:0 2px;"
-            "margin:1px;"
-            f"{style}{ring}{kind}'>{escape(text)}</span>"
+            f"<span title='{escape(title, quote=True)}' style='display:inline-block;margin:1px;"
+            f"{ring}'><span style='display:inline-block;white-space:pre;border-radius:2px;"
+            f"border:1px solid rgba(128,128,128,.4);padding:0 2px;{style}{kind}'>"
+            f"{escape(text)}</span></span>"
         )
     bar = ",".join(to_hex(colours(i / 8)) for i in range(9))
     unit = f"{shown['unit']}, at {shown['location']}"

@@ -120,7 +120,7 @@ class TokensModel(Picture):
             return norms[row], "no norm was kept"
         values = np.full(end, np.nan, np.float32)
         if measure == "difference":
-            found = stop.session.diff(other, lens=False)  # type: ignore[arg-type]
+            found = stop.session.diff(other, lens=False)
             table = found.difference
             here = [position for position in table.columns if position < end]
             values[here] = table.loc[location, here].to_numpy(np.float32)

@@ -53,7 +53,9 @@ def test_a_bar_holds_every_kind_once_and_they_add_up():
 
 
 def test_kinds_are_told_apart_by_colour_and_what_is_free_has_none():
-    for bar in bars_of(MEMORY):
+    device, host = bars_of(MEMORY)
+    assert device.parts[0].colour == host.parts[0].colour  # one kind, one colour, in every tier
+    for bar in (device, host):
         colours = [part.colour for part in bar.parts if part.colour != FREE]
         assert len(set(colours)) == len(colours)
         assert set(colours) <= set(PALETTE)

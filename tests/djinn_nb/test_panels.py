@@ -193,8 +193,8 @@ def test_the_memory_panel_shows_bytes_with_units_by_tier(bench, make) -> None:
     _until(lambda: bench.snapshot().memory is not None)
     shown = panel.html(bench.snapshot())
 
-    assert "device: KV" in shown and "MiB" in shown and "weights" in shown
-    assert "host and disk: no such tier on this server" in shown
+    assert "device (cpu): KV" in shown and "MiB" in shown and "weights" in shown
+    assert "disk: no such tier on this server" in shown
     assert "role='img'" in shown and "%)" in shown  # every colour has its kind, size and share
     assert "no pages have moved" in shown
 

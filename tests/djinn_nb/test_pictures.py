@@ -129,7 +129,7 @@ def test_a_bad_message_is_a_notice_and_changes_nothing(bench, kind) -> None:
         assert bench.notice is not None, message
 
     assert stop.session.refresh().revision == before
-    assert not bench._actions
+    assert not bench.actions
 
 
 # -- layers × tokens ------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def test_a_tile_is_read_once_per_stop_and_those_of_a_stop_left_are_not_told(
     assert not asked
     assert drawn.tile(0)[0]["rows"] == 6
     drawn.picture.take({"type": "need", "version": drawn.picture.shown["version"], "tile": 9})
-    assert "no tile 9" in bench._notice.text
+    assert "no tile 9" in bench.notice.text
 
 
 def test_a_long_prompt_has_tiles_that_the_server_takes(bench) -> None:

@@ -167,6 +167,8 @@ def test_the_static_form_has_every_token_a_legend_with_a_unit_and_the_choice(ben
     assert drawn.count("<span title='position") == 14
     assert "L2 norm of the token&#x27;s vector, at layers.2.output" in drawn
     assert drawn.count("outline:2px solid") == 1
+    ring = drawn[drawn.index("outline:2px solid") :]
+    assert ring.index("background:") > ring.index("<span")  # in the page's ink, not the token's
     panel.close()
 
 
