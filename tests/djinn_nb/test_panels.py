@@ -167,9 +167,9 @@ def test_branches_go_back_by_a_click(bench, make) -> None:
     [number] = [n for text, n in panel._nodes.options if "layers.1.output" in text]
     panel._nodes.value = number
     panel._go.click()
-    _until(lambda: bench.snapshot().session.layer == 1)
+    _until(lambda: bench.current.stop.location == "layers.1.output")
 
-    assert bench.current.stop.location == "layers.1.output"
+    _until(lambda: bench.snapshot().session.layer == 1)
 
 
 def test_terminating_and_removing_all_ask_first(bench, make) -> None:
