@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from djinn_nb.progress import Progress
+from djinn_nb.restarts import Durability, identity, wait_until_ready
 from djinn_nb.swaps import Swaps
 from djinn_nb.transport import Transport
 from kernel_server.protocol import codec
@@ -48,7 +49,11 @@ class Client:
         self.mirror = Mirror()
         self._name = name
         self._texts: dict[int, str] = {}
+        self.durability = Durability("")
+        #: the server that answers now goes on with the sessions of the one before
+        self.restarted = False
         self.initialized = self.initialize()
+        self.durability.take(self.initialized.not_durable)
         self._model: m.ModelInfo | None = None
         #: why events do not come at present; None while they do
         self.trouble: Exception | None = None
@@ -74,13 +79,16 @@ class Client:
         """
         payload = codec.encode(message)
         told = None if opens is None else opens.answered
-        answer = codec.decode(
-            self.transport.request(
-                payload, "bulk" if bulk else "control", timeout_s, told, self._guard(message)
-            )
-        )
-        if isinstance(answer, m.ErrorReply):
-            codec.raise_error(answer.error)
+        channel: Any = "bulk" if bulk else "control"
+        while True:
+            guard = self._guard(message)
+            answer = codec.decode(self.transport.request(payload, channel, timeout_s, told, guard))
+            if not isinstance(answer, m.ErrorReply):
+                break
+            # a server that was restarted has its sessions, and computes them when asked
+            if not wait_until_ready(self, answer.error):
+                codec.raise_error(answer.error)
+        self.durability.warn()
         if not isinstance(answer, reply):
             raise BadMessage(
                 f"the server answered {type(message).__name__} with {type(answer).__name__}:"
@@ -93,10 +101,10 @@ class Client:
         one at the same address may have a session of the same id."""
         if not hasattr(message, "session_id"):
             return None
-        expected = self.initialized.server_id
+        expected = self.identity
 
         def check() -> None:
-            if self.initialized.server_id != expected:
+            if self.identity != expected:
                 raise UnknownSession(self.other_server(message.session_id))
 
         return check
@@ -115,9 +123,11 @@ class Client:
         if not isinstance(answer, m.Initialized):
             return  # whoever calls is told what is wrong with it
         if answer.server_id != self.initialized.server_id:
-            # its events are numbered from the start, and its sessions are others
+            # its events are numbered from the start; its sessions are others, or described anew
             self.mirror.forget_sessions()
+            self.restarted = identity(answer) == self.identity
             self.initialized = answer
+            self.durability.take(answer.not_durable)
             self._model = None
             self._texts = {}
             self._listen(answer.event_seq)
@@ -125,6 +135,15 @@ class Client:
     def initialize(self) -> m.Initialized:
         """Ask the server who it is and how far its model is loaded."""
         return self.call(m.Initialize(client=self._name), m.Initialized)
+
+    @property
+    def identity(self) -> str:
+        """Equal as long as the server, or one restarted in its place, has the same sessions."""
+        return identity(self.initialized)
+
+    def is_dormant(self, session_id: str) -> bool:
+        """Whether a session that came back is not yet computed again."""
+        return self.describe(session_id).dormant
 
     def control(self, message: Any) -> m.SessionInfo:
         """A request about a session that is answered with the session."""
@@ -257,7 +276,10 @@ class Client:
         if reply.missed:
             self.mirror.doubt()
         for event in reply.events:
-            self.mirror.take(event)
+            if event.kind == "durability":
+                self.durability.take(event.text)
+            else:
+                self.mirror.take(event)
         return reply.last_seq
 
     def _trouble(self, error: Exception | None) -> None:

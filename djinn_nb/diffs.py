@@ -268,7 +268,7 @@ def _place(session: Session, it: object) -> tuple[Session, int]:
 def _require_one_server(one: Session, other: Session) -> None:
     ours: Client = one.client
     theirs: Client = other.client
-    if ours.initialized.server_id == theirs.initialized.server_id:
+    if ours.identity == theirs.identity:
         return
     names = ours.model.name, theirs.model.name
     weights = [client.model.fingerprint.get("weights") for client in (ours, theirs)]

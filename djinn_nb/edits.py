@@ -308,8 +308,8 @@ def _with_patch(stop: Place, spec: m.EditSpec, wish: object) -> m.EditSpec:
 
 
 def _on_same_server(stop: Place, value: Variable) -> bool:
-    there = value._source.client.initialized.server_id
-    return there == stop.session.client.initialized.server_id
+    there = value._source.client.identity
+    return there == stop.session.client.identity
 
 
 def _flattened(value: object) -> object:

@@ -65,6 +65,7 @@ OPTIONS: dict[str, tuple[str, type]] = {
     "linger_s": ("--linger-s", float),
     "prefill_chunk": ("--prefill-chunk", int),
     "seed": ("--seed", int),
+    "state_dir": ("--state-dir", str),
     "threads": ("--threads", int),
     "trust_remote_code": ("--trust-remote-code", bool),
 }
@@ -104,6 +105,12 @@ class Wanted:
         wishes = [self.model, self.device, self.dtype, self.options, contract_digest()]
         return hashlib.sha256(json.dumps(wishes).encode()).hexdigest()[:16]
 
+    @property
+    def journal_key(self) -> str:
+        """Names the journal, which a server of a later build goes on with."""
+        wishes = [self.model, self.device, self.dtype, self.options]
+        return "embedded-" + hashlib.sha256(json.dumps(wishes).encode()).hexdigest()[:16]
+
     def flags(self) -> list[str]:
         """The wishes as arguments of `kernel_server serve`."""
         flags = []
@@ -128,7 +135,7 @@ def _option(name: str, value: Any) -> Any:
     kind = OPTIONS[name][1]
     if value is None:
         return None
-    if name == "disk_path" and isinstance(value, (str, os.PathLike)):
+    if name in ("disk_path", "state_dir") and isinstance(value, (str, os.PathLike)):
         value = str(Path(value).expanduser().absolute())
     if name.endswith("_memory") and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -257,7 +264,7 @@ def _start(wanted: Wanted, folder: Path, file: Path) -> str:
         where = ["--host", "127.0.0.1", "--port", "0"]
     command = [
         sys.executable, "-m", "kernel_server", "serve", *where,
-        "--runtime-file", str(file), *wanted.flags(),
+        "--runtime-file", str(file), "--journal-key", wanted.journal_key, *wanted.flags(),
     ]  # fmt: skip
     log = log_file(wanted)
     with log.open("wb") as output:

@@ -162,11 +162,21 @@ class Server(Planned):
             session.wait()
         return session
 
-    def attach(self, id: str | Session) -> Session:
+    def attach(self, id: str | Session, *, inexact: bool = False) -> Session:
         """A session by its id or name, as it stands; it may have been made by another client.
 
-        Raises UnknownSession.
+        inexact: let one that was run under another execution fingerprint, before the server was
+        started anew, go on here; it is marked ever after. Raises UnknownSession.
+
+            server.attach("s3")
+            server.attach("s3", inexact=True)
         """
+        found = self._attach(id)
+        if flag(inexact, "inexact"):
+            self._client.control(m.Accept(session_id=found.id))
+        return found
+
+    def _attach(self, id: str | Session) -> Session:
         wanted = id.id if isinstance(id, Session) else id
         if not isinstance(wanted, str):
             raise BadArgument(f"a session is named by its id, a text, not {shown(wanted)}")
@@ -206,13 +216,14 @@ class Server(Planned):
                 "kv_MiB": info.kv_bytes / MIB,
                 **{f"{t}_MiB": Residency.of(info).nbytes(t) / MIB for t in TIERS},
                 "pinned": info.pinned,
+                "note": _note(info),
             }
             for info in self._infos()
         ]
         columns = [
             "id", "name", "model", "status", "location", "forward", "prompt_tokens", "new_tokens",
             "max_new_tokens", "seed", "parent", "pages", "kv_MiB", "device_MiB", "host_MiB",
-            "disk_MiB", "pinned",
+            "disk_MiB", "pinned", "note",
         ]  # fmt: skip
         return pd.DataFrame(rows, columns=columns).set_index("id")
 
@@ -307,6 +318,16 @@ class Server(Planned):
     def __repr__(self) -> str:
         closed = " · disconnected" if self.closed else ""
         return f"Server {self.address}{closed}\n  {model_line(self._client.model)}"
+
+
+def _note(info: m.SessionInfo) -> str:
+    """What is special about a session: it came back, may not go on, or is not exact."""
+    notes = ["inexact"] * info.inexact
+    if info.refused is not None:
+        notes.append(info.refused)
+    elif info.dormant:
+        notes.append("came back after a restart: computed again when it is needed")
+    return "; ".join(notes)
 
 
 def _size(value: object, name: str) -> int:

@@ -61,7 +61,7 @@ class Session(Moving, Planned):
     def __init__(self, client: Client, info: m.SessionInfo) -> None:
         self.client = client
         self._id = info.id
-        self._server_id = client.initialized.server_id
+        self._server = client.identity
         self._first = info
         #: the stop this handle has shown last; the server refuses a call that saw an older one
         self._seen = info.stop_number
@@ -86,7 +86,7 @@ class Session(Moving, Planned):
     @property
     def _is_elsewhere(self) -> bool:
         """Whether another server answers now, which may have a session of the same id."""
-        return self.client.initialized.server_id != self._server_id
+        return self.client.identity != self._server
 
     @property
     def seen(self) -> int:

@@ -70,7 +70,10 @@ class Asking:
         lines += ["memory"]
         lines += [f"  {kind:<22} {size / 2**20:>10.1f} MiB  {note}" for kind, size, note in rows]
         sessions = self.ask(m.ListSessions()).sessions
-        return [*lines, f"sessions  {len(sessions)}"]
+        back = sum(session.dormant for session in sessions)
+        note = f", {back} came back after a restart" if back else ""
+        lines.append(f"sessions  {len(sessions)}{note}")
+        return [*lines, f"NOT DURABLE: {hello.not_durable}"] if hello.not_durable else lines
 
     def session_lines(self) -> list[str]:
         """A table of the sessions of this owner."""
@@ -85,7 +88,7 @@ class Asking:
                 (
                     s.id,
                     s.name,
-                    s.status + (f" ({s.stop.reason})" if s.stop else ""),
+                    s.status + (f" ({s.stop.reason})" if s.stop else "") + _came_back(s),
                     s.location or "-",
                     str(s.forward),
                     f"{s.num_prompt_tokens}+{len(s.tokens) - s.num_prompt_tokens}",
@@ -97,6 +100,19 @@ class Asking:
         return [title] + [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
         ]
+
+
+def _came_back(session: m.SessionInfo) -> str:
+    notes = [
+        word
+        for word, holds in (
+            ("dormant", session.dormant),
+            ("refused", session.refused is not None),
+            ("inexact", session.inexact),
+        )
+        if holds
+    ]
+    return f" [{', '.join(notes)}]" if notes else ""
 
 
 def _random(model: m.ModelInfo) -> str:

@@ -71,6 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         "--decode-bucket", type=int, default=1, metavar="SESSIONS",
         help="sessions decoded together; this version runs each alone (1)",
     )  # fmt: skip
+    serve.add_argument(
+        "--state-dir", type=Path, metavar="FOLDER",
+        help="where the journal is, from which sessions come back after a restart (default: a"
+        " folder of yours, by address and model)",
+    )  # fmt: skip
+    serve.add_argument("--journal-key", help=argparse.SUPPRESS)
+    serve.add_argument(
+        "--no-journal", action="store_true", help="keep none: sessions end with the server"
+    )
     _add_quotas(serve)
     serve.add_argument("--runtime-file", type=Path, help=argparse.SUPPRESS)
     serve.add_argument(
@@ -214,6 +223,9 @@ def _serve(options: argparse.Namespace) -> int:
         disk_path=options.disk_path,
         idle_after_s=_idle_after(options.idle_after),
         prefill_chunk=options.prefill_chunk,
+        state_dir=options.state_dir,
+        journal_key=options.journal_key,
+        journal=not options.no_journal,
         threads=options.threads,
         runtime_file=options.runtime_file,
         linger_s=options.linger_s,

@@ -68,6 +68,12 @@ class ServerConfig:
     idle_after_s: float | None = 30.0
     prefill_chunk: int | None = None
     decode_bucket: int = 1
+    #: where the journal is; None: a folder of the user's own, by address and model
+    state_dir: Path | None = None
+    #: names that folder instead of the address
+    journal_key: str | None = None
+    #: sessions outlive the server
+    journal: bool = True
     threads: int = 1
     #: JSON file with address and pid, written once the server listens
     runtime_file: Path | None = None

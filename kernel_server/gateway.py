@@ -83,6 +83,15 @@ class Served:
     memory: Callable[[], tuple[tuple[str, int, str], ...]]
 
 
+class Told(Protocol):
+    """What clients are told of a journal."""
+
+    identity: str
+
+    @property
+    def trouble(self) -> str: ...
+
+
 class Gateway:
     """Answers every request of every client; `ready` is called once the model is loaded.
 
@@ -102,6 +111,7 @@ class Gateway:
         transfer_bytes: int = OWNER_BYTES,
         pacer: Pacer | None = None,
     ) -> None:
+        self._journal: Told | None = None
         self.server_id = server_id
         self.version = version
         self.events = events
@@ -121,6 +131,10 @@ class Gateway:
     def loading(self, text: str, fraction: float) -> None:
         """Say how far the model is loaded, 0 to 1."""
         self._progress = (text, fraction)
+
+    def keep(self, journal: Told | None) -> None:
+        """Name the journal that clients are told of."""
+        self._journal = journal
 
     def ready(self, served: Served) -> None:
         self.vectors.serve(served.model.name, _weights(served.model))
@@ -264,6 +278,8 @@ class Gateway:
             capabilities=CAPABILITIES,
             event_seq=self.events.last_seq(owner),
             error=m.error_info(self._failure) if self._failure else None,
+            journal=self._journal.identity if self._journal else "",
+            not_durable=self._journal.trouble if self._journal else "",
         )
 
     # -- transfers ------------------------------------------------------------------------
@@ -485,7 +501,7 @@ _STATE_REQUESTS = (
     m.ReadValue, m.ReadLens, m.ReadCapture, m.ReadLogits, m.ReadLog, m.ReadStory, m.Preview,
     m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter, m.ReadDiff,
     m.ReadLensMap,
-    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
+    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
@@ -496,7 +512,7 @@ _AT_ONCE = (
     m.Launch, m.Describe, m.ListSessions, m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.Pause,
     m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
     m.RemoveBreakpoint, m.ReadStory,
-    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch,
+    m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
 )  # fmt: skip
 
 

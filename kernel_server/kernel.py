@@ -7,10 +7,12 @@ how the service uses it and how tests and notebooks run one inside their own pro
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import secrets
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -24,16 +26,20 @@ from kernel_server.engine.loading import serve
 from kernel_server.engine.reads import TensorSource
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway, Served
+from kernel_server.journal import Journal
 from kernel_server.loop import Loop
 from kernel_server.models import registry
 from kernel_server.models.registry import LoadedModel, open_model
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.models.vocabulary import Vocabulary
 from kernel_server.protocol.messages import ModelInfo
+from kernel_server.state.events import DurabilityChanged, JournalRead, Ticked
 from kernel_server.state.server_state import ServerState
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, device_rows, host_rows, untouched_bytes
 from kernel_server.tiers import Tiers
+
+log = logging.getLogger(__name__)
 
 #: Told how far loading is: (text, 0 to 1).
 Progress = Callable[[str, float], None]
@@ -64,7 +70,8 @@ def load(config: ServerConfig, progress: Progress) -> LoadedModel:
 class Kernel:
     """A model's engine thread with everything that decides for it.
 
-    owners: how many there are; one alone may fill the page pool.
+    owners: how many there are; one alone may fill the page pool. journal: sessions are made durable
+    there, and those it holds come back.
 
     Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory.
 
@@ -80,6 +87,7 @@ class Kernel:
         gateway: Gateway | None = None,
         progress: Progress | None = None,
         owners: int = 1,
+        journal: Journal | None = None,
     ) -> None:
         self.loaded = loaded
         self.config = config
@@ -109,9 +117,15 @@ class Kernel:
             owners=owners,
         )
         self.state = ServerState(
-            shape, limits, check=config.check, host_ready=self.tiers.host_ready
+            shape,
+            limits,
+            check=config.check,
+            host_ready=self.tiers.host_ready,
+            fingerprint=self.info.fingerprint,
+            journal=journal is not None,
         )
-        self.loop = Loop(self.state, self.gateway.events, debug=config.debug)
+        self.journal = journal
+        self.loop = Loop(self.state, self.gateway.events, debug=config.debug, journal=journal)
         self.engine = Engine(
             self.ready.segments,
             self.ready.cache,
@@ -128,7 +142,9 @@ class Kernel:
     def start(self) -> Kernel:
         """Start the engine thread and answer requests from now on."""
         self._thread.start()
-        self.tiers.start(self.loop.dispatch)
+        if self.journal is not None:
+            self._take_up(self.journal)
+        self.tiers.start(self.loop.dispatch, always=self.journal is not None)
         self.gateway.ready(
             Served(loop=self.loop, model=self.info, words=self.words, memory=self.memory)
         )
@@ -141,11 +157,30 @@ class Kernel:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=30.0)
         self.tiers.close()
+        if self.journal is not None:
+            # where those that ran have come to
+            self.loop.dispatch(Ticked(now=time.time()))
+            self.journal.close()
+
+    def _take_up(self, journal: Journal) -> None:
+        """Let the sessions of the server before this one come back, and record from now on."""
+        found = journal.contents
+        journal.start(lambda text: self.loop.dispatch(DurabilityChanged(text=text)))
+        sessions = tuple((record, arrays) for record, arrays, *_ in found.sessions.values())
+        self.loop.dispatch(
+            JournalRead(number=found.number, sessions=sessions, damaged=found.doubtful)
+        )
+        for session_id, why in {**self.state.unread, **found.unreadable}.items():
+            log.error("session %s of %s cannot be read: %s", session_id, journal.path, why)
+        count = len(sessions) - len(self.state.unread)
+        if count:
+            print(f"{count} sessions came back from {journal.path}", flush=True)
 
     def has_unfinished_sessions(self) -> bool:
         """Whether somebody may want to come back to a session."""
         sessions = list(self.state.sessions.values())
-        statuses = [session.status for session in sessions if not session.branch]
+        # those that came back and that nobody has asked for are safe on disk
+        statuses = [s.status for s in sessions if not (s.branch or s.dormant)]
         return any(status in ("waiting", "running", "stopped") for status in statuses)
 
     def memory(self) -> tuple[Row, ...]:
@@ -178,7 +213,12 @@ class Kernel:
             pool = cache.pool
             untouched += untouched_bytes(pool.data_ptr(), pool.nbytes)
             rows = host_rows([*device, *host], untouched)
-        return (*rows, *self.tiers.disk_rows(slots["disk"]))
+        return (*rows, *self.tiers.disk_rows(slots["disk"]), *self._journal_rows())
+
+    def _journal_rows(self) -> list[Row]:
+        if self.journal is None:
+            return []
+        return [("journal (disk)", self.journal.nbytes, self.journal.trouble or "in a file")]
 
     def _offer(self, owner: str, source: TensorSource) -> str:
         """Open a download for an owner."""

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from kernel_server.state.events import (
     StretchDone,
     StretchFailed,
 )
-from kernel_server.state.instructions import Instruction, Interrupt, Publish, Reply
+from kernel_server.state.instructions import Instruction, Interrupt, Publish, Reply, WriteJournal
 from kernel_server.state.server_state import ServerState
 
 log = logging.getLogger(__name__)
@@ -44,11 +45,27 @@ class Worker(Protocol):
     def interrupt(self, session_id: str) -> None: ...
 
 
+class Durable(Protocol):
+    """What the loop asks of a journal."""
+
+    def write(self, instruction: WriteJournal) -> None: ...
+
+    def after(self, action: Callable[[], None]) -> None: ...
+
+
 class Loop:
     """Feeds events to the state and instructions to the engine, one event at a time."""
 
-    def __init__(self, state: ServerState, events: EventLog, *, debug: bool = False) -> None:
+    def __init__(
+        self,
+        state: ServerState,
+        events: EventLog,
+        *,
+        debug: bool = False,
+        journal: Durable | None = None,
+    ) -> None:
         self.state = state
+        self._journal = journal
         self.events = events
         self.debug = debug
         self._engine: Worker | None = None
@@ -98,13 +115,25 @@ class Loop:
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case Reply():
-                self.reply(instruction.request_id, instruction.message)
+                request_id, message = instruction.request_id, instruction.message
+                self._tell(lambda: self.reply(request_id, message))
             case Publish():
-                self.events.append(instruction.owner, instruction.event)
+                owner, event = instruction.owner, instruction.event
+                self._tell(lambda: self.events.append(owner, event))
+            case WriteJournal():
+                if self._journal is not None:
+                    self._journal.write(instruction)
             case Interrupt():
                 self.engine.interrupt(instruction.session_id)
             case _:
                 self.engine.submit(instruction)
+
+    def _tell(self, action: Callable[[], None]) -> None:
+        """Tell something when what it rests on is on disk; nothing waits for that here."""
+        if self._journal is None:
+            action()
+        else:
+            self._journal.after(action)
 
     def _end_run(self, session_id: str, fault: ServerFault) -> None:
         failed = StretchFailed(

@@ -7,6 +7,8 @@ linger, once nobody needs it any more.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -22,8 +24,9 @@ import kernel_server.version as version
 from kernel_server.config import ServerConfig
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
+from kernel_server.journal import Journal
 from kernel_server.pacing import Pacer
-from kernel_server.protocol.errors import BadArgument, DjinnError, ServerFault
+from kernel_server.protocol.errors import BadArgument, DjinnError, JournalInUse, ServerFault
 from kernel_server.service import Limits, Service
 from kernel_server.vectors import Vectors
 from kernel_server.wire import Address, load_or_create_tokens, token_file
@@ -73,6 +76,7 @@ class Server:
             vectors=Vectors(max_count=quotas.vectors, max_bytes=quotas.vector_bytes),
             pacer=pacer,
         )
+        self.journal: Journal | None = None
         if config.socket is not None:
             address = Address(path=str(config.socket))
         else:
@@ -89,6 +93,12 @@ class Server:
             ),
             pacer=pacer,
         ).start()
+        try:
+            self.journal = open_journal(config) if config.journal else None
+        except BaseException:
+            self.service.close()
+            raise
+        self.gateway.keep(self.journal)
         self._owners = len(tokens)
         self.address = self.service.address
         self._stopping = threading.Event()
@@ -119,6 +129,8 @@ class Server:
         self.service.close()
         if self.kernel is not None:
             self.kernel.close()
+        elif self.journal is not None:
+            self.journal.close()
         self._remove_runtime_file()
 
     # -- loading --------------------------------------------------------------------------------
@@ -130,7 +142,9 @@ class Server:
 
             shown = _Shown(self.gateway)
             loaded = load(self.config, shown)
-            self.kernel = Kernel(loaded, self.config, self.gateway, shown, self._owners)
+            self.kernel = Kernel(
+                loaded, self.config, self.gateway, shown, self._owners, self.journal
+            )
             self.kernel.start()
             model = self.kernel.info
             random = " · random weights" if model.random_weights else ""
@@ -202,6 +216,35 @@ class Server:
                 path.unlink()
         except (OSError, ValueError, KeyError):
             log.debug("runtime file %s is gone or not ours", path)
+
+
+def open_journal(config: ServerConfig) -> Journal:
+    """The journal this server is to go on with.
+
+    A folder that was named is waited for and never shared. Without a name it is one by address and
+    model; one of several servers there that have no address of their own takes the next that is
+    free. Raises JournalInUse, BrokenJournal.
+    """
+    if config.state_dir is not None:
+        return Journal(config.state_dir)
+    import platformdirs
+
+    folders = platformdirs.user_state_path("djinn", appauthor=False) / "journals"
+    wanted, where = config.model, config.journal_key
+    if where is None:
+        where = str(config.socket or f"{config.host}:{config.port or 'any'}")
+    model = wanted.model
+    if model is not None and Path(model).exists():
+        model = str(Path(model).resolve())
+    named = json.dumps([where, model, wanted.geometry, wanted.seed])
+    key = hashlib.sha256(named.encode()).hexdigest()[:16]
+    shared = config.journal_key is not None or (config.socket is None and not config.port)
+    if not shared:
+        return Journal(folders / key)
+    for number in range(1, 65):
+        with contextlib.suppress(JournalInUse):
+            return Journal(folders / (key if number == 1 else f"{key}-{number}"), wait_s=0.0)
+    raise JournalInUse(f"64 servers write journals in {folders} already: name one by --state-dir")
 
 
 class _Shown:

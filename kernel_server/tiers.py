@@ -23,8 +23,8 @@ from kernel_server.state.residency import Slots
 from kernel_server.state.shape import ModelShape
 from kernel_server.telemetry import Row, untouched_bytes
 
-#: How often idle sessions are looked for, seconds.
-TICK_S = 1.0
+#: How often idle sessions are looked for, and running ones recorded, seconds.
+TICK_S = 0.5
 
 Dispatch = Callable[[StateEvent], None]
 
@@ -89,20 +89,22 @@ class Tiers:
         self._copier = Copier(self._cache, self._host, self._disk, told)
         return self._copier
 
-    def start(self, dispatch: Dispatch) -> None:
-        """Ready the host's pool beside everything else, and let time pass."""
-        if self._host is None:
-            return
+    def start(self, dispatch: Dispatch, *, always: bool = False) -> None:
+        """Ready the host's pool beside everything else, and let time pass. always: also where there
+        is no such pool."""
         host = self._host
+        if host is None and not always:
+            return
 
         def prepare() -> None:
+            assert host is not None
             host.prepare(lambda ready: dispatch(PoolGrown(num_slots=ready)))
 
         def tick() -> None:
             while not self._ended.wait(TICK_S):
                 dispatch(Ticked(now=time.time()))
 
-        if self._pinned:
+        if self._pinned and host is not None:
             threading.Thread(target=prepare, name="host pool", daemon=True).start()
         threading.Thread(target=tick, name="clock", daemon=True).start()
 

@@ -9,9 +9,11 @@ The branches say whose move it is::
     │   ├── BadCondition, BadEdit, BadSelector, BadPrompt, PromptTooLong, BadArgument, BadMessage
     │   ├── NotStopped, NotFinished, StaleStop, UndoRefused
     │   ├── NoTokenizer, NotSupported, UnsupportedModel, ModelNotFound, BrokenModel
+    │   ├── WrongFingerprint, BrokenJournal, JournalInUse
     │   └── AccessDenied, AddressRefused, PortInUse
     ├── CapacityError           not now: try later, or ask for less
-    │   └── OutOfPages, OutOfDeviceMemory, QuotaExceeded, ModelLoading, StillRunning
+    │   ├── OutOfPages, OutOfDeviceMemory, QuotaExceeded, ModelLoading, StillRunning
+    │   └── NotRebuilt, ServerRestarted
     ├── ConnectionFailed        the way to the server
     │   └── NoServer, ConnectionLost
     ├── SessionFailed           the session's model run failed; the server goes on
@@ -168,6 +170,18 @@ class BrokenModel(RequestError, RuntimeError):
     """The model's folder is incomplete or unreadable."""
 
 
+class WrongFingerprint(RequestError, RuntimeError):
+    """The session was run under another execution fingerprint, so it would not go on exactly."""
+
+
+class BrokenJournal(RequestError, RuntimeError):
+    """The journal is damaged, or is not one of ours."""
+
+
+class JournalInUse(RequestError, RuntimeError):
+    """Another server writes this journal."""
+
+
 class AccessDenied(RequestError, PermissionError):
     """The access token was not accepted."""
 
@@ -205,6 +219,14 @@ class ModelLoading(CapacityError, RuntimeError):
 
 class StillRunning(CapacityError, TimeoutError):
     """The session did not stop within the time given, and goes on running."""
+
+
+class NotRebuilt(CapacityError, RuntimeError):
+    """The session came back after a restart, and is being computed again; ask again then."""
+
+
+class ServerRestarted(CapacityError, RuntimeError):
+    """The server ended while the session ran; it stands at its last place and can go on."""
 
 
 # --- the way to the server --------------------------------------------------------------------

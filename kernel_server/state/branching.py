@@ -93,6 +93,7 @@ class Branching(Scratching):
             del tree.nodes[number], tree.away[number]
         self._drop_kept(session, gone)
         self._tidy(session)
+        self.changed[session.id] = None
         self.reply(event.request_id, self._listed(session))
 
     def _listed(self, session: Session) -> m.Branches:
@@ -140,6 +141,7 @@ class Branching(Scratching):
         if node is not None and node.number == tree.current:
             self.reply(event.request_id, m.SessionReply(session=self.info(session)))
             return
+        self.require_built(session if node is None else self._host(session, node))
         way = list(tree.path(tree.current if node is None else node.number))
         base = self._base(session, way, place, node)
         start = base.cursor if base is not None else (max(place[0] - 1, 0), NOT_STARTED)
@@ -271,6 +273,7 @@ class Branching(Scratching):
             touched=session.touched,
             breakpoints=Breakpoints(),
             applied=dict(session.applied),
+            inexact=session.inexact,
         )
         self._end_at(line, tip)
         self.sessions[line.id] = line
@@ -484,12 +487,13 @@ class Branching(Scratching):
         if not session.scratch:
             self._rested(session, node)
 
-    def wait(self, session: Session, error: ErrorInfo) -> None:
+    def wait(self, session: Session, error: ErrorInfo | None) -> None:
+        node = None
         if not session.scratch:
-            session.replay = None
+            node = self._arrived_at(session)
         super().wait(session, error)
         if not session.scratch:
-            self._rested(session, None)
+            self._rested(session, node)
 
     def finish(self, session: Session) -> None:
         node = self._arrived_at(session)
@@ -563,6 +567,18 @@ class Branching(Scratching):
                 return
             token = known
         super()._drawn(session, token)
+        if replay is not None and session.status == "running":
+            self._came_before(session, replay)
+
+    def _came_before(self, session: Session, replay: Replay) -> None:
+        """A way that was to end before a forward has ended: rest there again."""
+        goal = (replay.target.forward, replay.target.point)
+        if goal[1] != NOT_STARTED or goal != (session.forward, session.point):
+            return
+        self.unqueue(session)
+        node = None if replay.node is None else session.tree.nodes[replay.node]
+        error = None if node is None else node.error
+        self.wait(session, error)
 
     def edits_applied(self, event: EditsApplied) -> None:
         session = self.sessions.get(event.session_id)

@@ -133,9 +133,17 @@ class Breakpoints:
 
     def __init__(self) -> None:
         self._all: dict[int, Breakpoint] = {}
-        self._next_id = 1
+        self.next_id = 1
         #: prefill? -> enabled breakpoints of that phase, in the order of their points
         self._armed: dict[bool, tuple[Place, ...]] = {}
+
+    @classmethod
+    def of(cls, found: Iterable[Breakpoint]) -> Breakpoints:
+        """These breakpoints, with their ids."""
+        made = cls()
+        made._all = {one.id: one for one in found}
+        made.next_id = max(made._all, default=0) + 1
+        return made
 
     def __len__(self) -> int:
         return len(self._all)
@@ -163,7 +171,7 @@ class Breakpoints:
         if request.kind == "breakpoint" and tokens is not None:
             raise BadArgument("a breakpoint is about all tokens: choose them in its condition")
         made = Breakpoint(
-            id=self._next_id,
+            id=self.next_id,
             kind=request.kind,
             points=points,
             locations=tuple(str(location_at(point, shape.num_layers)) for point in points),
@@ -175,7 +183,7 @@ class Breakpoints:
             once=request.once,
             log=make_log(request),
         )
-        self._next_id += 1
+        self.next_id += 1
         self._all[made.id] = made
         self._armed.clear()
         return made
@@ -266,7 +274,7 @@ class Breakpoints:
         """The same breakpoints with their counts, for a fork; its logs are empty."""
         made = Breakpoints()
         made._all = {key: found.copy() for key, found in self._all.items()}
-        made._next_id = self._next_id
+        made.next_id = self.next_id
         return made
 
     def info(self) -> tuple[BreakpointInfo, ...]:
@@ -276,7 +284,7 @@ class Breakpoints:
         """Assert that counts fit each other and the cache is fresh."""
         for found in self._all.values():
             assert 0 <= found.stops <= found.held <= found.hits, f"counts of {found}"
-            assert found.id < self._next_id
+            assert found.id < self.next_id
             if found.log is not None:
                 found.log.check()
         for prefill, armed in self._armed.items():

@@ -124,6 +124,7 @@ class Comparing(Branching):
         tree = session.tree
         node = tree.here if number == session.stop_number else tree.get(number)
         line = self._host(session, node)
+        self.require_built(line)
         forward, point = node.cursor
         if point == NOT_STARTED and forward == 0:
             raise NotFinished(

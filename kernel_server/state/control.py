@@ -57,6 +57,7 @@ class Control(Running):
             # no randomness here: the number of the session is as good a seed, and reproducible
             seed=number if request.seed is None else request.seed,
             tables=[()] * self.shape.num_groups,
+            fingerprint=self.fingerprint,
         )
         self.sessions[session.id] = session
         self.note(session, "Launch", brief(request))
@@ -141,7 +142,11 @@ class Control(Running):
             )
 
     def _check_quota(self, owner: str) -> None:
-        have = sum(s.owner == owner and not s.scratch for s in self.sessions.values())
+        # what finished before a restart holds nothing, and may be many
+        have = sum(
+            s.owner == owner and not s.scratch and not (s.dormant and s.status == "finished")
+            for s in self.sessions.values()
+        )
         most = self.limits.sessions_per_owner
         if have >= most:
             raise QuotaExceeded(
@@ -184,6 +189,8 @@ class Control(Running):
             edits=parent.edits.copy(),
             tree=parent.tree.of_fork((request.seed, request.temperature, request.top_p)),
             applied=dict(parent.applied),
+            fingerprint=parent.fingerprint,
+            inexact=parent.inexact,
         )
         for table in child.tables:
             self.pool.retain(table)
@@ -220,25 +227,30 @@ class Control(Running):
     # -- moving -----------------------------------------------------------------------------
 
     def continue_(self, event: Requested, request: m.Continue, session: Session) -> None:
-        self.require_rest(session, request.seen)
+        self._require_move(session, request.seen)
         self._run_on(event, session, None)
 
     def next(self, event: Requested, request: m.Next, session: Session) -> None:
-        self.require_rest(session, request.seen)
+        self._require_move(session, request.seen)
         self._run_on(event, session, next_target(self.shape, session.forward, session.point))
 
     def step_in(self, event: Requested, request: m.StepIn, session: Session) -> None:
-        self.require_rest(session, request.seen)
+        self._require_move(session, request.seen)
         self._run_on(event, session, step_in_target(self.shape, session.forward, session.point))
 
     def step_out(self, event: Requested, request: m.StepOut, session: Session) -> None:
-        self.require_rest(session, request.seen)
+        self._require_move(session, request.seen)
         self._run_on(event, session, step_out_target(self.shape, session.forward, session.point))
 
     def run_to(self, event: Requested, request: m.RunTo, session: Session) -> None:
-        self.require_rest(session, request.seen)
+        self._require_move(session, request.seen)
         wanted = self.shape.point(request.location)
         self._run_on(event, session, run_to_target(session.forward, session.point, wanted))
+
+    def _require_move(self, session: Session, seen: int) -> None:
+        """Refuse unless it rests where the caller saw it, or ran on from there by itself until its
+        server ended."""
+        self.require_rest(session, session.stop_number if seen == session.ran_from else seen)
 
     def _run_on(self, event: Requested, session: Session, target: Target | None) -> None:
         # found out now, while it can still be refused

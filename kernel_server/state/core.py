@@ -5,6 +5,7 @@ and the few ways anything leaves it. Which requests and results do what is decid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from kernel_server.state.story import Story
 
 EventKind = Literal[
     "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed",
-    "swapped",
+    "swapped", "durability",
 ]  # fmt: skip
 
 
@@ -71,7 +72,16 @@ class Core:
         *,
         check: bool = False,
         host_ready: int | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        journal: bool = False,
     ) -> None:
+        #: under which sessions run here
+        self.fingerprint: Mapping[str, Any] = fingerprint or {}
+        #: whether sessions are made durable
+        self.journal = journal
+        #: sessions that have changed and are to be recorded now; those that only ran, at times
+        self.changed: dict[str, None] = {}
+        self.advanced: dict[str, None] = {}
         self.shape = shape
         self.limits = limits or Limits()
         self.checking = check
@@ -130,6 +140,10 @@ class Core:
         """Append an event to the owner's log; it carries the session unless that has no news."""
         if session.scratch:
             return
+        if kind == "progress":
+            self.advanced[session.id] = None
+        elif kind not in ("continued", "swapped"):
+            self.changed[session.id] = None
         seq = self.event_seq.get(session.owner, 0) + 1
         self.event_seq[session.owner] = seq
         session.revision += 1
@@ -225,7 +239,7 @@ class Core:
         )
         self.publish(session, "stopped")
 
-    def wait(self, session: Session, error: ErrorInfo) -> None:
+    def wait(self, session: Session, error: ErrorInfo | None) -> None:
         """Let a session wait before the forward it could not begin."""
         self.move(session, "waiting")
         self._rest(session)
@@ -255,9 +269,15 @@ class Core:
         session.pausing = False
         self._trim(session)
 
+    def require_built(self, session: Session) -> None:
+        """Refuse what needs the tensors of a session that came back without them; defined by who
+        computes them again."""
+        raise NotImplementedError
+
     def set_running(self, session: Session) -> None:
         """Queue a session, and let a long stretch give way to it."""
         self.move(session, "running")
+        session.ran_from = None
         session.stop = None
         session.error = None
         self.queue(session)

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.location import Point
-from kernel_server.protocol.messages import ErrorInfo
+from kernel_server.protocol.messages import ErrorInfo, SessionRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +133,25 @@ class PoolGrown:
     num_slots: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalRead:
+    """A server starts with what the journal of an earlier one holds.
+
+    sessions: each with its arrays. damaged: ids that may have been further than their records say.
+    """
+
+    number: int
+    sessions: tuple[tuple[SessionRecord, tuple[Array, ...]], ...]
+    damaged: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DurabilityChanged:
+    """The journal cannot be written, and why; empty: it can again."""
+
+    text: str
+
+
 StateEvent = (
     Requested
     | StretchDone
@@ -142,4 +162,6 @@ StateEvent = (
     | CopiesDone
     | Ticked
     | PoolGrown
+    | JournalRead
+    | DurabilityChanged
 )

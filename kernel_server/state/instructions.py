@@ -3,7 +3,7 @@
 The loop carries them out in order. `RunStretch` goes to the engine's one work slot; `ApplyEdits`,
 `ForkTensors`, `KeepTensors`, `RestoreTensors`, `DropNodes`, `DropTensors`, `DropLog`, `PoisonPages`
 and `ReadTensors` are errands the engine does between two layers of whatever it runs; `Interrupt`,
-`Reply` and `Publish` take effect at once.
+`Reply` and `Publish` take effect at once, but for what must be on disk first: `WriteJournal`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.location import Point
-from kernel_server.protocol.messages import EditSpec, LogContent
+from kernel_server.protocol.messages import EditSpec, LogContent, SessionRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +249,19 @@ class ReadTensors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteJournal:
+    """Make a session durable as it is now, before anything that follows is told to anyone.
+
+    record: None when it has ended. number: of the newest session ever made.
+    """
+
+    session_id: str
+    number: int
+    record: SessionRecord | None
+    arrays: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """Answer a request with a protocol response (`ErrorReply` for errors)."""
 
@@ -277,6 +290,7 @@ Instruction = (
     | DropLog
     | PoisonPages
     | ReadTensors
+    | WriteJournal
     | Reply
     | Publish
 )

@@ -411,8 +411,9 @@ class Scratching(Editing):
         else:
             self._arrived(session)
 
-    def wait(self, session: Session, error: ErrorInfo) -> None:
+    def wait(self, session: Session, error: ErrorInfo | None) -> None:
         if session.scratch:
+            assert error is not None, f"{session.id} waits for nothing"
             self._give_up(session, error)
         else:
             super().wait(session, error)

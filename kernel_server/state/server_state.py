@@ -7,7 +7,7 @@ deterministic: the same events lead to the same state and the same instructions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kernel_server.protocol import messages as m
@@ -17,8 +17,10 @@ from kernel_server.protocol.messages import error_info
 from kernel_server.state.budgets import Budgets
 from kernel_server.state.events import (
     CopiesDone,
+    DurabilityChanged,
     EditsApplied,
     EditsFailed,
+    JournalRead,
     PoolGrown,
     Requested,
     StateEvent,
@@ -37,6 +39,12 @@ __all__ = ["Limits", "ModelShape", "ServerState"]
 #: Requests that are answered even while edits of their session are being applied.
 _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
+#: Requests that need no tensors, so that a dormant session answers them as it is.
+_WITHOUT_TENSORS = (
+    m.Describe, m.ReadStory, m.Pause, m.Accept, m.Terminate, m.ListBranches, m.Hint, m.Pin,
+    m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint,
+)  # fmt: skip
+
 
 class ServerState(Budgets):
     """All sessions of a server, and what is to be done next."""
@@ -48,8 +56,17 @@ class ServerState(Budgets):
         check: bool = False,
         record: bool = False,
         host_ready: int | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        journal: bool = False,
     ) -> None:
-        super().__init__(shape, limits, check=check, host_ready=host_ready)
+        super().__init__(
+            shape,
+            limits,
+            check=check,
+            host_ready=host_ready,
+            fingerprint=fingerprint,
+            journal=journal,
+        )
         #: every event handled, for `replay`; None unless asked for, since it only grows
         self.recorded: list[StateEvent] | None = [] if record else None
         self._requests: dict[type[Any], Callable[..., None]] = {
@@ -69,6 +86,7 @@ class ServerState(Budgets):
             m.ListBranches: self.list_branches,
             m.PruneBranch: self.prune_branch,
             m.Terminate: self.terminate,
+            m.Accept: self.accept,
             m.SetBreakpoint: self.set_breakpoint,
             m.EnableBreakpoint: self.enable_breakpoint,
             m.RemoveBreakpoint: self.remove_breakpoint,
@@ -124,8 +142,13 @@ class ServerState(Budgets):
             case Ticked():
                 self.now = max(self.now, event.now)
                 self.ticked(event)
+                self.record_advanced()
             case PoolGrown():
                 self.pool_grown(event)
+            case JournalRead():
+                self.journal_read(event)
+            case DurabilityChanged():
+                self.durability_changed(event)
             case _:
                 raise TypeError(f"{type(event).__name__} is not an event of the state machine")
         self.dispatch()
@@ -133,7 +156,8 @@ class ServerState(Budgets):
         self.write_behind()
         if self.checking:
             self.check()
-        return self._out
+        # first what must be on disk before the rest is told
+        return [*self.write_journal(), *self._out]
 
     def _requested(self, event: Requested) -> None:
         """Answer a request, or refuse it with its error; a fault of ours is answered too."""
@@ -170,6 +194,10 @@ class ServerState(Budgets):
         if session.pending is not None and not isinstance(message, _AT_ONCE):
             self._defer(event, session)
             return
+        if not isinstance(message, _WITHOUT_TENSORS):
+            self.require_built(session)
+            if isinstance(message, m.ReadDiff):
+                self.require_known(message.other_id, event.owner)
         if not isinstance(message, (m.Describe, m.ReadStory, m.ListBranches)):
             self.note(session, type(message).__name__, brief(message))
         answer(event, message, session)
@@ -232,6 +260,7 @@ class ServerState(Budgets):
             assert places == (session.status == "running"), f"{session.id} is in {places} places"
         assert set(queued) <= set(self.sessions), "a session that is gone is queued"
         assert self.slot is not None or not queued, "the engine idles beside a runnable session"
+        self.check_builders()
         self._check_slot()
 
     def _check_slot(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kernel_server.protocol.location import (
     NOT_STARTED,
@@ -109,6 +109,18 @@ class Session:
     pinned: bool = False
     #: it has left the device for being idle, since it was last asked for
     idled: bool = False
+    #: under which it ran; what an accepted difference of it is replaced by
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    #: it has gone on under another fingerprint than its own
+    inexact: bool = False
+    #: it came back from a journal: its pages and tensors are computed when they are needed
+    dormant: bool = False
+    #: why it may not be rebuilt here, unless that is accepted
+    refused: str | None = None
+    #: why rebuilding it did not work the last time
+    not_rebuilt: ErrorInfo | None = None
+    #: the stop from which it ran when its server ended: to go on from there is not stale
+    ran_from: int | None = None
     #: a scratch fork: in no list, publishes nothing
     scratch: bool = False
     #: likewise, and it never runs: what lay ahead of a session that went back
@@ -226,6 +238,9 @@ class Session:
             event_seq=event_seq,
             breakpoints=self.breakpoints.info(),
             edits=self.edit_infos(shape.num_layers),
+            dormant=self.dormant,
+            inexact=self.inexact,
+            refused=self.refused,
         )
 
     def check(self, shape: ModelShape) -> None:
@@ -255,6 +270,10 @@ class Session:
         assert self.pending is not None or not self.deferred, f"{self.id} forgot requests"
         if self.status == "failed":
             assert not any(self.tables), f"{self.id} failed and holds pages"
+            return
+        if self.dormant:
+            assert self.status in ("waiting", "stopped", "finished")
+            assert not any(self.tables), f"{self.id} is dormant and holds pages"
             return
         begun = shape.groups_begun(layers_begun(self.point, shape.num_layers))
         for group, table in enumerate(self.tables):

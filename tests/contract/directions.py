@@ -47,6 +47,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "kernel_server.telemetry": frozenset({_PROTOCOL}),
     "kernel_server.version": frozenset(),
     "kernel_server.asking": frozenset({_PROTOCOL, "kernel_server.wire"}),
+    "kernel_server.journal_frames": frozenset({_PROTOCOL}),
+    "kernel_server.journal": frozenset(
+        {_PROTOCOL, "kernel_server.journal_frames", "kernel_server.state.instructions"}
+    ),
     "kernel_server.loop": frozenset(
         {_PROTOCOL, "kernel_server.state", "kernel_server.engine", "kernel_server.event_log"}
     ),
@@ -74,6 +78,7 @@ ALLOWED: dict[str, frozenset[str]] = {
             "kernel_server.engine",
             "kernel_server.event_log",
             "kernel_server.gateway",
+            "kernel_server.journal",
             "kernel_server.loop",
             "kernel_server.models",
             "kernel_server.state",

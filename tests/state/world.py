@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.codec import rebuild_error
+from kernel_server.protocol.arrays import Array
+from kernel_server.protocol.codec import decode, encode, rebuild_error
 from kernel_server.protocol.location import NOT_STARTED, Point, layers_begun, layers_executed
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edits
@@ -22,6 +23,7 @@ from kernel_server.state.events import (
     EditResult,
     EditsApplied,
     EditsFailed,
+    JournalRead,
     LogResult,
     Requested,
     StretchDone,
@@ -43,6 +45,7 @@ from kernel_server.state.instructions import (
     Reply,
     RestoreTensors,
     RunStretch,
+    WriteJournal,
 )
 from kernel_server.state.pages import PagePool
 from kernel_server.state.residency import Residency
@@ -250,9 +253,14 @@ def noted(stretch: RunStretch, point: Point) -> tuple[tuple[LogResult, ...], Poi
 class World:
     """Clients, state and engine, one event at a time."""
 
-    def __init__(self, shape: ModelShape = SHAPE, limits: Limits | None = None) -> None:
+    def __init__(
+        self, shape: ModelShape = SHAPE, limits: Limits | None = None, **options: Any
+    ) -> None:
         self.shape = shape
-        self.state = ServerState(shape, limits, check=True, record=True)
+        self.state = ServerState(shape, limits, check=True, record=True, **options)
+        #: what the journal would hold: the newest record of each session, as bytes
+        self.journal: dict[str, tuple[bytes, tuple[Array, ...]]] = {}
+        self.number = 0
         self.engine = Engine(shape)
         #: seconds of the server's clock
         self.now = 0.0
@@ -424,6 +432,8 @@ class World:
         match instruction:
             case Reply():
                 self._keep_reply(instruction.request_id, instruction.message)
+            case WriteJournal():
+                self._record(instruction)
             case Publish():
                 log = self.events.setdefault(instruction.owner, [])
                 assert instruction.event.seq == len(log) + 1, "a gap in the sequence of events"
@@ -444,6 +454,17 @@ class World:
                 self._keep_reply(instruction.request_id, instruction)
             case _:
                 self.engine.errand(instruction)
+
+    def _record(self, written: WriteJournal) -> None:
+        self.number = written.number
+        self.journal.pop(written.session_id, None)
+        if written.record is not None:
+            self.journal[written.session_id] = encode(written.record), written.arrays
+
+    def read(self, damaged: frozenset[str] = frozenset()) -> JournalRead:
+        """What a server that starts now would read."""
+        sessions = tuple((decode(data), arrays) for data, arrays in self.journal.values())
+        return JournalRead(number=self.number, sessions=sessions, damaged=damaged)
 
     def _keep_reply(self, request_id: int, message: Any) -> None:
         assert request_id not in self.replies, f"request {request_id} was answered twice"

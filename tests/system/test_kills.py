@@ -126,7 +126,9 @@ def test_a_waiting_client_is_told_within_seconds_that_the_server_has_gone(
         process.end()
 
 
-def test_after_a_kill_connect_starts_a_fresh_embedded_server(own_runtime, model_folder):
+def test_after_a_kill_connect_starts_another_embedded_server_with_the_sessions(
+    own_runtime, model_folder
+):
     with djinn.connect(model=model_folder, linger_s=60) as server:
         (pid,) = pids(own_runtime)
         session = server.launch(PROMPT, max_new_tokens=8000)
@@ -138,6 +140,8 @@ def test_after_a_kill_connect_starts_a_fresh_embedded_server(own_runtime, model_
 
         with djinn.connect(model=model_folder, linger_s=60) as fresh:
             assert pids(own_runtime) != [pid]
+            assert list(fresh.sessions().index) == [session.id]
+            fresh.attach(session.id).terminate()
             assert fresh.sessions().empty
             assert isinstance(fresh.launch(PROMPT, max_new_tokens=2).continue_(), djinn.Finished)
 
@@ -241,7 +245,7 @@ def test_a_broken_model_is_refused_by_name_by_connect(
 
 
 def test_a_handle_never_acts_on_another_servers_session_of_the_same_id(model_folder, tmp_path):
-    first = Process(tmp_path / "run", "--model", str(model_folder))
+    first = Process(tmp_path / "run", "--model", str(model_folder), "--no-journal")
     second = None
     try:
         server = first.connect()
@@ -250,7 +254,7 @@ def test_a_handle_never_acts_on_another_servers_session_of_the_same_id(model_fol
         stop = session.run_to(2)
         first.process.kill()
         first.process.wait()
-        second = Process(tmp_path / "run", "--model", str(model_folder))
+        second = Process(tmp_path / "run", "--model", str(model_folder), "--no-journal")
         with second.connect() as other:
             theirs = other.launch("Mary went to the park", max_new_tokens=8)
             theirs.run_to(2)

@@ -7,5 +7,6 @@ pulled by sequence number.
 from kernel_server.protocol.messages.base import *  # noqa: F403
 from kernel_server.protocol.messages.events import *  # noqa: F403
 from kernel_server.protocol.messages.parts import *  # noqa: F403
+from kernel_server.protocol.messages.records import *  # noqa: F403
 from kernel_server.protocol.messages.requests import *  # noqa: F403
 from kernel_server.protocol.messages.responses import *  # noqa: F403

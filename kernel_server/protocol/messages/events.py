@@ -10,12 +10,15 @@ from kernel_server.protocol.messages.parts import SessionInfo
 
 @message
 class Event:
-    """Something that happened to a session. `session` is None for progress and for terminated."""
+    """Something that happened to a session. `session` is None for progress and for terminated.
+
+    `durability` is about no session: `text` says why nothing is made durable, empty: it is again.
+    """
 
     seq: int
     kind: Literal[
         "launched", "continued", "progress", "stopped", "finished", "failed", "terminated",
-        "changed", "swapped",
+        "changed", "swapped", "durability",
     ]  # fmt: skip
     session_id: str
     session: SessionInfo | None = None

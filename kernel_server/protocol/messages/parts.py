@@ -233,6 +233,12 @@ class SessionInfo:
     disk_pages: int = 0
     #: its pages never leave the device
     pinned: bool = False
+    #: it came back after a restart: its tensors are computed again when they are needed
+    dormant: bool = False
+    #: it has gone on under another execution fingerprint than its own
+    inexact: bool = False
+    #: why it may not go on here, unless that is accepted; None: it may
+    refused: str | None = None
 
 
 @message

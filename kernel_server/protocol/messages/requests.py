@@ -129,6 +129,13 @@ class Fork:
 
 
 @message
+class Accept:
+    """Let a session go on under another execution fingerprint than its own; it is marked."""
+
+    session_id: str
+
+
+@message
 class Terminate:
     """End a session and free what it holds."""
 

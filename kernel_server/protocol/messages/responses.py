@@ -33,6 +33,10 @@ class Initialized:
     #: sequence number of the newest event: where to start polling
     event_seq: int
     error: ErrorInfo | None = None
+    #: of the journal that this server goes on with: equal after a restart; empty without one
+    journal: str = ""
+    #: why sessions are not durable at present; empty: they are, or there is no journal
+    not_durable: str = ""
 
 
 @message
