@@ -201,6 +201,12 @@ class Client:
         data = self._download(reply.transfer_id, reply.nbytes, label)
         return Array(reply.dtype, reply.shape, memoryview(data)).numpy()
 
+    def fetch_array(self, reply: m.TensorReply, label: str) -> Array:
+        """The bytes of an answer that go in chunks, in the dtype they have."""
+        assert reply.transfer_id is not None
+        data = self._download(reply.transfer_id, reply.nbytes, label)
+        return Array(reply.dtype, reply.shape, memoryview(data))
+
     def _download(self, transfer_id: str, nbytes: int, label: str) -> bytearray:
         data = bytearray(nbytes)
         offset = 0

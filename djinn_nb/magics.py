@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.core.magic import cell_magic, line_magic, magics_class
 from IPython.core.magic_arguments import argument, magic_arguments
 
+from djinn_nb.checkpoints import is_checkpoint
 from djinn_nb.connection import connect
 from djinn_nb.current import Pending
 from djinn_nb.handles import Breakpoint
@@ -64,13 +65,18 @@ class DjinnMagics(StopMagics):
         )  # fmt: skip
 
     @magic_arguments()
-    @argument("model", help="a local folder or hub id")
+    @argument("model", help="a local folder or hub id, or a checkpoint that %%djinn_save wrote")
     @argument("--device", help="cpu, cuda:0, ...")
     @argument("--dtype", help="float32, bfloat16 or float16")
+    @argument("--inexact", action="store_true",
+              help="a checkpoint: also under another execution fingerprint")  # fmt: skip
     @line_magic
     def djinn_load(self, line: str) -> None:
-        """Debug another model: connect to an embedded server that serves it, starting one."""
+        """Debug another model, in an embedded server that serves it; or go on with a checkpoint."""
         args = self._parse(self.djinn_load, line)
+        if is_checkpoint(args.model):
+            self._use(self.need_server().load(args.model, inexact=args.inexact))
+            return
         self._connect(None, model=args.model, device=args.device, dtype=args.dtype)
 
     def _connect(self, address: str | None, **wishes: Any) -> None:
@@ -304,6 +310,14 @@ class DjinnMagics(StopMagics):
         args = self._parse(self.djinn_fork, line)
         child = self.need_session().fork(args.seed, name=args.name)
         self._use(child)
+
+    @magic_arguments()
+    @argument("path", help="a folder that is not there yet")
+    @line_magic
+    def djinn_save(self, line: str) -> None:
+        """Save the current session as a checkpoint, a folder on this machine."""
+        args = self._parse(self.djinn_save, line)
+        self.say(f"saved as {self.need_session().save(args.path)}")
 
     @magic_arguments()
     @argument("session", help="id or name; %%djinn_sessions lists them")

@@ -11,12 +11,8 @@ from kernel_server.protocol.errors import NotSupported
 
 #: class -> name -> what it will do, and what to use today
 PLANNED: dict[str, dict[str, str]] = {
-    "Server": {
-        "load": "another model in the same server; connect(model=...) starts one beside it today",
-    },
-    "Session": {
-        "save": "checkpoints on disk",
-    },
+    "Server": {},
+    "Session": {},
     "Stopped": {},
 }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+from djinn_nb import checkpoints, recipes
 from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
 from djinn_nb.client import Client
 from djinn_nb.model import Model, model_line, token_id_list
 from djinn_nb.planned import Planned
 from djinn_nb.prompts import Sessions, is_list_of_prompts
+from djinn_nb.recipes import Recipe, Replayed
 from djinn_nb.residency import TIERS, Residency
 from djinn_nb.session import Session
 from djinn_nb.vector_store import VectorStore
@@ -192,6 +195,34 @@ class Server(Planned):
             if not named:
                 raise
             return Session(self._client, named[0])
+
+    def load(
+        self, path: str | os.PathLike[str], *, name: str | None = None, inexact: bool = False
+    ) -> Session:
+        """A session from a checkpoint that `session.save(path)` has written, here or elsewhere.
+
+        It stands where it was saved, as a new session; the server computes it again, as it went,
+        when its tensors are first needed. inexact: also under another execution fingerprint than it
+        ran under; it is marked ever after. Raises BrokenCheckpoint for a folder that is not whole,
+        WrongFingerprint with what differs, WrongModel, QuotaExceeded.
+
+            server.load("mary.djinn").continue_()
+        """
+        found = checkpoints.read(path)
+        made = checkpoints.send(
+            self._client, found, text_or_none(name, "name"), flag(inexact, "inexact")
+        )
+        return Session(self._client, made)
+
+    def replay(self, recipe: Recipe | str | os.PathLike[str]) -> Replayed:
+        """Do again what a recipe says, and say where it first differs, if anywhere.
+
+        recipe: of `session.recipe()`, or the folder in which one was saved. The session it makes
+        stays. Raises what `load()` raises, but not WrongFingerprint.
+
+            server.replay("mary.djinn").first_difference
+        """
+        return recipes.replay(self, recipe)
 
     def sessions(self) -> pd.DataFrame:
         """All sessions of yours on this server, one row each, indexed by id."""

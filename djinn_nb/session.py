@@ -6,11 +6,14 @@ moved by other clients; every control call carries the last stop this handle has
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb import checkpoints, recipes
 from djinn_nb.branches import Branches
 from djinn_nb.captured import Captured, capture
 from djinn_nb.checks import flag, real, shown, text_or_none, warn_of_unused, whole
@@ -20,6 +23,7 @@ from djinn_nb.handles import Breakpoint, Edit
 from djinn_nb.lens_tables import lens_frame, read_lens_map
 from djinn_nb.logs import Logpoint, lost_records
 from djinn_nb.planned import Planned
+from djinn_nb.recipes import Recipe
 from djinn_nb.residency import Moving
 from djinn_nb.selectors import selector
 from djinn_nb.stopped import Finished, Stopped
@@ -580,6 +584,29 @@ class Session(Moving, Planned):
             ) from None
         warn_of_unused(made.newest.temperature, seed=seed, top_p=top_p)
         return made
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save it as a checkpoint: a folder at `path` on this machine; returns it.
+
+        All that determines it, with its branches, breakpoints and the numbers of its edits, as JSON
+        and safetensors; no keys and values, which are computed again where it is loaded. Written in
+        one step, owner only. Raises NotStopped while it runs, BadArgument where something exists.
+
+            session.save("mary.djinn")
+            server.load("mary.djinn").continue_()
+        """
+        return checkpoints.write(checkpoints.fetch(self), path)
+
+    def recipe(self) -> Recipe:
+        """What was done, with a hash of the value at each stop on the way, for others to replay.
+
+        The stops are looked at on a fork; nothing is changed. Raises NotStopped while it runs.
+
+            recipe = session.recipe()
+            recipe.save("mary.djinn")
+            server.replay("mary.djinn").same
+        """
+        return recipes.make(self)
 
     def terminate(self) -> None:
         """End it and free what it holds; its handle then knows only what it has shown."""

@@ -38,7 +38,7 @@ from kernel_server.protocol.errors import (
     NoTokenizer,
     NotSupported,
 )
-from kernel_server.transfers import OWNER_BYTES, Transfers
+from kernel_server.transfers import MAX_CHUNK, OWNER_BYTES, ArraySource, Transfers
 from kernel_server.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -222,6 +222,10 @@ class Gateway:
                 request = dataclasses.replace(
                     request, tokens=self._selector(served, request.tokens)
                 )
+        if isinstance(request, m.LoadRecord):
+            request = self._with_arrays(owner, request)
+        if isinstance(request, m.ReadRecord):
+            return self._record(owner, served.loop.request(owner, request))
         if not isinstance(request, _STATE_REQUESTS):
             raise BadMessage(f"{type(request).__name__} is not a request")
         if _uses_engine(request):
@@ -300,6 +304,32 @@ class Gateway:
             return m.UploadReply(transfer_id=request.transfer_id, received=received)
         data = self.transfers.read(owner, request.transfer_id, request.offset, request.length)
         return m.Chunk(offset=request.offset, data=Array("uint8", (len(data),), data))
+
+    def _with_arrays(self, owner: str, request: m.LoadRecord) -> m.LoadRecord:
+        """The record's arrays where it names uploads."""
+        parts = []
+        for part in request.arrays:
+            if (part.data is None) == (part.upload_id is None):
+                raise BadMessage("an array of a record is either here, or was uploaded")
+            data = part.data
+            if part.upload_id is not None:
+                data = self.transfers.take(owner, part.upload_id)
+            parts.append(m.ArrayPart(data=data))
+        return dataclasses.replace(request, arrays=tuple(parts))
+
+    def _record(self, owner: str, reply: Any) -> Any:
+        """Large arrays of a record go in chunks."""
+        if not isinstance(reply, m.RecordReply):
+            return reply
+        arrays = tuple(
+            one
+            if one.data is None or one.nbytes <= MAX_CHUNK
+            else dataclasses.replace(
+                one, data=None, transfer_id=self.transfers.offer(owner, ArraySource(one.data))
+            )
+            for one in reply.arrays
+        )
+        return dataclasses.replace(reply, arrays=arrays)
 
     # -- named vectors --------------------------------------------------------------------
 
@@ -502,6 +532,7 @@ _STATE_REQUESTS = (
     m.ReadAttention, m.ReadAttribution, m.ReadSites, m.ReadRouter, m.ReadDiff,
     m.ReadLensMap,
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
+    m.ReadRecord, m.LoadRecord,
 )  # fmt: skip
 
 #: Requests that wait for something to happen, and a pause, which must always get through; the
@@ -513,6 +544,7 @@ _AT_ONCE = (
     m.Pin, m.Hint, m.SetBudget, m.Fork, m.Terminate, m.SetBreakpoint, m.EnableBreakpoint,
     m.RemoveBreakpoint, m.ReadStory,
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
+    m.ReadRecord, m.LoadRecord,
 )  # fmt: skip
 
 

@@ -35,6 +35,18 @@ class Source(Protocol):
     def read(self, offset: int, length: int) -> bytes | memoryview: ...
 
 
+class ArraySource:
+    """An array that is in memory, read piece by piece."""
+
+    def __init__(self, array: Array) -> None:
+        self.dtype, self.shape, self.nbytes = array.dtype, array.shape, array.nbytes
+        self._data = memoryview(array.data)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        """Bytes `offset` to `offset + length`."""
+        return self._data[offset : offset + length]
+
+
 @dataclass
 class _Download:
     owner: str

@@ -9,7 +9,7 @@ The branches say whose move it is::
     │   ├── BadCondition, BadEdit, BadSelector, BadPrompt, PromptTooLong, BadArgument, BadMessage
     │   ├── NotStopped, NotFinished, StaleStop, UndoRefused
     │   ├── NoTokenizer, NotSupported, UnsupportedModel, ModelNotFound, BrokenModel
-    │   ├── WrongFingerprint, BrokenJournal, JournalInUse
+    │   ├── WrongFingerprint, BrokenCheckpoint, BrokenJournal, JournalInUse
     │   └── AccessDenied, AddressRefused, PortInUse
     ├── CapacityError           not now: try later, or ask for less
     │   ├── OutOfPages, OutOfDeviceMemory, QuotaExceeded, ModelLoading, StillRunning
@@ -172,6 +172,10 @@ class BrokenModel(RequestError, RuntimeError):
 
 class WrongFingerprint(RequestError, RuntimeError):
     """The session was run under another execution fingerprint, so it would not go on exactly."""
+
+
+class BrokenCheckpoint(RequestError, RuntimeError):
+    """A checkpoint's files are torn, were changed, or are not a checkpoint's."""
 
 
 class BrokenJournal(RequestError, RuntimeError):

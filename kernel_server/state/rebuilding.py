@@ -361,7 +361,17 @@ class Rebuilding(Comparing):
     def _drawn(self, session: Session, token: int) -> None:
         if session.id in self.builders:
             self._tell_progress(session, self.shape.sampled)
+            self._note_difference(session, token)
         super()._drawn(session, token)
+
+    def _note_difference(self, builder: Session, token: int) -> None:
+        """What need not be exact may draw another token; the recorded one is taken."""
+        replay, shown = builder.replay, self._shown(self.sessions[self.builders[builder.id]])
+        if replay is None or shown.differs_from is not None or not builder.inexact:
+            return
+        drawn_here = builder.forward >= shown.tree.sampled_from
+        if drawn_here and token != replay.tokens[len(builder.tokens)]:
+            shown.differs_from = builder.forward
 
     def _tell_progress(self, builder: Session, point: float) -> None:
         """Tell whoever waits for the session how far it is computed again."""

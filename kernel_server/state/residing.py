@@ -13,8 +13,8 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
 from kernel_server.state.events import PoolGrown, Requested, Ticked
 from kernel_server.state.paging import Settling
-from kernel_server.state.rebuilding import Rebuilding
 from kernel_server.state.residency import Tier
+from kernel_server.state.saving import Saving
 from kernel_server.state.sessions import Session
 
 #: Most seconds ahead that a hint may name: a day.
@@ -24,7 +24,7 @@ _MAX_HINT_S = 86400.0
 _LEAD_S, _LEAD_BYTES_PER_S = 1.25, 10e9
 
 
-class Residing(Rebuilding):
+class Residing(Saving):
     """Evict, restore, pin, hint; idle sessions."""
 
     def evict(self, event: Requested, request: m.Evict, session: Session) -> None:

@@ -41,7 +41,8 @@ _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
 #: Requests that need no tensors, so that a dormant session answers them as it is.
 _WITHOUT_TENSORS = (
-    m.Describe, m.ReadStory, m.Pause, m.Accept, m.Terminate, m.ListBranches, m.Hint, m.Pin,
+    m.Describe, m.ReadStory, m.Pause, m.Accept, m.Terminate, m.ListBranches,
+    m.ReadRecord, m.Hint, m.Pin,
     m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint,
 )  # fmt: skip
 
@@ -87,6 +88,8 @@ class ServerState(Budgets):
             m.PruneBranch: self.prune_branch,
             m.Terminate: self.terminate,
             m.Accept: self.accept,
+            m.ReadRecord: self.read_record,
+            m.LoadRecord: self.load_record,
             m.SetBreakpoint: self.set_breakpoint,
             m.EnableBreakpoint: self.enable_breakpoint,
             m.RemoveBreakpoint: self.remove_breakpoint,
@@ -186,7 +189,7 @@ class ServerState(Budgets):
         answer = self._requests.get(type(message))
         if answer is None:
             raise BadMessage(f"{type(message).__name__} is not a request about sessions")
-        if isinstance(message, (m.Launch, m.ListSessions, m.SetBudget)):
+        if isinstance(message, (m.Launch, m.ListSessions, m.SetBudget, m.LoadRecord)):
             answer(event, message)
             return
         session = self.own(event.owner, message.session_id)

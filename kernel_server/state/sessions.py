@@ -117,6 +117,8 @@ class Session:
     dormant: bool = False
     #: why it may not be rebuilt here, unless that is accepted
     refused: str | None = None
+    #: computed again, the first forward whose token came out otherwise
+    differs_from: int | None = None
     #: why rebuilding it did not work the last time
     not_rebuilt: ErrorInfo | None = None
     #: the stop from which it ran when its server ended: to go on from there is not stale
@@ -241,6 +243,7 @@ class Session:
             dormant=self.dormant,
             inexact=self.inexact,
             refused=self.refused,
+            differs_from=self.differs_from,
         )
 
     def check(self, shape: ModelShape) -> None:

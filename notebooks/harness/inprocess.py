@@ -26,6 +26,7 @@ from kernel_server.engine.kv_cache import KVCache
 from kernel_server.engine.segments import Segments
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
+from kernel_server.journal import Journal
 from kernel_server.kernel import Kernel, load
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.vectors import Vectors
@@ -129,12 +130,14 @@ def local_kernel(
     idle_after_s: float | None = None,
     sessions: int = 64,
     check: bool = True,
+    state_dir: Path | None = None,
 ) -> Iterator[Local]:
     """Load a model and serve it inside this process, on one thread.
 
     model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
     sessions: how many there may be. check: judge every invariant of the state at every event;
-    benchmarks do without. Named vectors are kept as long as the kernel.
+    benchmarks do without. Named vectors are kept as long as the kernel. state_dir: of a journal, from
+    which sessions come back; None: there is none.
 
         with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
             session = local.server.launch("When Mary and John", max_new_tokens=4)
@@ -158,7 +161,9 @@ def local_kernel(
     kept = tempfile.TemporaryDirectory(prefix="djinn-vectors-")
     vectors = Vectors(Path(kept.name))
     gateway = Gateway(secrets.token_hex(4), VERSION, EventLog(), vectors=vectors)
-    kernel = Kernel(load(config, _quiet), config, gateway).start()
+    journal = None if state_dir is None else Journal(state_dir)
+    gateway.keep(journal)
+    kernel = Kernel(load(config, _quiet), config, gateway, journal=journal).start()
     transport = cast(Transport, InProcessTransport(kernel.gateway))
     server = Server(Client(transport, "evaluation"))
     try:

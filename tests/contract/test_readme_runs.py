@@ -21,14 +21,15 @@ CELLS = [b for b in BLOCKS if "import djinn_nb" not in b and "gpu-box" not in b 
 
 @pytest.mark.notebook
 @pytest.mark.usefixtures("own_user_folders")
-def test_the_cells_of_the_readme_run_in_a_notebook():
+def test_the_cells_of_the_readme_run_in_a_notebook(tmp_path: Path):
     notebook = new_notebook(cells=[new_code_cell(block.rstrip()) for block in CELLS])
-    client = NotebookClient(notebook, timeout=100, kernel_name="python3")
+    place = {"metadata": {"path": str(tmp_path)}}  # some cells save files
+    client = NotebookClient(notebook, timeout=100, kernel_name="python3", resources=place)
 
     client.execute()
 
     said = str([cell.outputs for cell in notebook.cells])
-    assert len(CELLS) == 8
+    assert len(CELLS) == 9
     assert "layers.20.output" in said
     assert "layers.23.output" in said  # in the table of the logpoint
     assert "differs_at" in said

@@ -16,7 +16,6 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import djinn_nb as djinn
-from djinn_nb import errors
 from djinn_nb.notebook import load_ipython_extension, unload_ipython_extension
 from tests.system.conftest import PROMPT, World
 
@@ -57,6 +56,8 @@ SIGNATURES = {
     " replace=None, alpha=1.0, tokens='all', heads=None, channels=None, sticky=False,"
     " location=None, inexact=False)",
     "Stopped.lens": "(self, top_k=5, tokens=-1, layers=None)",
+    "Session.save": "(self, path)",
+    "Server.load": "(self, path, *, name=None, inexact=False)",
     "Stopped.undo": "(self)",
     "Stopped.preview": "(self, *edits, top_k=10, metric=None, **edit)",
     "Stopped.attention": "(self, layer=None, head=None, tokens=None)",
@@ -72,9 +73,6 @@ PROPERTIES = {
     ],
     "Stopped": ["location", "reason", "forward", "hit_tokens", "tokens", "hidden_states", "value"],
 }  # fmt: skip
-PLANNED = {
-    "Session": ["save"],
-}
 LINE_MAGICS = [
     "connect", "load", "break", "breaks", "continue", "next", "in", "out", "back", "pause", "edit",
     "lens", "fork", "sessions", "memory", "help",
@@ -178,9 +176,3 @@ def test_a_server_is_a_context_manager_and_its_sessions_stay(world: World) -> No
     with pytest.raises(djinn.DjinnError):
         server.sessions()
     world.server.attach(session.id).terminate()
-
-
-def test_names_of_later_versions_are_typed_errors(session: djinn.Session) -> None:
-    for name in PLANNED["Session"]:
-        with pytest.raises(errors.NotSupported, match=name):
-            getattr(session, name)

@@ -239,6 +239,9 @@ class SessionInfo:
     inexact: bool = False
     #: why it may not go on here, unless that is accepted; None: it may
     refused: str | None = None
+    #: computed again under another fingerprint, the first forward whose token came out otherwise;
+    #: the recorded one was taken
+    differs_from: int | None = None
 
 
 @message

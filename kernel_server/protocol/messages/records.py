@@ -167,6 +167,14 @@ class SessionRecord:
 
 
 @message
+class ArrayPart:
+    """An array that a record names, or the upload in which it was sent."""
+
+    data: Array | None = None
+    upload_id: str | None = None
+
+
+@message
 class JournalHead:
     """The first frame of a journal. number: of the newest session ever made."""
 

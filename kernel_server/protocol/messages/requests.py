@@ -22,6 +22,7 @@ from kernel_server.protocol.messages.parts import (
     TextIds,
     When,
 )
+from kernel_server.protocol.messages.records import ArrayPart, SessionRecord
 
 
 @message
@@ -133,6 +134,26 @@ class Accept:
     """Let a session go on under another execution fingerprint than its own; it is marked."""
 
     session_id: str
+
+
+@message
+class ReadRecord:
+    """Ask for all that determines a session at rest."""
+
+    session_id: str
+
+
+@message
+class LoadRecord:
+    """Make a session of a record; it is computed again when its tensors are needed.
+
+    inexact: also under another execution fingerprint than its own; then it is marked.
+    """
+
+    record: SessionRecord
+    arrays: tuple[ArrayPart, ...] = ()
+    name: str | None = None
+    inexact: bool = False
 
 
 @message

@@ -18,6 +18,7 @@ from kernel_server.protocol.messages.parts import (
     Status,
     VectorInfo,
 )
+from kernel_server.protocol.messages.records import SessionRecord
 
 
 @message
@@ -138,6 +139,14 @@ class PreviewReply:
     logits_after: TensorReply | None
     #: elements that each edit changed in this forward
     elements_changed: tuple[int, ...] = ()
+
+
+@message
+class RecordReply:
+    """All that determines a session, and the arrays that its record names by index."""
+
+    record: SessionRecord
+    arrays: tuple[TensorReply, ...]
 
 
 @message

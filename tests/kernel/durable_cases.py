@@ -1,0 +1,119 @@
+"""What must hold when sessions are saved, loaded and outlive their kernel, whatever the device."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from djinn_nb import Session, Stopped
+from kernel_server.protocol import messages as m
+from notebooks.harness.exactness import different
+from notebooks.harness.inprocess import Local
+from tests.kernel.branch_cases import ends_as, references_of
+from tests.kernel.cases import prompt_of
+from tests.kernel.tier_cases import ask
+
+#: Starts a kernel with the journal in a folder, after the one before has ended.
+Start = Callable[[], AbstractContextManager[Local]]
+
+
+def sequences_end_alike(start: Start, folder: Path, seed: int, kernels: int, steps: int) -> None:
+    """Sessions stepped, forked, evicted, saved, loaded, taken back and restarted, in any order,
+    end as if left alone."""
+    rng = random.Random(seed)
+    live: list[tuple[str, int]] = []
+    for life in range(kernels):
+        with start() as local:
+            if not life:
+                prompts = [prompt_of(local, c, 5, seed + i) for i, c in enumerate((0.5, 1.4))]
+                references = references_of(local, prompts)
+                for made in local.server.sessions().index:
+                    local.server.attach(made).terminate()
+                live = [(p.launch(local).id, i) for i, p in enumerate(prompts)]
+            sessions = [(local.server.attach(key), which) for key, which in live]
+            assert all(session.newest.dormant or not life or not session.newest.forward
+                       for session, _ in sessions)  # fmt: skip
+            _walk(rng, local, sessions, folder / str(life), steps)
+            live = [(session.id, which) for session, which in sessions]
+            if life < kernels - 1:
+                continue
+            for session, which in sessions:
+                ends_as(session, prompts[which], references[which])
+                session.terminate()
+
+
+def _walk(
+    rng: random.Random,
+    local: Local,
+    sessions: list[tuple[Session, int]],
+    folder: Path,
+    steps: int,
+) -> None:
+    for step in range(steps):
+        session, which = rng.choice(sessions)
+        status, choice = session.status, rng.randrange(10)
+        if choice < 3 and status != "finished":
+            rng.choice([session.next, session.step_out, session.step_in])()
+        elif choice == 3 and status != "finished":
+            session.run_to(rng.randrange(local.num_layers))
+        elif choice == 4 and session.newest.forward and status in ("stopped", "finished"):
+            forward = rng.randrange(session.newest.forward)
+            session.rewind(forward, rng.randrange(local.num_layers))
+        elif choice == 5 and len(sessions) < 6:
+            sessions.append((session.fork(), which))
+        elif choice == 6 and len(sessions) < 6:
+            path = session.save(folder.with_name(f"{folder.name}-{step}"))
+            sessions.append((local.server.load(path), which))
+        elif choice == 7 and status in ("stopped", "finished") and not session.newest.dormant:
+            if local.kernel.state.residency.slots["host"].capacity:
+                ask(session, m.Evict, to=rng.choice(["host", "disk"]))
+        elif choice == 8:
+            session.go_to(rng.choice(session.branches()).number)
+        elif status == "stopped" and session.stop is not None:
+            session.stop.edit(scale=0.5)
+            session.stop.undo()
+
+
+def an_edited_stop_comes_back(start: Start, folder: Path) -> None:
+    """Value, logits and what follows at a stop with edits on the way and there, in every way."""
+    with start() as local:
+        session = prompt_of(local, 1.4, new_tokens=6).launch(local)
+        session.run_to("layers.1.output").edit(add=np.ones(_hidden(local), np.float32), alpha=0.5)
+        stop = session.run_to("logits")
+        stop.edit(scale=1.5)
+        site = session.run_to("layers.2.middle")
+        site.edit(scale=0.75, tokens=-1)
+        site.edit(scale=1.25, sticky=True)
+        stop = session.run_to("layers.3.output")
+        stop.edit(zero=True, channels=[1, 3])
+        value, logits = stop.value.numpy(), session.logits
+        expected = session.fork()
+        expected.continue_()
+        ends = expected.tokens, expected.logits
+        recipe = session.recipe()
+        path = recipe.save(folder / "saved")
+        key = session.id
+    with start() as local:
+        loaded = local.server.load(path)
+        for again in (local.server.attach(key), loaded):
+            stop = again.stop
+            assert isinstance(stop, Stopped) and stop.location == "layers.3.output"
+            assert different(stop.value.numpy(), value) == 0
+            assert different(again.logits, logits) == 0
+            assert [e.description for e in again.newest.edits] == [
+                e.description for e in loaded.newest.edits
+            ]
+            again.continue_()
+            assert again.tokens == ends[0] and different(again.logits, ends[1]) == 0
+        replayed = local.server.replay(path)
+        assert replayed.same and replayed.stops == 4
+        for session_id in local.server.sessions().index:
+            local.server.attach(session_id).terminate()
+
+
+def _hidden(local: Local) -> int:
+    return local.kernel.info.hidden_size
