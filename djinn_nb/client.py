@@ -49,7 +49,7 @@ class Client:
         self.mirror = Mirror()
         self._name = name
         self._texts: dict[int, str] = {}
-        self.durability = Durability("")
+        self.durability = Durability()
         #: the server that answers now goes on with the sessions of the one before
         self.restarted = False
         self.initialized = self.initialize()

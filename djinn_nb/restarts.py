@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Without news for this long the server is asked again, seconds.
 GUARD_S = 5.0
+#: The same for a hidden branch, of which only progress is told.
+BRANCH_S = 0.5
 #: How often a server that loads its model after a restart is asked, and how long, seconds.
 LOADING_S, LOADED_WITHIN_S = 0.2, 600.0
 
@@ -47,15 +49,12 @@ def _wait_until_built(client: Client, error: m.ErrorInfo) -> None:
         client.mirror.waiter(session_id) as waiter,
         Progress(f"computing session {session_id} again", unit="forward") as progress,
     ):
-        # what has happened before we listened is not waited for
-        if not client.is_dormant(session_id):
-            return
+        # what happened before we listened is not waited for; a hidden branch is not told of
+        patience_s = GUARD_S if client.is_dormant(session_id) else BRANCH_S
         while True:
-            came, event = waiter.next(GUARD_S)
+            _, event = waiter.next(patience_s)
             if event is None or event.kind != "progress":
-                if came or not client.is_dormant(session_id):
-                    return
-                continue
+                return
             progress.at(event.done, max(event.total, total, 1), event.text)
 
 
@@ -73,12 +72,16 @@ def _wait_until_loaded(client: Client) -> None:
 class Durability:
     """Says once when sessions stop being durable, and once when they are again."""
 
-    def __init__(self, text: str) -> None:
-        self._text, self._said = text, ""
+    def __init__(self) -> None:
+        self._text = self._said = ""
 
     def take(self, text: str) -> None:
         """Note what the server says; may come on any thread."""
         self._text = text
+
+    def is_said(self) -> bool:
+        """Whether the person knows how things are."""
+        return self._text == self._said
 
     def warn(self) -> None:
         """Tell the person, on their own thread."""

@@ -94,7 +94,7 @@ class Server:
             pacer=pacer,
         ).start()
         try:
-            self.journal = open_journal(config) if config.journal else None
+            self.journal = open_journal(config) if config.journal and os.name == "posix" else None
         except BaseException:
             self.service.close()
             raise

@@ -136,8 +136,8 @@ def local_kernel(
 
     model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
     sessions: how many there may be. check: judge every invariant of the state at every event;
-    benchmarks do without. Named vectors are kept as long as the kernel. state_dir: of a journal, from
-    which sessions come back; None: there is none.
+    benchmarks do without. Named vectors are kept as long as the kernel. state_dir: of
+    a journal, from which sessions come back; None: there is none.
 
         with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
             session = local.server.launch("When Mary and John", max_new_tokens=4)

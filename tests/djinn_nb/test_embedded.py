@@ -26,6 +26,8 @@ def own_folders(tmp_path_factory, monkeypatch) -> Iterator[Path]:
     """Runtime folders of this test's own; whatever was started there is ended."""
     folder = tmp_path_factory.mktemp("run")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    # no sessions of other tests come back
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     yield folder
     for file in folder.rglob("*.json"):
         if (running := read_runtime_file(file)) is not None:

@@ -30,6 +30,8 @@ def own_runtime(tmp_path_factory, monkeypatch) -> Iterator[Path]:
     """Runtime files of this test's own; whatever was started there is ended."""
     folder = tmp_path_factory.mktemp("run")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    state = tmp_path_factory.mktemp("state")  # no sessions of other tests come back
+    monkeypatch.setenv("XDG_STATE_HOME", str(state))
     yield folder
     for pid in pids(folder):
         with contextlib.suppress(ProcessLookupError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import resource
 import signal
 import threading
 import time
@@ -155,13 +157,6 @@ def test_another_fingerprint_is_refused_and_can_be_accepted(restarts):
     assert restarts.server.sessions().loc[session.id, "note"] == "inexact"
 
 
-def test_another_owner_sees_nothing_of_what_came_back(restarts):
-    session = restarts.server.launch(PROMPT, max_new_tokens=8)
-    session.run_to(2)
-    restarts.restart()
-    assert restarts.server.attach(session.id).newest.owner == session.newest.owner
-
-
 def test_a_client_that_waits_for_the_new_server_gets_its_answer(restarts):
     session = restarts.server.launch(PROMPT, max_new_tokens=8)
     stop = session.run_to(2)
@@ -246,3 +241,148 @@ def test_twenty_kills_at_random_moments_lose_no_stop_that_was_shown(restarts):
         copy = finished(session.fork())
         assert finished(session) == copy
     assert finished(still) == expected
+
+
+def journal_of(pid: int) -> Path:
+    """The journal that a server holds open."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = link.readlink()
+            if target.name == "journal":
+                return target
+    raise AssertionError(f"{pid} holds no journal")
+
+
+def until(holds: Any, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+def test_a_full_disk_takes_nothing_down_and_loses_nothing_that_is_there(restarts):
+    """The limit is the system's own, on how large a file of the server may become."""
+    server, pid = restarts.server, restarts.process.process.pid
+    session = server.launch(PROMPT, max_new_tokens=NEXT + 8, temperature=0.8, seed=2)
+    kept = session.run_to("layers.1.output")
+    expected = finished(session.fork())
+    full = journal_of(pid).stat().st_size + 100
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (full, hard))
+    with pytest.warns(UserWarning, match="cannot be written.*File too large") as told:
+        session.run_to("layers.2.output")
+        until(lambda: server.client.initialize().not_durable, 10)
+        session.run_to("layers.3.output")
+    assert all("\n" not in str(one.message) for one in told)
+    assert journal_of(pid).stat().st_size <= full
+    later = session.fork()
+    assert finished(later) == expected  # sessions go on
+
+    restarts.kill()
+    restarts.start()
+    restarts.process.connect().close()
+    info = session.refresh()
+    # what was durable is there; the rest was said to be lost
+    assert (info.stop_number, info.location) == (kept.number, "layers.1.output")
+    assert list(server.sessions().index).count(later.id) == 0
+    again = server.attach(session.id)
+    assert finished(again.fork()) == expected
+
+    pid = restarts.process.process.pid
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (journal_of(pid).stat().st_size + 100, hard))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        again.run_to("layers.4.output")
+        until(lambda: server.client.initialize().not_durable, 10)
+        again.refresh()
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+    until(lambda: not server.client.initialize().not_durable, 10)
+    with pytest.warns(UserWarning, match="durable again"):
+        until(lambda: again.refresh() and server.client.durability.is_said(), 10)
+    restarts.restart()
+    assert again.refresh().location == "layers.4.output"
+    assert finished(again) == expected
+
+
+def test_where_the_device_has_no_room_to_compute_one_again_it_says_so_and_waits(restarts):
+    restarts.close()
+    restarts.flags = (*restarts.flags, "--kv-memory", "512KiB")
+    restarts.process = Process(restarts.folder, *restarts.flags)
+    restarts.server = server = restarts.process.connect()
+    ids = list(range(3, 100)) * 3
+    sessions: list[djinn.Session] = []
+    with pytest.raises(errors.OutOfPages):
+        while True:
+            sessions.append(server.launch(ids, max_new_tokens=NEXT, temperature=0.8, seed=1))
+            sessions[-1].run_to("layers.5.output")
+    full = sessions.pop()
+    full.terminate()
+    assert len(sessions) > 1
+    expected = finished(sessions.pop())
+
+    restarts.restart()
+
+    assert {s.id for s in sessions} <= set(server.sessions().index)
+    other = server.launch(list(range(3, 100)) * 9, max_new_tokens=2)
+    other.run_to("layers.5.output")
+    while True:
+        try:
+            filler = server.launch(ids, max_new_tokens=2)
+            filler.run_to("layers.5.output")
+        except errors.OutOfPages as error:
+            assert "\n" not in str(error)
+            break
+    with pytest.raises(errors.OutOfPages) as told:
+        sessions[0].continue_()
+    assert "\n" not in str(told.value)
+    assert sessions[0].status == "stopped"
+    for one in server.sessions().index:
+        if one not in {s.id for s in sessions}:
+            server.attach(one).terminate()
+    for session in sessions:
+        assert finished(session) == expected
+        session.terminate()
+
+
+def test_sessions_in_a_full_host_pool_come_back(restarts):
+    restarts.close()
+    restarts.flags = (
+        *restarts.flags, "--kv-memory", "512KiB", "--host-memory", "512KiB",
+    )  # fmt: skip
+    restarts.process = Process(restarts.folder, *restarts.flags)
+    restarts.server = server = restarts.process.connect()
+    ids = list(range(3, 100)) * 3
+    sessions: list[djinn.Session] = []
+    with pytest.raises(errors.CapacityError):
+        while True:
+            sessions.append(server.launch(ids, max_new_tokens=NEXT, temperature=0.8, seed=1))
+            sessions[-1].run_to("layers.5.output")
+    sessions.pop().terminate()
+    restarts.restart()
+    ends = []
+    for session in sessions:
+        ends.append(finished(session))
+        session.terminate()
+    assert len(ends) > 1 and all(end == ends[0] for end in ends)
+    assert ends[0] == finished(server.launch(ids, max_new_tokens=NEXT, temperature=0.8, seed=1))
+
+
+def test_a_notebook_kernel_that_is_killed_leaves_its_session(restarts):
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        code = (
+            f"import djinn_nb; server = djinn_nb.connect({restarts.process.address!r})\n"
+            f"session = server.launch({PROMPT!r}, max_new_tokens={NEXT}, name='from a notebook')\n"
+            "session.run_to('layers.2.output').edit(scale=1.5)"
+        )
+        reply = client.execute_interactive(code, timeout=60, output_hook=lambda message: None)
+        assert reply["content"]["status"] == "ok", reply["content"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    session = restarts.server.attach("from a notebook")
+    expected = finished(session.fork())
+    restarts.restart()
+    assert session.stop.location == "layers.2.output" and len(session.edits) == 1
+    assert finished(session) == expected
