@@ -92,13 +92,15 @@ class Server:
                 connections_per_owner=quotas.connections,
             ),
             pacer=pacer,
-        ).start()
+        )
         try:
             self.journal = open_journal(config) if config.journal and os.name == "posix" else None
         except BaseException:
             self.service.close()
             raise
         self.gateway.keep(self.journal)
+        # only now: whoever connects is told which sessions this server goes on with
+        self.service.start()
         self._owners = len(tokens)
         self.address = self.service.address
         self._stopping = threading.Event()

@@ -310,6 +310,8 @@ class _Reader:
     def tree(self) -> Tree:
         record = self.record
         nodes = {one.number: self._node(one) for one in record.nodes}
+        if record.status != "failed" and record.current not in nodes:
+            raise BadMessage(f"{record.id} stands at node {record.current}, which is not there")
         return Tree(
             nodes=nodes,
             current=record.current,

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import djinn_nb as djinn
 from djinn_nb import checkpoints, errors, recipes
+from djinn_nb.client import CHUNK_BYTES
 from tests.djinn_nb.conftest import HIDDEN, PROMPT
 
 
@@ -166,9 +167,10 @@ def test_another_fingerprint_is_refused_and_can_be_accepted(server, stopped, tmp
 
 
 def test_a_large_edit_travels_in_chunks(server, tmp_path):
-    session = server.launch(list(range(3, 300)) * 40, max_new_tokens=2)
-    stop = session.run_to("layers.1.output")
-    value = np.random.default_rng(0).standard_normal((297 * 40, HIDDEN)).astype(np.float32)
+    session = server.launch(list(range(3, 303)) * 15, max_new_tokens=2)
+    stop = session.run_to("layers.1.mlp.neurons")
+    value = np.random.default_rng(0).standard_normal((4500, 64)).astype(np.float32)
+    assert value.nbytes > CHUNK_BYTES
     stop.edit(set=value)
     again = server.load(session.save(tmp_path / "one"))
     assert again.stop is not None
