@@ -56,6 +56,35 @@ def preview_bars(
     return figure
 
 
+def vector_figure(series: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
+    """One or two vectors `[channels]`: their values over the channels, and how these are spread.
+
+    series: name and values of each.
+
+        vector_figure([("layers.3.output, token 2", stop.value[2].numpy())])
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.8), facecolor="white", layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    styles = ((_BEFORE, "-", ""), (_AFTER, "--", "///"))
+    spread = np.concatenate([values[np.isfinite(values)] for _, values in series])
+    edges = np.histogram_bin_edges(spread, 40) if spread.size else np.linspace(0, 1, 41)
+    for (name, values), (colour, line, hatch) in zip(series, styles, strict=False):
+        left.plot(values, color=colour, linestyle=line, linewidth=0.8, label=name)
+        counted = values[np.isfinite(values)]
+        right.hist(counted, edges, color=colour, alpha=0.55, hatch=hatch, label=name)
+    left.set_xlabel("channel", size=8)
+    left.set_ylabel("value", size=8)
+    right.set_xlabel("value", size=8)
+    right.set_ylabel("channels", size=8)
+    for axes in (left, right):
+        axes.tick_params(labelsize=7)
+    for text in left.legend(fontsize=7, loc="upper right").get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
 def attention_grid(
     weights: npt.NDArray[Any],
     heads: Sequence[int],

@@ -23,6 +23,8 @@ PANELS = {
     "breakpoints": "BreakpointsPanel",
     "tokens": "TokensPanel",
     "layers": "LayersPanel",
+    "attention": "AttentionPanel",
+    "activation": "ActivationPanel",
     "edit": "EditPanel",
     "branches": "BranchesPanel",
     "memory": "MemoryPanel",

@@ -27,6 +27,7 @@ class Picture:
     """Values of the current stop, and what a person may do with them.
 
     `shown`: `state` is "empty", "reading", "ready" or "refused", with a `text` that says why.
+    `marks`: the selection and other small values; `reading`: what is shown is being replaced.
     """
 
     #: verbs that its messages may perform
@@ -48,13 +49,11 @@ class Picture:
     def follow(self, snapshot: Snapshot) -> None:
         """Bring the picture up to date; on the publisher's thread. Asks only if values are new."""
         with self._lock:
-            marks = self.marks_of(snapshot)
-            if marks != self.marks:
-                self.marks = marks
-                self.told("marks", marks)
+            self._mark(**self.marks_of(snapshot))
             stop = self.stop_of(snapshot)
             if stop is None:
                 self._key = None
+                self._mark(reading=False)
                 self.show({"state": "empty", "text": empty_text(snapshot)})
                 return
             key = (*version_of(stop), *self.wish_of(snapshot))
@@ -63,6 +62,7 @@ class Picture:
             self._key = key
             if self.shown["state"] != "ready":
                 self.show({"state": "reading", "text": "reading the stop …"})
+            self._mark(reading=True)
             self.changed(key)
             self.bench.ask(
                 f"{type(self).__name__} {id(self)}",
@@ -76,6 +76,7 @@ class Picture:
         with self._lock:
             if key != self._key:
                 return  # the session has moved on, and what is newer is on its way
+            self._mark(reading=False)
             if error is None:
                 assert found is not None
                 self.show({"state": "ready", "text": "", "version": version_text(key), **found})
@@ -84,6 +85,12 @@ class Picture:
                 self.show({"state": "refused", "text": briefs.notice_of(error).text})
                 return
             self._key = None  # the snapshot to come has the newer stop
+
+    def _mark(self, **values: Any) -> None:
+        marks = {**self.marks, **values}
+        if marks != self.marks:
+            self.marks = marks
+            self.told("marks", marks)
 
     def show(self, values: dict[str, Any]) -> None:
         """Put other values in place of those shown."""
