@@ -1,0 +1,267 @@
+"""The panels in a browser: from a prompt to an edited continuation by mouse and by keyboard, and
+what they say when something is wrong.
+
+A plain Playwright test: nothing of the JupyterLab extension is used, so the panels stand alone here
+as they do in any Jupyter client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+    from scripts.browser import Lab
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+PROMPT = "When Mary and John went to the store, John gave a drink to"
+CONNECT = "%load_ext djinn_nb\n%djinn_connect"
+RUN = f"%%djinn_run --max-new-tokens 24\n{PROMPT}"
+PATIENCE_MS = 40_000
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.close()
+
+
+def open_notebook(lab: Lab, page: Page, name: str, *cells: str) -> None:
+    """A notebook of code cells, opened, its kernel ready."""
+    made = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "execution_count": None,
+                "id": f"cell-{index}",
+                "metadata": {},
+                "outputs": [],
+                "source": source,
+            }
+            for index, source in enumerate(cells)
+        ],
+        "metadata": {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
+        },
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    (lab.files / name).write_text(json.dumps(made), encoding="utf-8")
+    page.goto(lab.url(name))
+    page.get_by_text("(ipykernel) | Idle").wait_for()
+
+
+def run_all(page: Page, count: int) -> None:
+    """Run all cells, and wait for the last one's number."""
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    page.locator(".jp-CodeCell").last.locator(f".jp-InputPrompt:has-text('[{count}]')").wait_for()
+
+
+def panel(page: Page) -> Locator:
+    return page.locator(".djinn-panel")
+
+
+def button(page: Page, text: str) -> Locator:
+    return page.locator(".djinn-panel button", has_text=text)
+
+
+def beside(lab: Lab, code: str) -> str:
+    """What another client of the lab's kernel server prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import djinn_nb\nserver = djinn_nb.connect()\n{code}"],
+        env=lab.environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_from_the_tour_to_an_edited_continuation_by_mouse(lab: Lab, page: Page):
+    page.goto(lab.url())
+    page.get_by_text("(ipykernel) | Idle").wait_for()
+    code = page.locator(".jp-CodeCell")
+    code.first.locator(".jp-InputPrompt").click()
+    for index in range(4):
+        cell = code.nth(index)
+        cell.locator(".jp-InputPrompt").click()
+        page.locator("button[data-command='notebook:run-cell-and-select-next']").click()
+        cell.locator(f".jp-InputPrompt:has-text('[{index + 1}]')").wait_for()
+
+    page.locator(".jp-Collapse-header", has_text="Edit and steer").click()
+    panel(page).locator("select").filter(has_text="project out").select_option("zero")
+    preview = panel(page).get_by_role("table").filter(has_text="before")
+    preview.get_by_text("Mary").first.wait_for()
+    button(page, "Apply").click()
+    panel(page).get_by_text("at this stop").wait_for()
+    page.locator(".jp-Collapse-header", has_text="Sessions").click()
+    button(page, "Continue").click()
+    panel(page).get_by_text("finished").first.wait_for()
+    read = code.nth(4)
+    read.locator(".jp-InputPrompt").click()
+    page.locator("button[data-command='notebook:run-cell-and-select-next']").click()
+    read.locator(".jp-OutputArea-output").wait_for()
+
+    said = read.locator(".jp-OutputArea-output").first.inner_text()
+    assert said.startswith(PROMPT)
+    assert len(said.strip()) > len(PROMPT) + 5
+    assert " Mary." not in said
+
+
+def test_from_a_prompt_to_an_edited_continuation_by_keyboard(lab: Lab, page: Page):
+    open_notebook(
+        lab, page, "keyboard.ipynb", f"{CONNECT}\n%djinn_break 8 --when prefill", RUN,
+        "%djinn_panel edit", "%djinn_panel sessions", "session.text",
+    )  # fmt: skip
+    page.locator(".jp-Notebook").press("Escape")
+    for index in range(4):
+        page.keyboard.press("Shift+Enter")
+        cell = page.locator(".jp-CodeCell").nth(index)
+        cell.locator(f".jp-InputPrompt:has-text('[{index + 1}]')").wait_for()
+    button(page, "Apply").wait_for()
+
+    reach(page, "select", "project out")
+    page.keyboard.press("z")  # the only kind that begins with it
+    panel(page).get_by_role("table").filter(has_text="before").wait_for()
+    reach(page, "button", "Apply")
+    page.keyboard.press("Enter")
+    panel(page).get_by_text("at this stop").wait_for()
+    reach(page, "button", "Continue")
+    page.keyboard.press("Enter")
+    panel(page).get_by_text("finished").first.wait_for()
+
+    text = json.loads(beside(lab, "import json; print(json.dumps(newest(server)))".replace(
+        "newest(server)", "server.attach(server.sessions().index[-1]).text"
+    )))  # fmt: skip
+    assert text.startswith(PROMPT) and " Mary." not in text
+
+
+def reach(page: Page, tag: str, text: str) -> None:
+    """Press Tab until the element is focused; fails when no number of presses reaches it."""
+    page.locator(".djinn-panel").first.scroll_into_view_if_needed()
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        found = page.evaluate(
+            """([tag, text]) => {
+                const at = document.activeElement;
+                return at.tagName.toLowerCase() === tag && at.textContent.includes(text)
+                    && at.closest('.djinn-panel') !== null;
+            }""",
+            [tag, text],
+        )
+        if found:
+            return
+    raise AssertionError(f"no <{tag}> with {text!r} is reached by Tab")
+
+
+def test_without_a_server_the_panel_says_how_to_connect_and_connects(lab: Lab, page: Page):
+    open_notebook(lab, page, "none.ipynb", "%load_ext djinn_nb\n%djinn_panel sessions")
+    run_all(page, 1)
+
+    said = panel(page).get_by_role("status").filter(has_text="not connected to a server")
+    said.wait_for()
+    assert "Press Connect" in said.inner_text()
+    button(page, "Connect").click()
+    said.wait_for(state="detached")
+    assert button(page, "Launch").is_enabled()
+
+
+def test_nothing_stopped_says_how_something_stops(lab: Lab, page: Page):
+    open_notebook(lab, page, "nothing.ipynb", f"{CONNECT}\n%djinn_panel edit")
+    run_all(page, 1)
+
+    panel(page).get_by_text("nothing is stopped: launch a prompt with a breakpoint").wait_for()
+    assert button(page, "Apply").is_disabled()
+
+
+def test_a_wrong_access_token_is_named_and_the_way_out_told(lab: Lab, page: Page):
+    address = beside(lab, "print(server.address)").strip()
+    open_notebook(
+        lab, page, "denied.ipynb", "%load_ext djinn_nb\n%djinn_panel sessions",
+        f"%djinn_connect {address} --token wrong",
+    )  # fmt: skip
+    run_all(page, 2)
+
+    alert = panel(page).get_by_role("alert").filter(has_text="token")
+    alert.wait_for()
+    assert len(alert.inner_text()) > 40
+
+
+def test_a_stop_that_another_client_moved_is_said_to_be_taken_over(lab: Lab, page: Page):
+    open_notebook(
+        lab, page, "taken.ipynb", f"{CONNECT}\n%djinn_break 8",
+        f"%%djinn_run --name taken\n{PROMPT}", "%djinn_panel sessions",
+    )  # fmt: skip
+    run_all(page, 3)
+    panel(page).get_by_text("stopped at layers.8.output").first.wait_for()
+
+    beside(lab, "server.attach('taken').next()")
+
+    said = panel(page).get_by_role("status").filter(has_text="has moved since this notebook")
+    said.wait_for()
+    assert "Press Look again" in said.inner_text()
+    button(page, "Look again").click()
+    said.wait_for(state="detached")
+    assert panel(page).get_by_text("stopped at layers.9.output").first.is_visible()
+
+
+def test_two_notebooks_on_one_server_see_one_another(lab: Lab, page: Page, chromium: Browser):
+    open_notebook(lab, page, "one.ipynb", f"{CONNECT}\n%djinn_panel sessions")
+    run_all(page, 1)
+    other = chromium.new_page()
+    other.set_default_timeout(PATIENCE_MS)
+
+    open_notebook(
+        lab, other, "two.ipynb", f"{CONNECT}\n%djinn_break 3", f"%%djinn_run --name mine\n{PROMPT}"
+    )
+    run_all(other, 2)
+    other.close()
+
+    panel(page).get_by_role("row").filter(has_text="mine").wait_for()
+
+
+def test_a_reloaded_page_and_a_restarted_kernel_find_the_stop_again(lab: Lab, page: Page):
+    open_notebook(
+        lab, page, "again.ipynb", f"{CONNECT}\n%djinn_break 5",
+        f"%%djinn_run --name again\n{PROMPT}", "%djinn_panel sessions",
+    )  # fmt: skip
+    run_all(page, 3)
+    panel(page).get_by_text("stopped at layers.5.output").first.wait_for()
+    page.keyboard.press("Control+s")
+    page.get_by_text("Saving completed").or_(page.get_by_title("Saving")).first.wait_for()
+
+    page.reload()
+    panel(page).get_by_text("stopped at layers.5.output").first.wait_for()
+    button(page, "Next layer").click()
+    panel(page).get_by_text("stopped at layers.6.output").first.wait_for()
+
+    # the session belongs to the server, not to the kernel that is killed
+    assert "layers.6.output" in beside(lab, "print(server.attach('again').stop)")
+
+
+def test_a_server_lost_in_mid_stop_is_said_to_be_lost(page: Page, tmp_path: Path):
+    from scripts import browser as real
+
+    with real.lab() as own:
+        open_notebook(own, page, "lost.ipynb", f"{CONNECT}\n%djinn_break 8", RUN, "%djinn_panel")
+        run_all(page, 3)
+        panel(page).get_by_text("stopped at layers.8.output").first.wait_for()
+        [file] = (own.home / "run" / "djinn").glob("*.json")
+        os.kill(json.loads(file.read_text(encoding="utf-8"))["pid"], signal.SIGKILL)
+
+        alert = panel(page).get_by_role("alert").first
+        alert.wait_for()
+        assert "server" in alert.inner_text()
+        assert "connect" in alert.inner_text().lower()
