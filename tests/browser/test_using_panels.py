@@ -1,5 +1,4 @@
-"""The panels in a browser: from a prompt to an edited continuation by mouse and by keyboard, and
-what they say when something is wrong.
+"""What the panels say in a browser when something is wrong, and that they find a stop again.
 
 A plain Playwright test: nothing of the JupyterLab extension is used, so the panels stand alone here
 as they do in any Jupyter client.
@@ -87,84 +86,6 @@ def beside(lab: Lab, code: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_from_the_tour_to_an_edited_continuation_by_mouse(lab: Lab, page: Page):
-    page.goto(lab.url())
-    page.get_by_text("(ipykernel) | Idle").wait_for()
-    code = page.locator(".jp-CodeCell")
-    code.first.locator(".jp-InputPrompt").click()
-    for index in range(4):
-        cell = code.nth(index)
-        cell.locator(".jp-InputPrompt").click()
-        page.locator("[data-command='notebook:run-cell-and-select-next']").click()
-        cell.locator(f".jp-InputPrompt:has-text('[{index + 1}]')").wait_for()
-
-    page.locator(".lm-AccordionPanel-title", has_text="Edit and steer").click()
-    panel(page).locator("select").filter(has_text="project out").select_option("zero")
-    preview = panel(page).get_by_role("table").filter(has_text="before")
-    preview.get_by_text("Mary").first.wait_for()
-    button(page, "Apply").click()
-    panel(page).get_by_text("at this stop").wait_for()
-    page.locator(".lm-AccordionPanel-title", has_text="Sessions").click()
-    button(page, "Continue").click()
-    panel(page).get_by_text("finished").first.wait_for()
-    read = code.nth(4)
-    read.locator(".jp-InputPrompt").click()
-    page.locator("[data-command='notebook:run-cell-and-select-next']").click()
-    read.locator(".jp-OutputArea-output").wait_for()
-
-    said = read.locator(".jp-OutputArea-output").first.inner_text()
-    assert said.startswith(PROMPT)
-    assert len(said.strip()) > len(PROMPT) + 5
-    assert " Mary." not in said
-
-
-def test_from_a_prompt_to_an_edited_continuation_by_keyboard(lab: Lab, page: Page):
-    open_notebook(
-        lab, page, "keyboard.ipynb", f"{CONNECT}\n%djinn_break 8 --when prefill", RUN,
-        "%djinn_panel edit", "%djinn_panel sessions", "session.text",
-    )  # fmt: skip
-    page.locator(".jp-Notebook").press("Escape")
-    for index in range(4):
-        page.keyboard.press("Shift+Enter")
-        cell = page.locator(".jp-CodeCell").nth(index)
-        cell.locator(f".jp-InputPrompt:has-text('[{index + 1}]')").wait_for()
-    button(page, "Apply").wait_for()
-
-    reach(page, "select", "project out", "Shift+Tab")
-    page.keyboard.press("z")  # the only kind that begins with it
-    panel(page).get_by_role("table").filter(has_text="before").wait_for()
-    reach(page, "button", "Apply")
-    page.keyboard.press("Enter")
-    panel(page).get_by_text("at this stop").wait_for()
-    reach(page, "button", "Continue")
-    page.keyboard.press("Enter")
-    panel(page).get_by_text("finished").first.wait_for()
-
-    text = json.loads(beside(lab, "import json; print(json.dumps(newest(server)))".replace(
-        "newest(server)", "server.attach(server.sessions().index[-1]).text"
-    )))  # fmt: skip
-    assert text.startswith(PROMPT) and " Mary." not in text
-
-
-def reach(page: Page, tag: str, text: str, key: str = "Tab") -> None:
-    """Press a key until the element is focused; fails when no number of presses reaches it."""
-    passed = []
-    for _ in range(60):
-        page.keyboard.press(key)
-        passed.append(page.evaluate("() => document.activeElement.textContent.slice(0, 40)"))
-        found = page.evaluate(
-            """([tag, text]) => {
-                const at = document.activeElement;
-                return at.tagName.toLowerCase() === tag && at.textContent.includes(text)
-                    && at.closest('.djinn-panel') !== null;
-            }""",
-            [tag, text],
-        )
-        if found:
-            return
-    raise AssertionError(f"no <{tag}> with {text!r} is reached by {key}, only {passed}")
 
 
 def test_without_a_server_the_panel_says_how_to_connect_and_connects(lab: Lab, page: Page):
