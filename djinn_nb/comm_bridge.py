@@ -19,7 +19,7 @@ import json
 import threading
 import time
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 from comm import create_comm, get_comm_manager
 from IPython.core.getipython import get_ipython
@@ -50,7 +50,7 @@ class CommBridge:
         self._cell_since: float | None = None
         self._end = bench.subscribe(self._push)
         shell: Any = bench.current.shell
-        self._events: Any = getattr(shell, "events", None)
+        self._events = cast("Any", getattr(shell, "events", None))
         for event, told in self._of_cells:
             self._events.register(event, told)
         get_comm_manager().register_target(TARGET, self._opened)
