@@ -108,7 +108,7 @@ class Session(Moving, Planned):
         ours = self._ran_from == seen
         if info.status == "running":
             return not (ours and info.stop_number == seen)
-        return info.stop_number != seen + ours
+        return info.stop_number not in (seen, seen + ours)  # what was asked may not have begun
 
     @property
     def newest(self) -> m.SessionInfo:

@@ -14,6 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import djinn_nb as djinn
 from djinn_nb import errors, verbs
+from djinn_nb.waiting import run_until_rest
 from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.snapshot import Snapshot
@@ -155,6 +156,24 @@ def test_a_stop_taken_over_by_another_client_is_told_and_looked_at_again(
     shown = soon(connected, lambda s: not s.session.taken_over and s.notice is None)
     assert shown.session.layer == 4
     assert shown.selection.layer == 4
+
+
+def test_a_control_call_on_its_way_is_no_takeover(session, monkeypatch):
+    asked: list[bool] = []
+
+    def asking(*args: Any, **options: Any) -> m.SessionInfo:
+        asked.append(session.is_taken_over)
+        try:
+            return run_until_rest(*args, **options)
+        finally:
+            asked.append(session.is_taken_over)
+
+    monkeypatch.setattr("djinn_nb.session.run_until_rest", asking)
+    session.run_to(2)
+    with pytest.raises(errors.UnknownNode):
+        session.go_to(99)
+
+    assert asked == [False] * 4
 
 
 def test_a_session_terminated_elsewhere_leaves_the_list(connected, session, process, soon):
@@ -373,8 +392,12 @@ def test_a_loading_model_shows_how_far_it_is(bench, own_user_folders, soon):
 
 
 @pytest.mark.slow
-def test_another_server_takes_the_place_of_one_that_was_lost(model_folder, bench, tmp_path, soon):
-    first = Process(tmp_path / "run", "--model", str(model_folder))
+@pytest.mark.parametrize("journal", [True, False])
+def test_a_server_that_was_lost_is_followed_by_another(
+    journal, model_folder, bench, tmp_path, soon
+):
+    options = () if journal else ("--no-journal",)
+    first = Process(tmp_path / "run", "--model", str(model_folder), *options)
     try:
         bench.current.use_server(first.connect())
         bench.current.bind("session", bench.current.server.launch(PROMPT, max_new_tokens=4))
@@ -386,11 +409,17 @@ def test_another_server_takes_the_place_of_one_that_was_lost(model_folder, bench
         assert isinstance(verbs.perform(bench, "next").exception(20), errors.ConnectionFailed)
     finally:
         first.end()
-    second = Process(tmp_path / "run", "--model", str(model_folder))
+    second = Process(tmp_path / "run", "--model", str(model_folder), *options)
     try:
         second.connect().close()
         shown = soon(bench, lambda s: s.connection == "ready", 30.0)
 
+        if journal:
+            assert (shown.session_id, shown.notice) == ("s1", None)
+            assert (shown.session.location, shown.branches[-1].current) == ("layers.1.output", True)
+            verbs.perform(bench, "next").result(60)
+            assert soon(bench, lambda s: s.session.layer == 2).notice is None
+            return
         assert (shown.session_id, shown.notice.code) == (None, "ServerReplaced")
         verbs.perform(bench, "launch", prompt="Mary", max_new_tokens=2).result(20)
         assert soon(bench, _status("finished")).notice is None

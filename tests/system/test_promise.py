@@ -23,7 +23,7 @@ SIGNATURES = {
     "connect": "(address=None, *, token=None, model=None, device=None, dtype=None, **options)",
     "Server.launch": "(self, prompt=None, *, max_new_tokens, temperature=0, top_p=1, seed=None,"
     " stop_on_entry=False, add_special_tokens=True, name=None, messages=None)",
-    "Server.attach": "(self, id)",
+    "Server.attach": "(self, id, *, inexact=False)",
     "Server.sessions": "(self)",
     "Server.memory": "(self)",
     "Server.set_budget": "(self, *, device=None, host=None, disk=None)",
