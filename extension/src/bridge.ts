@@ -10,7 +10,7 @@ import type { Answer, Arguments, LinkState } from './tokens';
 import { UrgentLine, evaluate } from './urgent';
 
 const TARGET = 'djinn';
-const HELLO_TARGET = 'djinn-hello';
+const HELLO_TARGET = 'djinn-push';
 /** The kernel drops a comm that was silent for two minutes. */
 const ALIVE_MS = 20_000;
 /** A kernel that does not answer within this is asked on its subshell. */

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from djinn_nb import comm_bridge
 from kernel_server.protocol import snapshot, typescript
 from scripts import extension
 
@@ -23,6 +24,10 @@ FOLDER = ROOT / "extension"
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _text(source: str) -> str:
+    return (FOLDER / "src" / source).read_text(encoding="utf-8")
 
 
 def test_the_types_are_those_of_the_contract(capsys: pytest.CaptureFixture[str]):
@@ -48,6 +53,14 @@ def test_every_field_of_a_snapshot_has_a_type():
 def test_a_type_without_a_spelling_is_refused():
     with pytest.raises(TypeError, match="has no spelling in TypeScript"):
         typescript.type_of(dict[str, int])
+
+
+def test_both_sides_name_the_same_targets_of_comms():
+    names = dict(
+        re.findall(r"^const (TARGET|HELLO_TARGET) = '(.+)';$", _text("bridge.ts"), re.MULTILINE)
+    )
+
+    assert names == {"TARGET": comm_bridge.TARGET, "HELLO_TARGET": comm_bridge.HELLO}
 
 
 def test_what_is_built_was_built_from_the_sources_here():
