@@ -63,7 +63,7 @@ class BranchesPanel(Panel):
 
     def make(self) -> Sequence[widgets.Widget]:
         self._nodes = widgets.Select(
-            options=[], rows=8, layout=widgets.Layout(width="100%"), description=""
+            options=[], rows=8, layout=widgets.Layout(width="100%"), description="Nodes"
         )
         self._nodes.add_class("djinn-mono")
         self._go = widgets.Button(description="Go there", tooltip="Return to the node chosen")

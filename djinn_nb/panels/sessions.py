@@ -148,8 +148,8 @@ class SessionsPanel(Panel):
 
     def html(self, shown: Snapshot) -> str:
         return table(
-            ("", "id", "name", "where", "tokens", "KV", "pages", "owner"),
+            ("current", "id", "name", "where", "tokens", "KV", "pages", "owner"),
             rows_of(shown),
             "no session yet: write a prompt and press Launch, or run %%djinn_run",
-            "▶ the current one · tokens: present of most · pages: where they lie",
+            "tokens: present of most · pages: where they lie",
         )

@@ -61,7 +61,7 @@ function Parts(
   const isConnected = attached && view.snapshot?.model !== null;
   return (
     <>
-      <header className="jp-Djinn-header">
+      <div className="jp-Djinn-header">
         <h2 className="jp-Djinn-title">{trans.__('Djinn')}</h2>
         {attached && (
           <button
@@ -75,7 +75,7 @@ function Parts(
             {trans.__('Open the panels')}
           </button>
         )}
-      </header>
+      </div>
       <div className="jp-Djinn-top">
         <State {...props} ask={setAsked} />
         {attached && asked === 'connect' && (

@@ -1,5 +1,6 @@
 // The Python of what was done last: each with a button that copies it and one that inserts a cell.
 import { element } from "./common.js";
+import { completeNames } from "./naming.js";
 
 export default { render };
 
@@ -53,22 +54,12 @@ function render({ model, el }) {
     return done;
   }
 
-  /** The box of widgets that is our panel gets a role and a name, which it cannot have of its own. */
-  function name(tries) {
-    const panel = el.closest(".djinn-panel");
-    if (panel) {
-      panel.setAttribute("role", "region");
-      panel.setAttribute("aria-label", model.get("label"));
-    } else if (tries > 0) {
-      requestAnimationFrame(() => name(tries - 1));
-    }
-  }
-
   model.on("change:actions", draw);
   model.on("change:said", tell);
   draw();
-  name(60);
+  const end = completeNames(el, () => model.get("label"));
   return () => {
+    end();
     model.off("change:actions", draw);
     model.off("change:said", tell);
   };
