@@ -10,15 +10,27 @@ from notebooks.harness.records import read_table
 _COLOURS = {"device": "tab:blue", "host": "tab:orange", "disk": "tab:green"}
 
 
-def memory_pressure(path: Path) -> Any:
-    """Pages by tier over time, by stage, stopped in a decode; and how long each swap took."""
+def _pairs(rows: int, height: float) -> tuple[Any, Any]:
+    """A figure of two panels a row, and the panels `[rows, 2]`; height: of a row, inches."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(12, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, 2, squeeze=False)
+
+
+def _shares(panel: Any, values: list[float], **look: Any) -> None:
+    """Which share of the values is no larger, over a logarithmic axis."""
+    ordered = sorted(values)
+    panel.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", **look)
+    panel.set_xscale("log")
+
+
+def memory_pressure(path: Path) -> Any:
+    """Pages by tier over time, by stage, stopped in a decode; and how long each swap took."""
     records = read_table(path)
     decode = records[records["stopped_in"] == "decode"]
     stages = list(dict.fromkeys(decode["stage"]))
-    figure = Figure(figsize=(12, 3.6 * len(stages)), layout="constrained")
-    axes = figure.subplots(len(stages), 2, squeeze=False)
+    figure, axes = _pairs(len(stages), 3.6)
     for (left, right), stage in zip(axes, stages, strict=True):
         here = decode[decode["stage"] == stage]
         (seconds,) = here[here["name"] == "time of a sample"]["values"]
@@ -30,10 +42,7 @@ def memory_pressure(path: Path) -> Any:
         left.legend(fontsize=8)
         left.set_title(f"{stage}: all are stopped, then all are resumed", fontsize=10)
         for _, row in here[here["name"] == "duration of a swap"].iterrows():
-            ordered = sorted(row["values"])
-            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
-            right.step(ordered, share, where="post", label=f"{row['way']} ({len(ordered):,})")
-        right.set_xscale("log")
+            _shares(right, row["values"], label=f"{row['way']} ({len(row['values']):,})")
         right.set_xlabel("milliseconds of a copy that somebody waited for")
         right.set_ylabel("share of the copies")
         right.legend(fontsize=8)
@@ -43,12 +52,9 @@ def memory_pressure(path: Path) -> Any:
 
 def resume_latency(path: Path) -> Any:
     """Client latency by the layer of the stop and the context, in prefill and in decode."""
-    from matplotlib.figure import Figure
-
     records = read_table(path)
     models = list(dict.fromkeys(records["model"]))
-    figure = Figure(figsize=(12, 4 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure, axes = _pairs(len(models), 4)
     for row, model in zip(axes, models, strict=True):
         here = records[records["model"] == model]
         for panel, kind in zip(row, ("decode", "prefill"), strict=True):
@@ -83,12 +89,9 @@ def _latencies(panel: Any, records: Any) -> None:
 
 def checkpoint_cost(path: Path) -> Any:
     """Dispatch, copies and baselines by bytes; and a running session beside the copies."""
-    from matplotlib.figure import Figure
-
     records = read_table(path)
     models = list(dict.fromkeys(records["model"]))
-    figure = Figure(figsize=(12, 4 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure, axes = _pairs(len(models), 4)
     lines = (
         ("time of the dispatch", None, "o-", "dispatch"),
         ("time of the copy down", None, "o-", "copy down"),
@@ -129,12 +132,9 @@ def checkpoint_cost(path: Path) -> Any:
 
 def concurrent(path: Path) -> Any:
     """Time between a runner's tokens by how many stand still; control calls as they were."""
-    from matplotlib.figure import Figure
-
     records = read_table(path)
     models = list(dict.fromkeys(records["model"]))
-    figure = Figure(figsize=(12, 3.8 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure, axes = _pairs(len(models), 3.8)
     for (left, right), model in zip(axes, models, strict=True):
         here = records[records["model"] == model]
         tokens = here[here["name"] == "time between tokens"]
@@ -151,11 +151,8 @@ def concurrent(path: Path) -> Any:
         left.set_title(f"{model}: a session that runs beside stopped ones", fontsize=10)
         calls = here[here["name"] == "time of a control call"]
         for _, row in calls.iterrows():
-            ordered = sorted(row["values"])
-            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
             label = f"engine {row['engine']}, {int(row['stopped'])} stopped"
-            right.step([us / 1e3 for us in ordered], share, where="post", label=label)
-        right.set_xscale("log")
+            _shares(right, [us / 1e3 for us in row["values"]], label=label)
         right.set_xlabel("ms of a control call")
         right.set_ylabel("share of the calls")
         right.legend(fontsize=7)
@@ -165,12 +162,9 @@ def concurrent(path: Path) -> Any:
 
 def sleep_resume(path: Path) -> Any:
     """Agents on the device over time, and the parts of a wake as they were."""
-    from matplotlib.figure import Figure
-
     records = read_table(path)
     models = list(dict.fromkeys(records["model"]))
-    figure = Figure(figsize=(12, 3.8 * len(models)), layout="constrained")
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure, axes = _pairs(len(models), 3.8)
     for (left, right), model in zip(axes, models, strict=True):
         here = records[records["model"] == model]
         (seconds,) = here[here["name"] == "time of a sample"]["values"]
@@ -184,12 +178,9 @@ def sleep_resume(path: Path) -> Any:
         left.legend(fontsize=7)
         left.set_title(f"{model}: agents that act and think", fontsize=10)
         for _, row in here[here["name"] == "time of a wake"].iterrows():
-            ordered = sorted(max(ms, 1e-3) for ms in row["values"])
-            share = [(i + 1) / len(ordered) for i in range(len(ordered))]
             style = "-" if row["wake"] == "hint" else "--"
             label = f"{row['part']}, {row['wake']}"
-            right.step(ordered, share, style, where="post", label=label)
-        right.set_xscale("log")
+            _shares(right, [max(ms, 1e-3) for ms in row["values"]], label=label, linestyle=style)
         right.set_xlabel("ms")
         right.set_ylabel("share of the wakes")
         right.legend(fontsize=7)
