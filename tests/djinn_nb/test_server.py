@@ -177,7 +177,7 @@ def test_a_model_without_a_tokenizer_is_debugged_by_ids(tmp_path):
 
 @pytest.mark.slow
 def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(model_folder, tmp_path):
-    process = Process(tmp_path / "run", "--model", str(model_folder))
+    process = Process(tmp_path / "run", "--no-journal", "--model", str(model_folder))
     try:
         server = process.connect()
         session = server.launch([1, 2, 3], max_new_tokens=8000)
@@ -192,7 +192,7 @@ def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(model_folde
         assert server.address in str(caught.value)
         assert session.id in repr(session)
         process.process.wait()
-        again = Process(tmp_path / "run", "--model", str(model_folder))
+        again = Process(tmp_path / "run", "--no-journal", "--model", str(model_folder))
         try:
             again.connect().close()
             with pytest.raises(errors.UnknownSession):
