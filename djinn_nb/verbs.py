@@ -8,28 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
+from djinn_nb import edit_verbs
 from djinn_nb.checks import shown, whole
 from djinn_nb.connection import connect
 from djinn_nb.current import Pending
 from djinn_nb.handles import Breakpoint
 from djinn_nb.session import Session
+from djinn_nb.steps import Step
 from djinn_nb.workbench import Workbench
 from kernel_server.protocol.conditions import parse_condition
 from kernel_server.protocol.errors import BadArgument, UnknownBreakpoint
 from kernel_server.protocol.location import parse_location
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One action, ready to be carried out. waits: until a session rests or a model is loaded."""
-
-    label: str
-    code: str
-    run: Callable[[], Any]
-    waits: bool = False
 
 
 def perform(bench: Workbench, verb: str, **given: Any) -> Future[Any]:
@@ -361,47 +352,7 @@ def _clear_breakpoints(bench: Workbench) -> Step:
     return Step("remove all breakpoints", "%djinn_breaks clear", run)
 
 
-# -- edits, pages, selection ----------------------------------------------------------------------
-
-
-def edit_step(bench: Workbench, wishes: Mapping[str, Any]) -> Step:
-    """`stop.edit(**wishes)` at the notebook's stop; wishes hold plain values only."""
-    stop = bench.current.need_stop()
-    words = ", ".join(f"{name}={value!r}" for name, value in wishes.items())
-    return Step(f"edit: {words}", f"stop.edit({words})", lambda: stop.edit(**wishes))
-
-
-def _edit(bench: Workbench, **wishes: Any) -> Step:
-    return edit_step(bench, wishes)
-
-
-def _undo(bench: Workbench) -> Step:
-    stop = bench.current.need_stop()
-    return Step("undo the last edit", "stop.undo()", stop.undo)
-
-
-def _edits_of(session: Session, id: int) -> Any:
-    return next((edit for edit in session.edits if edit.id == id), None)
-
-
-def _enable_edit(bench: Workbench, id: int = -1, enabled: bool = True) -> Step:
-    return _on_edit(bench, id, "enable" if enabled else "disable")
-
-
-def _remove_edit(bench: Workbench, id: int = -1) -> Step:
-    return _on_edit(bench, id, "remove")
-
-
-def _on_edit(bench: Workbench, id: int, method: str) -> Step:
-    session = bench.current.need_session()
-    edit = _edits_of(session, id)
-    if edit is None:
-        raise BadArgument(f"there is no edit {id}; %djinn_edits lists them")
-    return Step(
-        f"{method} edit {id}",
-        f"next(e for e in session.edits if e.id == {id}).{method}()",
-        getattr(edit, method),
-    )
+# -- pages ----------------------------------------------------------------------
 
 
 def _evict(bench: Workbench, to: str = "host", session: str | None = None) -> Step:
@@ -445,10 +396,7 @@ VERBS: dict[str, Callable[..., Step]] = {
     "enable_breakpoint": _enable_breakpoint,
     "remove_breakpoint": _remove_breakpoint,
     "clear_breakpoints": _clear_breakpoints,
-    "edit": _edit,
-    "undo": _undo,
-    "enable_edit": _enable_edit,
-    "remove_edit": _remove_edit,
+    **edit_verbs.VERBS,
     "evict": _evict,
     "restore": _restore,
     "pin": _pin,

@@ -1,119 +1,43 @@
 """The panel of edits: what to change at the stop, how strongly, and what the next token would be.
 
-The live preview asks at most one question at a time; the newest wish wins. `EditModel` holds the
-wishes without widgets, and makes of them what `stop.edit` and `stop.preview` take.
+Only the fields that a kind needs are shown; which, and what they mean, is decided in `edit_model`.
+The live preview asks at most one question at a time; the newest wish wins.
 """
 
 from __future__ import annotations
 
-import ast
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
-from djinn_nb import briefs
+from djinn_nb import briefs, edit_verbs
 from djinn_nb.cards import MONO, MUTED
 from djinn_nb.panels.base import NONE, Panel, notice_html, table
-from djinn_nb.selectors import PHASES
-from kernel_server.protocol.errors import BadArgument
-from kernel_server.protocol.snapshot import Snapshot
+from djinn_nb.panels.edit_model import KINDS, OF_VECTORS, EditModel, Target, sources_of
+from djinn_nb.steps import words
+from kernel_server.protocol.errors import DjinnError
+from kernel_server.protocol.snapshot import EditBrief, Snapshot
 
 if TYPE_CHECKING:
     from djinn_nb.previews import Preview
     from djinn_nb.stopped import Stopped
 
-#: kind -> (its slider's least, most, start, step; None: no strength), at a residual-like tensor
-KINDS: dict[str, tuple[float, float, float, float] | None] = {
-    "scale": (-2.0, 4.0, 1.0, 0.05),
-    "add a vector": (-16.0, 16.0, 0.0, 0.25),
-    "clamp": (0.0, 20.0, 20.0, 0.1),
-    "zero": None,
-    "mean": None,
-    "project out a vector": None,
-}
-#: of the next token, at `logits`
-TOKEN_KINDS = ("force", "ban")
-OF_VECTORS = ("add a vector", "project out a vector")
 #: Candidates shown of the next token.
 TOP_K = 8
 #: What is shown as stopped is bound in the notebook well within this, seconds.
 BOUND_S = 2.0
-
-
-@dataclass(slots=True)
-class EditModel:
-    """What the person wants changed, as the widgets hold it.
-
-    >>> EditModel(kind="scale", strength=0.9, tokens="-1").wishes()
-    {'scale': 0.9, 'tokens': -1}
-    """
-
-    kind: str = "scale"
-    strength: float = 1.0
-    tokens: str = "-1"
-    heads: str = ""
-    vector: str | None = None
-    #: of `force` and `ban`: the token's text
-    token_text: str = ""
-    sticky: bool = False
-
-    def wishes(self) -> dict[str, Any]:
-        """Keywords of `stop.edit`; raises BadArgument for what is missing or cannot be read."""
-        found = self._of_kind()
-        if self.kind not in TOKEN_KINDS:
-            found["tokens"] = selection(self.tokens, "tokens", words=PHASES)
-            if self.heads.strip():
-                found["heads"] = selection(self.heads, "heads")
-        if self.sticky:
-            found["sticky"] = True
-        return found
-
-    def _of_kind(self) -> dict[str, Any]:
-        if self.kind in OF_VECTORS and not self.vector:
-            raise BadArgument("choose a named vector; server.vectors.from_prompts() makes one")
-        if self.kind in TOKEN_KINDS and not self.token_text:
-            raise BadArgument("write the token's text, with its leading space: ' Mary'")
-        match self.kind:
-            case "scale":
-                return {"scale": self.strength}
-            case "add a vector":
-                return {"vector": self.vector, "alpha": self.strength}
-            case "clamp":
-                return {"clamp": (-self.strength, self.strength)}
-            case "zero":
-                return {"zero": True}
-            case "mean":
-                return {"mean": True}
-            case "project out a vector":
-                return {"project_out": self.vector}
-            case "force" | "ban":
-                return {self.kind: self.token_text}
-        raise BadArgument(f"no such kind: {self.kind}")
-
-
-def selection(text: str, what: str, words: Sequence[str] = ()) -> Any:
-    """A selector as people write it: -1, 3:7, [0, 2], a phase, or the text of a token.
-
-    >>> selection("3:7", "tokens"), selection("[0, 2]", "heads")
-    (slice(3, 7, None), [0, 2])
-    """
-    text = text.strip("\n")
-    bare = text.strip()
-    if bare in words:
-        return bare
-    parts = bare.split(":")
-    try:
-        if 2 <= len(parts) <= 3:
-            return slice(*(int(part) if part.strip() else None for part in parts))
-        return ast.literal_eval(bare)
-    except (ValueError, SyntaxError):
-        if words and bare:
-            return text  # the text of a token; a space in front belongs to it
-        raise BadArgument(f"{what}: write a number, a slice (3:7) or a list ([0, 2])") from None
+#: Width of a column below which the two stand one above the other.
+COLUMN = "1 1 270px"
+#: Words that a button writes into the field of tokens: word -> what it selects
+TOKEN_WORDS = {
+    "last": "the last token fed",
+    "chosen": "the token chosen in the panels",
+    "all": "all tokens of this forward",
+    "prompt": "the prompt's tokens",
+}
 
 
 def preview_html(found: Preview, took_s: float) -> str:
@@ -139,15 +63,16 @@ def preview_html(found: Preview, took_s: float) -> str:
         f" {found.elements_changed} numbers changed · answered in {1000 * took_s:.0f} ms"
     )
     return (
-        f"<div style='{MUTED}'>{caption}</div><table aria-live='polite'>"
-        f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        f"<div style='{MUTED}'>{caption}</div><div style='overflow-x:auto'>"
+        f"<table aria-live='polite'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        "</div>"
     )
 
 
 def _share(share: float) -> tuple[str, str]:
     """A probability as text and as a bar."""
     return f"{share:.3f}", (
-        f"<span style='display:inline-block;height:9px;width:{max(1, round(90 * share))}px;"
+        f"<span style='display:inline-block;height:9px;width:{max(1, round(60 * share))}px;"
         "background:currentColor;opacity:.55'></span>"
     )
 
@@ -158,99 +83,250 @@ class EditPanel(Panel):
     name, title = "edit", "Edit and steer"
 
     def make(self) -> Sequence[widgets.Widget]:
+        self._target: Target | None = None
+        self._target_key: object = None
+        self._at: tuple[Any, ...] = ()
+        self._make_fields()
         auto = widgets.Layout(width="auto")
-        self._kind = widgets.Dropdown(description="Kind", options=list(KINDS))
-        self._strength = widgets.FloatSlider(
-            description="Strength", continuous_update=True, readout_format=".2f",
-            layout=widgets.Layout(width="420px"),
-        )  # fmt: skip
-        self._tokens = widgets.Text(
-            value="-1", description="Tokens", placeholder='-1, 3:7, prompt, " Mary"',
-            layout=widgets.Layout(width="240px"),
-        )  # fmt: skip
-        self._heads = widgets.Text(
-            description="Heads", placeholder="all heads",
-            layout=widgets.Layout(width="240px"),
-        )  # fmt: skip
-        self._vector = widgets.Dropdown(description="Vector", options=[("none", "")])
-        self._text = widgets.Text(description="Token", placeholder="' Mary', space and all")
         self._sticky = widgets.Checkbox(
-            description="sticky: in every later forward too", indent=False, layout=auto
+            description="Make sticky: in every later forward too", indent=False, layout=auto
         )
         self._apply = widgets.Button(description="Apply", tooltip="Edit the stop", layout=auto)
         self._apply.on_click(self._applied)
         self._undo = self.button("Undo", "undo", "Take the last edit at this stop back")
         self._place = widgets.HTML()
+        #: why a field is off
+        self._why = widgets.HTML()
         self._preview = widgets.HTML()
         #: says that what is shown is of an older wish
         self._updating = widgets.HTML()
         self._refused = widgets.HTML()
         self._which = widgets.Dropdown(
-            description="Edit", options=[("none", NONE)], layout=widgets.Layout(width="auto")
+            description="Edit", options=[("none", NONE)], layout=_field(), style=_LABEL
         )
+        self._which.observe(lambda _: self._fit_switch(), "value")
+        self._switch = widgets.Button(description="Disable", layout=auto)
+        self._switch.on_click(self._switched)
         self._remove = widgets.Button(description="Remove", layout=auto)
         self._remove.on_click(lambda _: self._on_edit("remove_edit"))
         self._list = widgets.HTML()
-        self._at: tuple[Any, ...] = ()
         self._fit("scale")
         self._kind.observe(lambda change: self._fit(change["new"]), "value")
-        for one in (self._kind, self._strength, self._tokens, self._heads, self._vector,
-                    self._text):  # fmt: skip
+        self._exact.observe(self._typed, "value")
+        self._strength.observe(self._slid, "value")
+        for one in {one for parts in self._parts.values() for one in parts}:
+            if isinstance(one, widgets.ValueWidget) and one is not self._exact:
+                one.observe(lambda _: self._wish(), "value")
+        for one in (self._kind, self._sticky):
             one.observe(lambda _: self._wish(), "value")
         wrap = widgets.Layout(flex_flow="row wrap")
+        column = {"flex": COLUMN, "min_width": "0", "width": "auto"}
+        left = widgets.VBox(
+            [
+                self._kind,
+                *dict.fromkeys(row for rows in self._rows.values() for row in rows),
+                self._why,
+                self._sticky,
+                widgets.HBox([self._apply, self._undo], layout=wrap),
+                self._refused,
+            ],
+            layout=widgets.Layout(**column),
+        )
+        right = widgets.VBox([self._updating, self._preview], layout=widgets.Layout(**column))
         return [
             self._place,
-            widgets.HBox([self._kind, self._vector, self._text], layout=wrap),
-            self._strength,
-            widgets.HBox([self._tokens, self._heads], layout=wrap),
-            widgets.HBox([self._sticky, self._apply, self._undo], layout=wrap),
-            self._refused,
-            self._updating,
-            self._preview,
-            widgets.HBox([self._which, self._remove], layout=wrap),
+            widgets.HBox([left, right], layout=wrap),
+            widgets.HBox([self._which, self._switch, self._remove], layout=wrap),
             self._list,
         ]
 
+    def _make_fields(self) -> None:
+        """One widget per field of `EditModel`, and the row that is shown with it."""
+
+        def text(label: str, placeholder: str, value: str = "") -> widgets.Text:
+            return widgets.Text(
+                value=value, description=label, placeholder=placeholder, layout=_field(),
+                style=_LABEL,
+            )  # fmt: skip
+
+        def choice(label: str, options: list[Any]) -> widgets.Dropdown:
+            return widgets.Dropdown(
+                description=label, options=options, layout=_field(), style=_LABEL
+            )
+
+        self._kind = choice("Kind", list(KINDS))
+        self._strength = widgets.FloatSlider(
+            description="Strength", continuous_update=True, readout=False, layout=_field(),
+            style=_LABEL,
+        )  # fmt: skip
+        self._exact = widgets.FloatText(
+            description="exactly", layout=widgets.Layout(width="150px"),
+            style={"description_width": "50px"},
+        )  # fmt: skip
+        self._vector = choice("Vector", [("none", "")])
+        self._inexact = widgets.Checkbox(
+            description="also one made on another model", indent=False, layout=_field()
+        )
+        self._least = text("Least", "no bound")
+        self._largest = text("Largest", "no bound")
+        self._tokens = text("Tokens", '-1, 3:7, [0, 2], " Mary"', "-1")
+        self._first = text("Token", "3")
+        self._second = text("With token", "-1")
+        self._heads = text("Heads", "all heads; 0, 2:4, [0, 2]")
+        self._channels = text("Channels", "all channels; 5, 0:64, [3, 7]")
+        self._layer = choice("Layer", [("none", NONE)])
+        self._ablated = text("Which", "3, 0:4, [0, 2]")
+        self._mean = widgets.Checkbox(
+            description="their mean over the tokens, instead of 0", indent=False, layout=_field()
+        )
+        self._source = choice("From", [("none", NONE)])
+        self._rows_there = text("Its tokens", "the same as below")
+        self._text = text("Token", "' Mary', space and all")
+        self._instead = text("Instead", "' John', drawn in its place")
+        self._words = {}
+        for word, said in TOKEN_WORDS.items():
+            button = widgets.Button(
+                description=word, tooltip=f"Tokens: {said}", layout=widgets.Layout(width="auto")
+            )
+            button.on_click(lambda _, word=word: setattr(self._tokens, "value", word))
+            self._words[word] = button
+        wrap = widgets.Layout(flex_flow="row wrap")
+        strength = widgets.HBox([self._strength, self._exact], layout=wrap)
+        self._strength.layout.flex = "1 1 200px"
+        wordy = widgets.HBox([*self._words.values()], layout=wrap)
+        #: field -> the widgets that hold it
+        self._parts: dict[str, list[widgets.Widget]] = {
+            "vector": [self._vector, self._inexact],
+            "strength": [self._strength, self._exact],
+            "least": [self._least],
+            "largest": [self._largest],
+            "token_text": [self._text],
+            "instead": [self._instead],
+            "layer": [self._layer],
+            "ablated": [self._ablated],
+            "mean": [self._mean],
+            "source": [self._source],
+            "rows": [self._rows_there],
+            "tokens": [self._tokens],
+            "first": [self._first],
+            "second": [self._second],
+            "heads": [self._heads],
+            "channels": [self._channels],
+        }
+        #: field -> the rows shown with it
+        self._rows: dict[str, list[widgets.Widget]] = dict(self._parts)
+        self._rows["strength"] = [strength]
+        self._rows["tokens"] = [self._tokens, wordy]
+
     def model(self) -> EditModel:
         """The wishes as the widgets hold them now."""
+        chosen = self.bench.selection
         return EditModel(
             kind=self._kind.value,
             strength=round(self._strength.value, 6),
             tokens=self._tokens.value,
-            heads=self._heads.value,
+            heads="" if self._heads.disabled else self._heads.value,
+            channels="" if self._channels.disabled else self._channels.value,
             vector=self._vector.value or None,
-            token_text=_unquoted(self._text.value),
+            inexact=self._inexact.value and self._vector.value in self._foreign,
+            least=self._least.value,
+            largest=self._largest.value,
+            first=self._first.value,
+            second=self._second.value,
+            layer=None if self._layer.value == NONE else self._layer.value,
+            ablated=self._ablated.value,
+            mean=self._mean.value,
+            source=None if self._source.value == NONE else self._source.value,
+            rows=self._rows_there.value,
+            token_text=self._text.value,
+            instead=self._instead.value,
             sticky=self._sticky.value,
+            chosen_token=chosen.token,
+            chosen_head=chosen.head,
         )
+
+    # -- what is shown of the fields ------------------------------------------------------
+
+    #: names of vectors that were made on other weights
+    _foreign: frozenset[str] = frozenset()
 
     def _fit(self, kind: str | None) -> None:
         """Show the widgets that a kind needs, with a slider of its range."""
-        span = KINDS.get(kind or "")
-        _show(self._strength, span is not None)
-        _show(self._vector, kind in OF_VECTORS)
-        _show(self._text, kind in TOKEN_KINDS)
-        for one in (self._tokens, self._heads):
-            _show(one, kind not in TOKEN_KINDS)
-        if span is not None:
-            least, most, start, step = span
+        asked = KINDS.get(kind or "")
+        if asked is None:
+            return
+        for field, rows in self._rows.items():
+            for one in (*rows, *self._parts[field]):
+                _show(one, field in asked.fields)
+        if asked.span is not None:
+            least, most, start, step = asked.span
             with self._strength.hold_trait_notifications():
                 self._strength.min, self._strength.max = least, most
                 self._strength.step, self._strength.value = step, start
+            self._strength.tooltip = f"Strength: {asked.strength}"
+            self._exact.value = start
+        self._fit_target()
+        self._show_inexact()
         if kind in OF_VECTORS:
             self.bench.ask("vectors", self._names, self._named)
 
-    def _names(self) -> list[str]:
-        return list(self.bench.current.need_server().vectors)
+    def _fit_target(self) -> None:
+        """Turn off, with the reason, what the tensor here has not; offer the layers ahead."""
+        kind, target = self._kind.value, self._target
+        off = {} if target is None or kind not in KINDS else target.off(kind)
+        for field, one in (
+            ("heads", self._heads), ("channels", self._channels), ("sticky", self._sticky),
+        ):  # fmt: skip
+            one.disabled = field in off
+            one.tooltip = off.get(field, "")
+        said = "".join(f"<div>no {field}: {escape(why)}</div>" for field, why in off.items())
+        self._why.value = f"<div style='{MUTED}'>{said}</div>" if said else ""
+        ahead = () if target is None else target.ahead.get(kind, ())
+        options = [(str(layer), layer) for layer in ahead] or [("none", NONE)]
+        if tuple(options) != tuple(self._layer.options):
+            held, chosen = self._layer.value, self.bench.selection.layer
+            self._layer.options = options
+            self._layer.value = next((n for n in (held, chosen) if n in ahead), options[0][1])
 
-    def _named(self, names: list[str] | None, error: BaseException | None) -> None:
-        options = [("none", ""), *((name, name) for name in names or ())]
+    def _typed(self, change: dict[str, Any]) -> None:
+        """A strength that is typed widens the slider where it has to."""
+        wanted = change["new"]
+        with self._strength.hold_trait_notifications():
+            self._strength.min = min(self._strength.min, wanted)
+            self._strength.max = max(self._strength.max, wanted)
+            self._strength.value = wanted
+
+    def _slid(self, change: dict[str, Any]) -> None:
+        self._exact.value = change["new"]
+        if self._kind.value == "clamp":
+            most = round(abs(change["new"]), 6)
+            self._least.value, self._largest.value = f"{-most:g}", f"{most:g}"
+
+    def _names(self) -> list[tuple[str, bool]]:
+        frame = self.bench.current.need_server().vectors.frame()
+        return list(zip(frame.index, frame.usable, strict=True))
+
+    def _named(self, names: list[tuple[str, bool]] | None, error: BaseException | None) -> None:
+        names = names or []
+        self._foreign = frozenset(name for name, usable in names if not usable)
+        options = [("none", "")]
+        options += [(name if ok else f"{name} (another model)", name) for name, ok in names]
         if tuple(options) != tuple(self._vector.options):
+            held = self._vector.value
             self._vector.options = options
+            self._vector.value = held if held in dict(names) else ""
+        self._show_inexact()
         if not names and error is None:
             self._refused.value = (
                 f"<div style='{MUTED}'>no named vector yet:"
                 " server.vectors.from_prompts() makes one</div>"
             )
+
+    def _show_inexact(self) -> None:
+        _show(
+            self._inexact,
+            self._kind.value in OF_VECTORS and self._vector.value in self._foreign,
+        )
 
     # -- the live preview -----------------------------------------------------------------
 
@@ -260,17 +336,24 @@ class EditPanel(Panel):
             return
         number = session.stop_number
         try:
-            wishes = self.model().wishes()
-        except BadArgument as error:
+            model = self.model()
+            verb, wishes = model.verb, model.wishes()
+        except DjinnError as error:
             self._refused.value = notice_html(briefs.notice_of(error))
             return
         began = time.monotonic()
         self._updating.value = f"<span role='status' style='{MUTED}'>updating …</span>"
         self.bench.ask(
             f"preview {id(self)}",
-            lambda: _asked(self._stop(number), wishes),
+            lambda: self._asked(self._stop(number), verb, wishes),
             lambda found, error: self._previewed(found, error, time.monotonic() - began),
         )
+
+    def _asked(self, stop: Stopped, verb: str, wishes: dict[str, Any]) -> Preview:
+        """A preview with all its logits here, so that nothing more is asked when it is drawn."""
+        found = edit_verbs.preview(self.bench, stop, verb, wishes, top_k=TOP_K)
+        _ = found.logits_after
+        return found
 
     def _stop(self, number: int) -> Stopped:
         """The notebook's stop, once it is the one shown: a snapshot may come before it is bound.
@@ -296,15 +379,33 @@ class EditPanel(Panel):
 
     def _applied(self, _: object) -> None:
         try:
-            wishes = self.model().wishes()
-        except BadArgument as error:
+            model = self.model()
+            verb, wishes = model.verb, model.wishes()
+        except DjinnError as error:
             self._refused.value = notice_html(briefs.notice_of(error))
             return
-        self.perform("edit", **wishes)
+        self.perform(verb, **wishes)
 
-    def _on_edit(self, verb: str) -> None:
+    def _on_edit(self, verb: str, **more: Any) -> None:
         if self._which.value != NONE:
-            self.perform(verb, id=self._which.value)
+            self.perform(verb, id=self._which.value, **more)
+
+    def _chosen_edit(self) -> Any:
+        edits = self.bench.snapshot().edits
+        return next((one for one in edits if one.id == self._which.value), None)
+
+    def _fit_switch(self) -> None:
+        found = self._chosen_edit()
+        self._switch.disabled = self._remove.disabled = found is None
+        off = found is not None and not found.enabled
+        self._switch.description = "Enable" if off else "Disable"
+
+    def _switched(self, _: object) -> None:
+        found = self._chosen_edit()
+        if found is not None:
+            self._on_edit("enable_edit", enabled=not found.enabled)
+
+    # -- drawing --------------------------------------------------------------------------
 
     def draw(self, shown: Snapshot) -> None:
         session = shown.session
@@ -312,33 +413,60 @@ class EditPanel(Panel):
         self._place.value = _place_html(shown)
         self._apply.disabled = not stopped
         self._undo.disabled = "undo" not in shown.can
-        kinds = list(KINDS)
-        if session is not None and session.location == "logits":
-            kinds = [*TOKEN_KINDS, *(kind for kind in kinds if kind not in OF_VECTORS)]
-        if list(self._kind.options) != kinds:
-            self._kind.options = kinds
-        options = [("none", NONE), *((f"{e.id} {e.text}"[:80], e.id) for e in shown.edits)]
-        if tuple(options) != tuple(self._which.options):
-            self._which.options = options
-        self._remove.disabled = not shown.edits
+        self._follow_target(shown)
+        token = shown.selection.token
+        self._words["chosen"].disabled = token is None
+        self._words["chosen"].description = "chosen" if token is None else f"chosen ({token})"
+        _offer(self._source, sources_of(shown))
+        _offer(self._which, [(f"{e.id} {e.text}"[:80], e.id) for e in shown.edits])
+        if self._which.value == NONE and shown.edits:
+            self._which.value = shown.edits[-1].id
+        self._fit_switch()
         self._list.value = _edits_html(shown)
-        at = () if session is None else (session.id, session.stop_number, shown.edits)
-        if stopped and at != self._at:
-            self._at = at
-            self._wish()
+        at: tuple[Any, ...] = ()
+        if session is not None and stopped:
+            choice = shown.selection if self.model().follows_the_choice else None
+            at = (session.id, session.stop_number, shown.edits, choice)
+            if at != self._at:
+                self._at = at
+                self._wish()
         if not stopped:
             self._at, self._preview.value = (), ""
 
+    def _follow_target(self, shown: Snapshot) -> None:
+        """Offer what the tensor at the stop can be changed in."""
+        session, server = shown.session, self.bench.current.server
+        model = None if server is None else server.client.known_model
+        location = None if session is None else session.location
+        if model is None or location is None or (location, id(model)) == self._target_key:
+            return
+        self._target_key = (location, id(model))
+        self._target = Target.at(model, location)
+        kinds = self._target.kinds
+        if tuple(self._kind.options) != kinds:
+            held = self._kind.value
+            self._kind.options = kinds
+            if held in kinds:
+                self._kind.value = held
+        self._fit_target()
+
     def html(self, shown: Snapshot) -> str:
-        preview = self._preview.value if self._body is not None else ""
-        return _place_html(shown) + preview + _edits_html(shown)
+        if self._body is None:
+            return _place_html(shown) + _edits_html(shown)
+        return (
+            f"{_place_html(shown)}{self._wish_html(shown)}{self._preview.value}{_edits_html(shown)}"
+        )
 
-
-def _asked(stop: Stopped, wishes: dict[str, Any]) -> Preview:
-    """A preview with all its logits here, so that nothing more is asked when it is drawn."""
-    found = stop.preview(**wishes, top_k=TOP_K)
-    _ = found.logits_after
-    return found
+    def _wish_html(self, shown: Snapshot) -> str:
+        """What the fields ask for, in one line."""
+        if shown.session is None or shown.session.status != "stopped":
+            return ""
+        try:
+            model = self.model()
+            text = f"{model.kind}: {words(model.wishes())}"
+        except DjinnError as error:
+            return notice_html(briefs.notice_of(error))
+        return f"<div style='{MONO}'>{escape(text)}</div>"
 
 
 def _place_html(shown: Snapshot) -> str:
@@ -349,23 +477,35 @@ def _place_html(shown: Snapshot) -> str:
     return f"<div>at <b>{escape(str(session.location))}</b>, forward {session.forward}</div>"
 
 
+def _state(edit: EditBrief) -> str:
+    found = ["sticky"] if edit.sticky else []
+    found += ["at this stop"] if edit.at_this_stop else []
+    return ", ".join([*found, *([] if edit.enabled else ["disabled"])])
+
+
 def _edits_html(shown: Snapshot) -> str:
-    rows = [
-        (str(edit.id), edit.text, "at this stop" if edit.at_this_stop else "")
-        for edit in shown.edits
-    ]
+    rows = [(str(edit.id), edit.text, _state(edit)) for edit in shown.edits]
     return table(
-        ("id", "edit", ""), rows, "no edit has been made", "edits, in the order they apply"
+        ("id", "edit", "state"), rows, "no edit has been made", "edits, in the order they apply"
     )
+
+
+#: labels of fields, all as wide
+_LABEL = {"description_width": "72px"}
+
+
+def _field() -> widgets.Layout:
+    return widgets.Layout(width="auto", max_width="460px")
+
+
+def _offer(choice: widgets.Dropdown, found: Sequence[tuple[str, Any]]) -> None:
+    """New choices of a list; what was chosen stays chosen as long as it is there."""
+    options = [("none", NONE), *found]
+    if tuple(options) != tuple(choice.options):
+        held = choice.value
+        choice.options = options
+        choice.value = held if any(held == value for _, value in options) else NONE
 
 
 def _show(widget: widgets.Widget, on: bool) -> None:
     widget.layout.display = None if on else "none"
-
-
-def _unquoted(text: str) -> str:
-    """The text of a token; quotes around it, which show its spaces, are taken away."""
-    bare = text.strip()
-    if len(bare) >= 2 and bare[0] == bare[-1] and bare[0] in "'\"":
-        return bare[1:-1]
-    return text

@@ -15,7 +15,8 @@ import djinn_nb as djinn
 from djinn_nb import errors
 from djinn_nb.panels import PANELS, base, branches, breakpoints, memory, sessions
 from djinn_nb.panels.base import Panel, Panels
-from djinn_nb.panels.edit import EditModel, EditPanel, selection
+from djinn_nb.panels.edit import EditPanel
+from djinn_nb.panels.edit_model import EditModel, selection
 from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol.snapshot import NodeBrief, Notice, Snapshot
 from tests.djinn_nb.conftest import PROMPT

@@ -29,6 +29,8 @@ DAY: tuple[Step, ...] = (
     ("enable_edit", {"id": 2, "enabled": False}),
     ("remove_edit", {"id": 2}),
     ("undo", {}),
+    ("ablate", {"layer": 5, "heads": [0, 2], "tokens": -1}),
+    ("undo", {}),
     ("edit", {"scale": 0.25, "tokens": -1}),
     ("toggle_breakpoint", {"location": 2}),
     ("set_breakpoint", {"location": 3, "when": "decode", "once": True, "ignore": 1}),
@@ -86,7 +88,8 @@ def test_a_day_of_clicks_and_the_python_recorded_of_it_end_alike(make_bench) -> 
             assert _state(typed) == _state(clicked), (verb, code)
 
     assert clicked.current.session.status == "finished"
-    rest = {"connect", "attach", "pause", "prune", "terminate", "evict", "restore", "pin"}
+    rest = {"connect", "attach", "pause", "prune", "terminate", "evict", "restore", "pin",
+            "patch"}  # fmt: skip
     assert set(verbs.VERBS) - {verb for verb, _ in DAY} == rest
 
 
