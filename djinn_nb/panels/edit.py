@@ -6,6 +6,7 @@ The live preview asks at most one question at a time; the newest wish wins.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from html import escape
@@ -19,7 +20,7 @@ from djinn_nb.panels.base import NONE, Panel, notice_html, table
 from djinn_nb.panels.edit_model import KINDS, OF_VECTORS, EditModel, Target, sources_of
 from djinn_nb.steps import words
 from kernel_server.protocol.errors import DjinnError
-from kernel_server.protocol.snapshot import EditBrief, Snapshot
+from kernel_server.protocol.snapshot import EditBrief, Notice, Snapshot
 
 if TYPE_CHECKING:
     from djinn_nb.previews import Preview
@@ -63,7 +64,7 @@ def preview_html(found: Preview, took_s: float) -> str:
         f" {found.elements_changed} numbers changed · answered in {1000 * took_s:.0f} ms"
     )
     return (
-        f"<div style='{MUTED}'>{caption}</div><div style='overflow-x:auto'>"
+        f"<div style='line-height:1.5;overflow-x:auto'><div style='{MUTED}'>{caption}</div>"
         f"<table aria-live='polite'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
         "</div>"
     )
@@ -86,11 +87,14 @@ class EditPanel(Panel):
         self._target: Target | None = None
         self._target_key: object = None
         self._at: tuple[Any, ...] = ()
+        #: counts wishes that could not be read: an answer to one before is out of date
+        self._unreadable = 0
         self._make_fields()
         auto = widgets.Layout(width="auto")
         self._sticky = widgets.Checkbox(
-            description="Make sticky: in every later forward too", indent=False, layout=auto
-        )
+            description="Make sticky", indent=False, layout=auto,
+            tooltip="Apply in every later forward too, without stopping",
+        )  # fmt: skip
         self._apply = widgets.Button(description="Apply", tooltip="Edit the stop", layout=auto)
         self._apply.on_click(self._applied)
         self._undo = self.button("Undo", "undo", "Take the last edit at this stop back")
@@ -126,13 +130,13 @@ class EditPanel(Panel):
                 self._kind,
                 *dict.fromkeys(row for rows in self._rows.values() for row in rows),
                 self._why,
-                self._sticky,
-                widgets.HBox([self._apply, self._undo], layout=wrap),
+                widgets.HBox([self._apply, self._undo, self._sticky], layout=wrap),
                 self._refused,
             ],
             layout=widgets.Layout(**column),
         )
         right = widgets.VBox([self._updating, self._preview], layout=widgets.Layout(**column))
+        self._preview.layout = widgets.Layout(width="auto", min_width="0")
         return [
             self._place,
             widgets.HBox([left, right], layout=wrap),
@@ -193,7 +197,10 @@ class EditPanel(Panel):
         wrap = widgets.Layout(flex_flow="row wrap")
         strength = widgets.HBox([self._strength, self._exact], layout=wrap)
         self._strength.layout.flex = "1 1 200px"
-        wordy = widgets.HBox([*self._words.values()], layout=wrap)
+        wordy = widgets.HBox(
+            [*self._words.values()],
+            layout=widgets.Layout(flex_flow="row wrap", margin="0 0 0 76px"),
+        )
         #: field -> the widgets that hold it
         self._parts: dict[str, list[widgets.Widget]] = {
             "vector": [self._vector, self._inexact],
@@ -260,9 +267,7 @@ class EditPanel(Panel):
                 _show(one, field in asked.fields)
         if asked.span is not None:
             least, most, start, step = asked.span
-            with self._strength.hold_trait_notifications():
-                self._strength.min, self._strength.max = least, most
-                self._strength.step, self._strength.value = step, start
+            self._set_slider(min=least, max=most, step=step, value=start)
             self._strength.tooltip = f"Strength: {asked.strength}"
             self._exact.value = start
         self._fit_target()
@@ -290,11 +295,17 @@ class EditPanel(Panel):
 
     def _typed(self, change: dict[str, Any]) -> None:
         """A strength that is typed widens the slider where it has to."""
-        wanted = change["new"]
-        with self._strength.hold_trait_notifications():
-            self._strength.min = min(self._strength.min, wanted)
-            self._strength.max = max(self._strength.max, wanted)
-            self._strength.value = wanted
+        wanted, slider = change["new"], self._strength
+        if not math.isfinite(wanted):
+            self._exact.value = slider.value
+            return
+        self._set_slider(min=min(slider.min, wanted), max=max(slider.max, wanted), value=wanted)
+
+    def _set_slider(self, **given: float) -> None:
+        """All at once: a browser that hears of the range first answers with a value of its own."""
+        with self._strength.hold_sync(), self._strength.hold_trait_notifications():
+            for name, value in given.items():
+                setattr(self._strength, name, value)
 
     def _slid(self, change: dict[str, Any]) -> None:
         self._exact.value = change["new"]
@@ -338,15 +349,22 @@ class EditPanel(Panel):
         try:
             model = self.model()
             verb, wishes = model.verb, model.wishes()
-        except DjinnError as error:
-            self._refused.value = notice_html(briefs.notice_of(error))
+        except DjinnError as error:  # not written to its end: no fault yet
+            self._unreadable += 1
+            self._preview.value = self._updating.value = ""
+            said = briefs.notice_of(error).text
+            self._refused.value = notice_html(Notice(level="info", code=error.code, text=said))
             return
-        began = time.monotonic()
+        began, unreadable = time.monotonic(), self._unreadable
         self._updating.value = f"<span role='status' style='{MUTED}'>updating …</span>"
         self.bench.ask(
             f"preview {id(self)}",
             lambda: self._asked(self._stop(number), verb, wishes),
-            lambda found, error: self._previewed(found, error, time.monotonic() - began),
+            lambda found, error: (
+                self._previewed(found, error, time.monotonic() - began)
+                if unreadable == self._unreadable
+                else None
+            ),
         )
 
     def _asked(self, stop: Stopped, verb: str, wishes: dict[str, Any]) -> Preview:
@@ -418,7 +436,7 @@ class EditPanel(Panel):
         self._words["chosen"].disabled = token is None
         self._words["chosen"].description = "chosen" if token is None else f"chosen ({token})"
         _offer(self._source, sources_of(shown))
-        _offer(self._which, [(f"{e.id} {e.text}"[:80], e.id) for e in shown.edits])
+        _offer(self._which, [(e.text[:80], e.id) for e in shown.edits])
         if self._which.value == NONE and shown.edits:
             self._which.value = shown.edits[-1].id
         self._fit_switch()
@@ -495,7 +513,7 @@ _LABEL = {"description_width": "72px"}
 
 
 def _field() -> widgets.Layout:
-    return widgets.Layout(width="auto", max_width="460px")
+    return widgets.Layout(width="auto", max_width="min(460px, 100%)")
 
 
 def _offer(choice: widgets.Dropdown, found: Sequence[tuple[str, Any]]) -> None:
