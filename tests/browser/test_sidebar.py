@@ -1,0 +1,162 @@
+"""The sidebar in a real JupyterLab: used by mouse, while a cell runs, and after a reload.
+
+The words of sidebar and panels are the same, so everything is looked for in one of the two.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.browser.notebooks import (
+    CONNECT,
+    PATIENCE_MS,
+    PROMPT,
+    RUN,
+    open_notebook,
+    run_all,
+    sidebar,
+)
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+    from scripts.browser import Lab
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+STOPPED = re.compile("^stopped at")
+#: The end-of-text token is banned, so that a run lasts as long as it is told to: for minutes.
+LONG = f"""{CONNECT}
+session = server.launch({PROMPT!r}, max_new_tokens=900, stop_on_entry=True)
+stop = session.stop
+stop.edit(ban=[2], sticky=True)"""
+#: From the click itself, as the page hears it, to a status that says "stopped".
+WATCH = """() => {
+  const status = document.querySelector("body > .jp-Djinn-live");
+  window.took = new Promise((told) => {
+    let clicked = null;
+    document.addEventListener("click", (event) => { clicked = event.timeStamp; },
+                              {capture: true, once: true});
+    const watch = new MutationObserver(() => {
+      if (clicked !== null && status.textContent.startsWith("stopped at")) {
+        watch.disconnect();
+        told(performance.now() - clicked);
+      }
+    });
+    watch.observe(status, {childList: true, characterData: true, subtree: true});
+  });
+}"""
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.close()
+
+
+def cells(page: Page) -> Locator:
+    return page.get_by_role("feed", name="Cells")
+
+
+def press(page: Page, name: str) -> None:
+    sidebar(page).get_by_role("button", name=name, exact=True).click()
+
+
+def layer(page: Page, number: int) -> Locator:
+    return sidebar(page).get_by_role("button", name=re.compile(rf"^layer {number}\b"))
+
+
+def here(page: Page, text: str | re.Pattern[str]) -> None:
+    """Wait until the sidebar says that of the current session."""
+    sidebar(page).locator(".jp-Djinn-where").filter(has_text=text).wait_for()
+
+
+def stopped_layer(page: Page, number: int) -> None:
+    """Wait until the ladder shows the session stopped at a layer, and at no other."""
+    sidebar(page).locator("[aria-current=true][aria-label^='layer ']").filter(
+        has_text=re.compile(rf"^{number}\s*stopped")
+    ).wait_for()
+    assert sidebar(page).locator("[aria-current=true][aria-label^='layer ']").count() == 1
+
+
+def choose_from(page: Page, menu: str, item: str) -> None:
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.get_by_role("menuitem", name=item, exact=True).click()
+
+
+def run_cell(page: Page, number: int) -> None:
+    """Click a cell, and the notebook's run button."""
+    page.locator(".jp-CodeCell").nth(number).locator(".jp-Editor").click()
+    page.get_by_role("button", name=re.compile("^Run this cell and advance")).click()
+
+
+def test_from_a_prompt_to_an_edited_continuation_by_mouse(lab: Lab, page: Page):
+    open_notebook(lab, page, "by mouse.ipynb", "%djinn_panel edit", "print(session.text)")
+    press(page, "Load djinn_nb")
+    press(page, "Connect")
+    layer(page, 8).click()
+    assert layer(page, 8).get_attribute("aria-pressed") == "true"
+    sidebar(page).get_by_text("next run").wait_for()
+    press(page, "Run a prompt…")
+    page.keyboard.insert_text(PROMPT)  # into the field that the button has put the cursor in
+    press(page, "Run")
+    here(page, "stopped at layers.8.output (breakpoint), forward 0")
+    stopped_layer(page, 8)
+    page.get_by_role("status", name="Djinn").filter(has_text="stopped at layers.8.output").wait_for()
+
+    press(page, "Next layer")
+    stopped_layer(page, 9)
+    press(page, "Step back")
+    stopped_layer(page, 8)
+    run_cell(page, 0)
+    edit = cells(page).locator(".djinn-panel")
+    edit.get_by_label("Kind").select_option("zero")
+    edit.get_by_role("button", name="Apply").click()
+    sidebar(page).get_by_text("1 edit").wait_for()
+    layer(page, 8).click()
+    sidebar(page).get_by_text("No breakpoints.").wait_for()
+    press(page, "Continue")
+    here(page, "finished")
+    run_cell(page, 2)
+    edited = cells(page).locator(".jp-OutputArea-output", has_text="a drink to").last.inner_text()
+    assert "drink to Mary" not in edited
+
+    # the control: without the edit it says something else
+    press(page, "Run")
+    here(page, "finished")
+    run_cell(page, 2)
+    cells(page).locator(".jp-OutputArea-output", has_text="a drink to Mary").wait_for()
+
+
+def test_pause_stops_within_300_ms_a_session_that_a_cell_runs(
+    lab: Lab, page: Page, record_property: Callable[[str, object], None]
+):
+    open_notebook(lab, page, "pause.ipynb", LONG, "stop = session.continue_()")
+    sidebar(page)
+    run_cell(page, 0)
+    here(page, STOPPED)
+    cell = page.locator(".jp-CodeCell").nth(1)
+    pause = sidebar(page).get_by_role("button", name="Pause", exact=True)
+    times = []
+    for _ in range(7):
+        run_cell(page, 1)
+        page.locator("body[data-djinn-running=true]").wait_for()
+        sidebar(page).locator(".jp-Djinn-busy").filter(has_text=re.compile(r"\d+ of")).wait_for()
+        assert cell.locator(".jp-InputPrompt").inner_text() == "[*]:"
+        page.evaluate(WATCH)
+        pause.click()
+        times.append(page.evaluate("() => window.took"))
+        page.get_by_text("(ipykernel) | Idle").wait_for()  # the cell has ended with the stop
+        here(page, "(pause)")
+
+    shown = ", ".join(f"{time:.0f}" for time in times)
+    print(f"click on Pause to 'stopped', a cell running, ms: {shown}; {statistics.median(times)=:.0f}")
+    record_property("pause while a cell runs, ms", shown)
+    assert statistics.median(times) <= 300
