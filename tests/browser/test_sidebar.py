@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
-STOPPED = re.compile("^stopped at")
+STOPPED = re.compile("stopped at")
 #: The end-of-text token is banned, so that a run lasts as long as it is told to: for minutes.
 LONG = f"""{CONNECT}
 session = server.launch({PROMPT!r}, max_new_tokens=900, stop_on_entry=True)
@@ -88,7 +88,7 @@ def stopped_layer(page: Page, number: int) -> None:
 
 def choose_from(page: Page, menu: str, item: str) -> None:
     page.get_by_role("menuitem", name=menu, exact=True).click()
-    page.get_by_role("menuitem", name=item, exact=True).click()
+    page.get_by_role("menuitem", name=re.compile(f"^{item}( |$)")).click()
 
 
 def run_cell(page: Page, number: int) -> None:
@@ -109,7 +109,9 @@ def test_from_a_prompt_to_an_edited_continuation_by_mouse(lab: Lab, page: Page):
     press(page, "Run")
     here(page, "stopped at layers.8.output (breakpoint), forward 0")
     stopped_layer(page, 8)
-    page.get_by_role("status", name="Djinn").filter(has_text="stopped at layers.8.output").wait_for()
+    page.get_by_role("status", name="Djinn").filter(
+        has_text="stopped at layers.8.output"
+    ).wait_for()
 
     press(page, "Next layer")
     stopped_layer(page, 9)
@@ -147,7 +149,7 @@ def test_pause_stops_within_300_ms_a_session_that_a_cell_runs(
     times = []
     for _ in range(7):
         run_cell(page, 1)
-        page.locator("body[data-djinn-running=true]").wait_for()
+        page.locator("body[data-djinn-running=true]").wait_for(state="attached")
         sidebar(page).locator(".jp-Djinn-busy").filter(has_text=re.compile(r"\d+ of")).wait_for()
         assert cell.locator(".jp-InputPrompt").inner_text() == "[*]:"
         page.evaluate(WATCH)
@@ -157,6 +159,99 @@ def test_pause_stops_within_300_ms_a_session_that_a_cell_runs(
         here(page, "(pause)")
 
     shown = ", ".join(f"{time:.0f}" for time in times)
-    print(f"click on Pause to 'stopped', a cell running, ms: {shown}; {statistics.median(times)=:.0f}")
+    print(
+        f"click on Pause to 'stopped', a cell running, ms: {shown}; {statistics.median(times)=:.0f}"
+    )
     record_property("pause while a cell runs, ms", shown)
     assert statistics.median(times) <= 300
+
+
+def test_a_pause_that_waits_for_the_cell_would_be_seen_to_wait(lab: Lab, page: Page):
+    """The control of the test above: what a second cell asks for waits for the first."""
+    from playwright.sync_api import TimeoutError as NotWithin
+
+    open_notebook(lab, page, "waits.ipynb", LONG, "stop = session.continue_()", "session.pause()")
+    sidebar(page)
+    run_cell(page, 0)
+    here(page, STOPPED)
+    run_cell(page, 1)
+    page.locator("body[data-djinn-running=true]").wait_for(state="attached")
+    page.evaluate(WATCH)
+    run_cell(page, 2)
+    with pytest.raises(NotWithin):
+        page.get_by_role("status", name="Djinn").filter(has_text=STOPPED).wait_for(
+            state="attached", timeout=900
+        )
+    for number in (1, 2):
+        prompt = page.locator(".jp-CodeCell").nth(number).locator(".jp-InputPrompt")
+        assert prompt.inner_text() == "[*]:"
+
+    press(page, "Pause")
+    here(page, "(pause)")
+
+
+def test_a_reloaded_page_shows_the_stop_again_and_goes_on(lab: Lab, page: Page):
+    open_notebook(lab, page, "reload.ipynb", f"{CONNECT}\n%djinn_break 8 --when prefill", RUN)
+    sidebar(page)
+    run_all(page, 2)
+    stopped_layer(page, 8)
+
+    page.reload()
+    stopped_layer(page, 8)
+    press(page, "Next layer")
+    stopped_layer(page, 9)
+    press(page, "Continue")
+    here(page, "finished")
+
+
+def test_a_restarted_kernel_finds_the_stop_again_and_goes_on(lab: Lab, page: Page):
+    open_notebook(
+        lab, page, "restart.ipynb", f"{CONNECT}\n%djinn_break 8 --when prefill",
+        f"%%djinn_run --max-new-tokens 24 --name survivor\n{PROMPT}",
+    )  # fmt: skip
+    sidebar(page)
+    run_all(page, 2)
+    stopped_layer(page, 8)
+
+    choose_from(page, "Kernel", "Restart Kernel…")
+    page.get_by_role("button", name="Confirm Kernel Restart").click()
+    press(page, "Load djinn_nb")
+    press(page, "Connect")
+    session = sidebar(page).get_by_role("button", name=re.compile("survivor"))
+    session.filter(has_text="stopped at layers.8.output").click()
+    stopped_layer(page, 8)
+    press(page, "Next layer")
+    stopped_layer(page, 9)
+    press(page, "Continue")
+    here(page, "finished")
+
+
+def test_the_sidebar_follows_the_notebook_in_front(lab: Lab, page: Page):
+    names = {"left.ipynb": 3, "right.ipynb": 12}
+    for name, number in reversed(names.items()):
+        open_notebook(
+            lab, page, name, f"{CONNECT}\n%djinn_break {number}",
+            f"%%djinn_run --name {name.split('.')[0]}\n{PROMPT}",
+        )  # fmt: skip
+    page.locator(".jp-DirListing-item", has_text="right.ipynb").dblclick()
+    page.get_by_role("tab", name="right.ipynb").wait_for()
+    for name, number in names.items():
+        page.get_by_role("tab", name=name).click()
+        sidebar(page).get_by_role("definition").filter(has_text=name).wait_for()
+        sidebar(page).get_by_text("djinn_nb is not loaded in this notebook").wait_for()
+        choose_from(page, "Run", "Run All Cells")
+        stopped_layer(page, number)
+
+    for name, number in names.items():
+        page.get_by_role("tab", name=name).click()
+        sidebar(page).get_by_role("definition").filter(has_text=name).wait_for()
+        stopped_layer(page, number)
+        # one server: each lists both, and only its own as current
+        for other in names:
+            session = sidebar(page).get_by_role("button", name=re.compile(other.split(".")[0]))
+            session.wait_for()
+            assert (session.get_attribute("aria-current") == "true") is (other == name)
+    press(page, "Next layer")
+    stopped_layer(page, 13)
+    page.get_by_role("tab", name="left.ipynb").click()
+    stopped_layer(page, 3)
