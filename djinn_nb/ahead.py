@@ -44,7 +44,7 @@ def edit(where: Session | Stopped, **change: Any) -> Edit:
         edit(session, add=vector, location=16, sticky=True)
     """
     if isinstance(where, Finished):
-        raise NotStopped(f"session {where.session.id} is finished: launch again, and edit ahead")
+        raise NotStopped(f"session {where.session.id} is finished: go back, or launch again")
     if isinstance(where, Stopped):
         return where.edit(**change)
     stop = where.stop

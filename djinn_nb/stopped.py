@@ -324,7 +324,8 @@ class Finished:
             if not name.startswith("_") and (hasattr(Stopped, name) or name in PLANNED["Stopped"]):
                 raise NotStopped(
                     f"session {self.session.id} is finished after {len(self.generated_tokens)}"
-                    f" tokens, so there is no .{name} here: launch again with a breakpoint"
+                    f" tokens, so there is no .{name} here: session.step_back() or session.rewind()"
+                    " goes back, or launch again with a breakpoint"
                 )
             raise AttributeError(f"'Finished' object has no attribute {name!r}")
 

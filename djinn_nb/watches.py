@@ -51,6 +51,8 @@ def watched(watches: Mapping[str, object], condition: str | None) -> str:
         flag(value, name)
         return _SWITCHES[name]
     if name in _LIMITS:
+        if name == "entropy_below" and real(value, name) <= 0:
+            raise BadArgument(f"{name} is more than 0 nats, as an entropy is, not {shown(value)}")
         return f"{_LIMITS[name]} {_number(value, name)}"
     if name == "top_token":
         if not isinstance(value, str) or not value:
@@ -58,7 +60,10 @@ def watched(watches: Mapping[str, object], condition: str | None) -> str:
         return f"top_token == {write(value)}"
     if not isinstance(value, tuple) or len(value) != 2 or not isinstance(value[0], str):
         raise BadArgument(f'{name} is a name and a number, as in ("joy", 0.5), not {shown(value)}')
-    return f"cosine({write(value[0])}) > {_number(value[1], name)}"
+    limit = _number(value[1], name)
+    if not -1 <= float(limit) < 1:
+        raise BadArgument(f"{name} is from -1 to less than 1, as a cosine is, not {limit}")
+    return f"cosine({write(value[0])}) > {limit}"
 
 
 def _number(value: object, name: str) -> str:

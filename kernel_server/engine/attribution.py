@@ -107,6 +107,12 @@ class _Reader:
         """
         rows = torch.stack([final, final + final.float().std().to(final.dtype), final * 0])
         normed = _normed(segments, rows).double()
+        if normed.shape[-1] != final.shape[-1]:
+            raise NotSupported(
+                f"{segments.model.family}: its final norm is followed by a projection from"
+                f" {final.shape[-1]} to {normed.shape[-1]} channels, so a logit has no parts here;"
+                " compare with stop.preview()"
+            )
         given, shifted, nothing = normed
         centres = bool((given - shifted).norm() <= _SHIFT * (given - nothing).norm())
         stream = final.double()

@@ -194,7 +194,7 @@ class Core:
             return
         then = {
             "running": "pause it, or wait for its next stop",
-            "finished": "launch again, or fork one of its stops",
+            "finished": "go back with session.step_back() or session.rewind(), or launch again",
             "failed": "its error says why; launch again",
         }[session.status]
         raise NotStopped(f"session {session.id} is {place}: {then}", status=session.status)

@@ -94,9 +94,9 @@ def _check_once(edit: Edit, stand: Standing, last_only: bool, num_layers: int) -
     if edit.point < stand.point:
         here = location_at(stand.point, num_layers)
         raise BadEdit(
-            f"{name} has passed in forward {stand.forward}, which stands at {here}: step back is"
-            " planned; launch again and stop there, or make the edit sticky to apply from forward"
-            f" {stand.forward + 1}"
+            f"{name} has passed in forward {stand.forward}, which stands at {here}:"
+            f" session.rewind({stand.forward}, {name!r}) goes back there, or make the edit sticky"
+            f" to apply from forward {stand.forward + 1}"
         )
     edit.selector.check_once(stand.end, stand.limit)
     positions = edit.positions_in(stand, last_only)
@@ -110,9 +110,9 @@ def _check_once(edit: Edit, stand: Standing, last_only: bool, num_layers: int) -
             < stand.end
         ]
         if missing:
-            raise BadEdit(_elsewhere(missing[0], stand))
+            raise BadEdit(_elsewhere(missing[0], stand, name))
     if not selected:
-        raise BadEdit(_nothing_here(edit.selector, stand))
+        raise BadEdit(_nothing_here(edit.selector, stand, name))
     if not positions:
         raise BadEdit(
             f"logits are edited for the last token only: select token {stand.end - 1} (-1)"
@@ -160,25 +160,25 @@ def _leaves_later_tokens(edit: Edit, stand: Standing) -> bool:
     )
 
 
-def _elsewhere(position: int, stand: Standing) -> str:
+def _elsewhere(position: int, stand: Standing, name: str) -> str:
     holder = stand.forward_of(position)
     here = f"forward {stand.forward} feeds tokens {stand.first} to {stand.end - 1}"
     if stand.first == stand.end - 1:
         here = f"forward {stand.forward} feeds token {stand.first}"
     if holder < stand.forward:
         return (
-            f"token {position} was fed in forward {holder}; {here}: step back is planned; launch"
-            f" again and stop in forward {holder}, then edit"
+            f"token {position} was fed in forward {holder}; {here}:"
+            f" session.rewind({holder}, {name!r}) goes back there, then edit"
         )
     return (
         f"token {position} is fed in forward {holder}; {here}: stop there, or make the edit sticky"
     )
 
 
-def _nothing_here(selector: TokenSelector, stand: Standing) -> str:
+def _nothing_here(selector: TokenSelector, stand: Standing, name: str) -> str:
     earlier = selector.positions(stand.tokens, 0, stand.first) if stand.first else ()
     if earlier:
-        return _elsewhere(earlier[0], stand)
+        return _elsewhere(earlier[0], stand, name)
     return (
         f"no token of forward {stand.forward} (tokens {stand.first} to {stand.end - 1}) is"
         f" selected by {selector}: select others, or make the edit sticky"

@@ -116,7 +116,8 @@ class Editing(Control):
         if not made_here:
             raise UndoRefused(
                 f"no edit was made at stop {session.stop_number} of session {session.id}; a sticky"
-                " one can be removed by its id, another one only by launching again"
+                " one can be removed by its id, and session.step_back() or session.rewind() returns"
+                " to before another"
             )
         self._remove(event, session, made_here[-1])
 
@@ -153,8 +154,8 @@ class Editing(Control):
         verb = "taken away" if where == "away" else f"switched {where}"
         return UndoRefused(
             f"edit {edit.id} belongs to {self.location(edit.point)} of forward {edit.forward}, and"
-            f" session {session.id} is {place}: it cannot be {verb} exactly; launch again, or go on"
-            " from a fork made at that stop"
+            f" session {session.id} is {place}: it cannot be {verb} exactly;"
+            f" session.rewind({edit.forward}, {str(self.location(edit.point))!r}) goes back there"
         )
 
     def _apply(

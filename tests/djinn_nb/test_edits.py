@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +375,19 @@ def test_an_ablation_that_cannot_be_is_refused(stop, wishes, error, words):
         stop.ablate(**wishes)
 
     assert stop.session.edits == []
+
+
+def test_an_edit_behind_is_refused_with_a_call_that_leads_there(server):
+    session = server.launch(PROMPT, max_new_tokens=2)
+    stop = session.run_to(3)
+    with pytest.raises(errors.BadEdit, match="has passed") as refused:
+        stop.edit(zero=True, tokens=-1, location="layers.1.output")
+    call = re.search(r"session\.rewind\((\d+), '([^']+)'\)", str(refused.value))
+    assert call is not None
+    back = session.rewind(int(call[1]), call[2])
+
+    assert (back.forward, back.location) == (0, "layers.1.output")
+    assert back.edit(zero=True, tokens=-1).elements_changed
 
 
 def test_a_magic_and_its_completion_know_every_argument():
