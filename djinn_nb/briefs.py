@@ -50,7 +50,7 @@ _SUMS = ("device used", "device free", "host process", "never written")
 _ADVICE: tuple[tuple[type[DjinnError], str], ...] = (
     (StaleStop, "Look again: it shows where the session stands now, and goes on from there."),
     (UnknownSession, "Choose a session in the list, or launch one."),
-    (AccessDenied, "Connect with the access token of that server: token=…, or $DJINN_TOKEN."),
+    (AccessDenied, "Connect again with its token: %djinn_connect ADDRESS --token TOKEN."),
     (ModelLoading, "Wait until the model is loaded; its progress is shown."),
     (NoServer, "Start it, or connect without an address for a server on this machine."),
     (ConnectionFailed, "It is tried again by itself; look whether the server runs."),
@@ -246,9 +246,9 @@ def not_connected() -> Notice:
     return Notice(
         level="info",
         code="NotConnected",
-        text="This notebook is not connected to a server.",
-        advice="Connect: without an address it uses the server of this machine, and starts one"
-        " where there is none (%djinn_connect).",
+        text="not connected to a server",
+        advice="Press Connect, or run %djinn_connect: without an address it is the server of this"
+        " machine, started where there is none.",
     )
 
 

@@ -23,8 +23,12 @@ from kernel_server.protocol.snapshot import (
 
 if TYPE_CHECKING:
     from djinn_nb.client import Client
+    from djinn_nb.current import Current
     from djinn_nb.session import Session
     from djinn_nb.workbench import Workbench
+
+#: A cell that has run for this long is one that clicks wait for, seconds; shorter ones would flash.
+LONG_CELL_S = 1.0
 
 
 def compose(bench: Workbench, before: Snapshot) -> Snapshot:
@@ -33,6 +37,8 @@ def compose(bench: Workbench, before: Snapshot) -> Snapshot:
     server = current.server
     actions = tuple(action for _, action in sorted(bench.actions.copy().items()))
     busy = next(iter(bench.busy.copy().values()), None)
+    if server is not bench.denied_beside:
+        bench.denied = None  # connected since, in a cell or by a click
     if server is None:
         connection: Connection = "none" if bench.denied is None else "denied"
         if bench.is_connecting:
@@ -44,6 +50,7 @@ def compose(bench: Workbench, before: Snapshot) -> Snapshot:
             rev=before.rev,
             kernel=bench.kernel,
             connection=connection,
+            address="" if connection == "none" else bench.wanted_address,
             notice=notice,
             progress=bench.loading,
             pending=briefs.pending_briefs(current.pending, 0),
@@ -100,7 +107,7 @@ def compose(bench: Workbench, before: Snapshot) -> Snapshot:
         memory=bench.reader.memory(client),
         selection=bench.follow(here, num_layers),
         actions=actions,
-        busy=_busy(busy, running, client, before),
+        busy=_busy(busy, running, client, before, in_cell=_waits_for_cell(current)),
         can=_can(connection, here, taken_over),
     )
 
@@ -135,8 +142,19 @@ def _session(info: m.SessionInfo, num_layers: int, taken_over: bool) -> SessionB
     return briefs.session_brief(info, num_layers, taken_over=taken_over)
 
 
+def _waits_for_cell(current: Current) -> bool:
+    """Whether a cell has run for so long that somebody may want to click meanwhile."""
+    since_s = current.cell_since_s
+    return since_s is not None and time.monotonic() - since_s > LONG_CELL_S
+
+
 def _busy(
-    busy: Busy | None, running: m.SessionInfo | None, client: Client, before: Snapshot
+    busy: Busy | None,
+    running: m.SessionInfo | None,
+    client: Client,
+    before: Snapshot,
+    *,
+    in_cell: bool,
 ) -> Busy | None:
     """What is being carried out; a session that a cell runs counts, with how far it is."""
     if running is None:
@@ -147,11 +165,11 @@ def _busy(
         share = max(0.0, min(1.0, event.done / event.total)) if event.total else None
         progress = ProgressBrief(text=event.text or f"{event.done} of {event.total}", done=share)
     if busy is not None:
-        return replace(busy, can_pause=True, progress=progress or busy.progress)
+        return replace(busy, can_pause=True, progress=progress or busy.progress, in_cell=in_cell)
     text = f"session {running.id} runs"
     was = before.busy
     since_s = was.since_s if was is not None and was.text == text else time.time()
-    return Busy(text=text, since_s=since_s, can_pause=True, progress=progress)
+    return Busy(text=text, since_s=since_s, can_pause=True, progress=progress, in_cell=in_cell)
 
 
 _OF_CONNECTION = (NoServer.code, ConnectionLost.code)

@@ -6,6 +6,7 @@ of the user's that merely has one of these names is never overwritten.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Current(Magics):
         self.bench: Workbench | None = None
         #: what tells the front end's extension, in a kernel
         self.bridge: CommBridge | None = None
+        #: since when a cell runs, seconds of the monotonic clock
+        self.cell_since_s: float | None = None
         #: called when the server, session or stop of the notebook has changed
         self.listeners: list[Callable[[], None]] = []
         self._told: set[str] = set()
@@ -129,7 +132,7 @@ class Current(Magics):
         """Bind a name in the notebook, unless it holds something of the user's own."""
         self.own[name] = value
         self._bind(name, value)
-        self.ran_a_cell()
+        self.tell_listeners()
 
     def _bind(self, name: str, value: Any) -> None:
         if not self.bind_names:
@@ -179,16 +182,25 @@ class Current(Magics):
             print(text)
 
     @contextmanager
-    def connecting(self) -> Iterator[None]:
+    def connecting(self, address: str | None) -> Iterator[None]:
         """Around connecting: panels and the sidebar show how far the model is loaded."""
         if self.bench is None:
             yield
             return
-        with self.bench.connecting():
+        with self.bench.connecting(address):
             yield
 
+    def runs_a_cell(self, *_: object) -> None:
+        """A cell begins: IPython's `pre_run_cell`."""
+        self.cell_since_s = time.monotonic()
+
     def ran_a_cell(self, *_: object) -> None:
-        """A cell may have changed anything: IPython's `post_run_cell`."""
+        """A cell has ended: IPython's `post_run_cell`."""
+        self.cell_since_s = None
+        self.tell_listeners()
+
+    def tell_listeners(self) -> None:
+        """Anything may have changed."""
         for changed in list(self.listeners):
             changed()
 

@@ -80,7 +80,7 @@ class DjinnMagics(StopMagics):
         self._connect(None, model=args.model, device=args.device, dtype=args.dtype)
 
     def _connect(self, address: str | None, **wishes: Any) -> None:
-        with self.connecting():
+        with self.connecting(address):
             server = connect(address, **wishes)
         self.use_server(server)
         self.say(repr(server))

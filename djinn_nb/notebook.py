@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from kernel_server.protocol.errors import DjinnError
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+
+    from djinn_nb.magics import DjinnMagics
 
 _DEBUG = "DJINN_DEBUG"
 
@@ -25,7 +28,8 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
     magics = DjinnMagics(shell)
     shell.register_magics(magics)
-    shell.events.register("post_run_cell", magics.ran_a_cell)
+    for event, told in _events(magics):
+        shell.events.register(event, told)
     Completer(magics).install(shell)
     if getattr(shell, "kernel", None) is not None:
         from djinn_nb.comm_bridge import CommBridge
@@ -36,6 +40,10 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     for kind in (DjinnError, Interrupted):
         # IPython asks an exception for this name; see `_OneLine`
         kind._render_traceback_ = _OneLine()  # type: ignore[union-attr]
+
+
+def _events(magics: DjinnMagics) -> tuple[tuple[str, Callable[..., None]], ...]:
+    return (("pre_run_cell", magics.runs_a_cell), ("post_run_cell", magics.ran_a_cell))
 
 
 def _show_figures(shell: InteractiveShell) -> None:
@@ -57,8 +65,9 @@ def unload_ipython_extension(shell: InteractiveShell) -> None:
     Completer.remove(shell)
     magics = shell.magics_manager.registry.pop("DjinnMagics", None)
     if magics is not None:
-        with contextlib.suppress(ValueError):
-            shell.events.unregister("post_run_cell", magics.ran_a_cell)
+        for event, told in _events(magics):
+            with contextlib.suppress(ValueError):
+                shell.events.unregister(event, told)
         magics.close()
     for table in shell.magics_manager.magics.values():
         for name in [name for name in table if name.startswith("djinn")]:

@@ -53,7 +53,7 @@ def plan(bench: Workbench, verb: str, given: Mapping[str, Any]) -> Step:
 
 def _connect(bench: Workbench, address: str | None = None, token: str | None = None) -> Step:
     def run() -> None:
-        with bench.connecting():
+        with bench.connecting(address):
             bench.current.use_server(connect(address, token=token))
 
     where = "" if address is None else repr(address)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from djinn_nb.current import Current
+    from djinn_nb.server import Server
     from djinn_nb.session import Session
 
 #: Snapshots are at least this far apart, and looked at anew this often while somebody watches.
@@ -78,8 +79,12 @@ class Workbench:
         #: how far a model is loaded; while connecting
         self.loading: ProgressBrief | None = None
         self.is_connecting = False
+        #: where, as far as it was said
+        self.wanted_address = ""
         #: why the last connecting was refused for its access token
         self.denied: Notice | None = None
+        #: the notebook's server then: with another one, that is over
+        self.denied_beside: Server | None = None
         #: the connection broke, and what failed for that may still be shown
         self.was_lost = False
         self._selection = Selection()
@@ -300,7 +305,7 @@ class Workbench:
         return True
 
     @contextlib.contextmanager
-    def connecting(self) -> Iterator[None]:
+    def connecting(self, address: str | None) -> Iterator[None]:
         """Show that a server is being connected, how far, and why it could not be."""
 
         def told(label: str, done: float, total: float, text: str) -> None:
@@ -308,6 +313,7 @@ class Workbench:
             self.changed()
 
         self.is_connecting, self.denied = True, None
+        self.wanted_address = address or ""
         self.changed()
         of_cell = not threading.current_thread().name.startswith("djinn-")
         try:
@@ -315,7 +321,7 @@ class Workbench:
                 yield
             self.notice = None
         except AccessDenied as error:
-            self.denied = briefs.notice_of(error)
+            self.denied, self.denied_beside = briefs.notice_of(error), self.current.server
             raise
         finally:
             self.is_connecting, self.loading = False, None

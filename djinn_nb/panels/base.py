@@ -162,25 +162,34 @@ def state_of(shown: Snapshot) -> Notice | None:
     if shown.notice is not None:
         return shown.notice
     if shown.connection == "connecting":
-        return Notice(level="info", code="Connecting", text="connecting to a server …")
+        where = shown.address or "a server"
+        return Notice(
+            level="info",
+            code="Connecting",
+            text=f"connecting to {where} …",
+            advice="Nothing to do; a first start loads the model, which takes a while.",
+        )
     if shown.connection == "loading" and shown.progress is not None:
         done = shown.progress.done
         share = "" if done is None else f" {done:.0%}"
         text = f"loading the model: {shown.progress.text}{share}"
-        return Notice(level="info", code="Loading", text=text)
-    if shown.connection == "none":
         return Notice(
             level="info",
-            code="NoServer",
-            text="not connected to a server",
-            advice="Press Connect in the panel of sessions, or run %djinn_connect.",
+            code="Loading",
+            text=text,
+            advice="Nothing to do: it goes on as soon as the model is there.",
         )
-    if shown.session is not None and shown.session.taken_over:
+    if shown.connection == "none":
+        return briefs.not_connected()
+    if shown.busy is not None and shown.busy.in_cell:
         return Notice(
-            level="warning",
-            code="TakenOver",
-            text=f"session {shown.session.id} has moved since this notebook last looked",
-            advice="Press Look again: it shows where the session stands now.",
+            level="info",
+            code="InCell",
+            text="a cell is running, and what is clicked here waits for it",
+            advice=(
+                "To stop the session now press Pause in the sidebar; or interrupt the kernel (■),"
+                " which leaves the session running, and press Pause here."
+            ),
         )
     return None
 
@@ -191,10 +200,11 @@ def notice_html(notice: Notice | None) -> str:
         return ""
     role = "alert" if notice.level == "error" else "status"
     sign = {"error": "⚠ error", "warning": "⚠ note", "info": "→"}[notice.level]
+    text = f"{notice.text.rstrip('.')}." if notice.advice else notice.text
     advice = f" <span>{escape(notice.advice)}</span>" if notice.advice else ""
     return (
         f"<div role='{role}' style='border-left:3px solid currentColor;padding:2px 8px;margin:4px"
-        f" 0'><b>{sign}</b> {escape(notice.text)}{'.' if notice.advice else ''}{advice}</div>"
+        f" 0'><b>{sign}</b> {escape(text)}{advice}</div>"
     )
 
 

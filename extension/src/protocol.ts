@@ -224,12 +224,17 @@ export interface ActionBrief {
   readonly error: string | null;
 }
 
-/** What is being carried out. since_s: seconds since the epoch. */
+/**
+ * What is being carried out. since_s: seconds since the epoch.
+ *
+ * in_cell: a cell of the notebook runs meanwhile, and what is clicked in widgets waits for it.
+ */
 export interface Busy {
   readonly text: string;
   readonly since_s: number;
   readonly can_pause: boolean;
   readonly progress: ProgressBrief | null;
+  readonly in_cell: boolean;
 }
 
 /** Everything the views show, at one moment. A view drops one that is not newer (`rev`). */

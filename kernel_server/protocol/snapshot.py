@@ -203,12 +203,16 @@ class ActionBrief:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Busy:
-    """What is being carried out. since_s: seconds since the epoch."""
+    """What is being carried out. since_s: seconds since the epoch.
+
+    in_cell: a cell of the notebook runs meanwhile, and what is clicked in widgets waits for it.
+    """
 
     text: str
     since_s: float
     can_pause: bool
     progress: ProgressBrief | None = None
+    in_cell: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,17 +17,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser.notebooks import (
+    CONNECT,
+    PATIENCE_MS,
+    PROMPT,
+    RUN,
+    open_notebook,
+    panel,
+    run_all,
+)
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
     from scripts.browser import Lab
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
-
-PROMPT = "When Mary and John went to the store, John gave a drink to"
-CONNECT = "%load_ext djinn_nb\n%djinn_connect"
-RUN = f"%%djinn_run --max-new-tokens 24\n{PROMPT}"
-PATIENCE_MS = 40_000
 
 
 @pytest.fixture
@@ -36,42 +41,6 @@ def page(chromium: Browser) -> Iterator[Page]:
     page.set_default_timeout(PATIENCE_MS)
     yield page
     page.close()
-
-
-def open_notebook(lab: Lab, page: Page, name: str, *cells: str) -> None:
-    """A notebook of code cells, opened, its kernel ready."""
-    made = {
-        "cells": [
-            {
-                "cell_type": "code",
-                "execution_count": None,
-                "id": f"cell-{index}",
-                "metadata": {},
-                "outputs": [],
-                "source": source,
-            }
-            for index, source in enumerate(cells)
-        ],
-        "metadata": {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}
-        },
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
-    (lab.files / name).write_text(json.dumps(made), encoding="utf-8")
-    page.goto(lab.url(name))
-    page.get_by_text("(ipykernel) | Idle").wait_for()
-
-
-def run_all(page: Page, count: int) -> None:
-    """Run all cells, and wait for the last one's number."""
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator(".jp-CodeCell").last.locator(f".jp-InputPrompt:has-text('[{count}]')").wait_for()
-
-
-def panel(page: Page) -> Locator:
-    return page.locator(".djinn-panel")
 
 
 def button(page: Page, text: str) -> Locator:
@@ -108,20 +77,6 @@ def test_nothing_stopped_says_how_something_stops(lab: Lab, page: Page):
     assert button(page, "Apply").is_disabled()
 
 
-def test_a_wrong_access_token_is_named_and_the_way_out_told(lab: Lab, page: Page):
-    address = beside(lab, "print(server.address)").strip()
-    open_notebook(
-        lab, page, "denied.ipynb", "%load_ext djinn_nb\n%djinn_panel sessions",
-        f"%djinn_connect {address} --token wrong",
-    )  # fmt: skip
-    run_all(page, 2)
-
-    said = page.locator(".jp-OutputArea-output", has_text="AccessDenied")
-    said.wait_for()
-    assert "does not know this access token; pass token=" in said.inner_text()
-    assert panel(page).get_by_text("not connected to a server").is_visible()
-
-
 def test_a_stop_that_another_client_moved_is_said_to_be_taken_over(lab: Lab, page: Page):
     open_notebook(
         lab, page, "taken.ipynb", f"{CONNECT}\n%djinn_break 8",
@@ -132,9 +87,9 @@ def test_a_stop_that_another_client_moved_is_said_to_be_taken_over(lab: Lab, pag
 
     beside(lab, "server.attach('taken').next()")
 
-    said = panel(page).get_by_role("status").filter(has_text="has moved since this notebook")
+    said = panel(page).get_by_role("status").filter(has_text="was moved by another client")
     said.wait_for()
-    assert "Press Look again" in said.inner_text()
+    assert "Look again, to go on from there" in said.inner_text()
     button(page, "Look again").click()
     said.wait_for(state="detached")
     assert panel(page).get_by_text("stopped at layers.9.output").first.is_visible()

@@ -18,7 +18,7 @@ from djinn_nb.panels.base import Panel, Panels
 from djinn_nb.panels.edit import EditPanel
 from djinn_nb.panels.edit_model import EditModel, selection
 from djinn_nb.workbench import Workbench, workbench
-from kernel_server.protocol.snapshot import NodeBrief, Notice, Snapshot
+from kernel_server.protocol.snapshot import Busy, NodeBrief, Notice, ProgressBrief, Snapshot
 from tests.djinn_nb.conftest import PROMPT
 
 Make = Callable[[type[Panel]], Any]
@@ -240,6 +240,34 @@ def test_a_state_without_a_session_is_said(connection: Any, said: str) -> None:
 
     assert said in base.notice_html(base.state_of(shown))
     assert said in base.one_line(shown)
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "advice"),
+    [
+        ({"connection": "none"}, "not connected to a server", "Press Connect"),
+        (
+            {"connection": "connecting", "address": "box:5556"},
+            "connecting to box:5556", "Nothing to do",
+        ),
+        (
+            {"connection": "loading", "progress": ProgressBrief(text="weights", done=0.4)},
+            "loading the model: weights 40%", "goes on as soon as",
+        ),
+        (
+            {
+                "connection": "ready",
+                "busy": Busy(text="s1 runs", since_s=0.0, can_pause=True, in_cell=True),
+            },
+            "what is clicked here waits", "Pause in the sidebar; or interrupt the kernel",
+        ),
+    ],
+)  # fmt: skip
+def test_a_state_says_what_to_do(state: dict[str, Any], said: str, advice: str) -> None:
+    shown = base.state_of(Snapshot(rev=1, kernel="k", **state))
+
+    assert said in shown.text
+    assert advice in shown.advice
 
 
 def test_texts_of_users_cannot_become_markup() -> None:

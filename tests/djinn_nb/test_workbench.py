@@ -13,7 +13,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 import djinn_nb as djinn
-from djinn_nb import errors, verbs
+from djinn_nb import composing, errors, verbs
 from djinn_nb.waiting import run_until_rest
 from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol import messages as m
@@ -214,6 +214,43 @@ def test_a_wrong_access_token_is_denied(bench, process, soon):
     shown = soon(bench, lambda s: s.connection == "denied")
     assert shown.notice.code == "AccessDenied" and "token" in shown.notice.advice
     assert "wrong" not in "".join(action.code for action in shown.actions)
+
+
+def test_a_wrong_token_in_a_cell_is_denied_until_another_server_is_there(
+    bench, shell, process, server, soon
+):
+    shell.run_cell(f"%djinn_connect {process.address} --token wrong")
+
+    shown = soon(bench, lambda s: s.connection == "denied")
+    assert shown.address == process.address  # so that a view can ask for its token alone
+    assert "does not know this access token" in shown.notice.text
+    assert "--token TOKEN" in shown.notice.advice
+    assert shown.can == ("connect",)
+
+    shell.user_ns["server"] = server  # in Python, past magics and views
+    shell.run_cell("pass")
+    assert soon(bench, lambda s: s.connection == "ready").notice is None
+
+
+def test_a_session_that_a_cell_waits_for_says_that_clicks_wait_too(
+    connected, shell, long_session, soon, monkeypatch
+):
+    monkeypatch.setattr(composing, "LONG_CELL_S", 0.0)
+    connected.current.bind("session", long_session)
+    cell = threading.Thread(target=shell.run_cell, args=("stop = session.continue_()",))
+    cell.start()
+
+    shown = soon(connected, lambda s: s.busy is not None and s.busy.in_cell)
+    assert shown.busy.can_pause and shown.session.status == "running"
+
+    assert connected.urgent("pause")["ok"]
+    cell.join(10)
+    soon(connected, lambda s: s.busy is None)
+    running = verbs.perform(connected, "continue")  # by a click: nothing waits for a cell
+    shown = soon(connected, lambda s: _status("running")(s) and s.busy is not None)
+    assert shown.busy.can_pause and not shown.busy.in_cell
+    connected.urgent("pause")
+    running.result(10)
 
 
 def test_an_address_with_no_server_is_told(bench, tmp_path, soon):
