@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 
-#: A rest of this share of the logit, or of the largest part, is no rounding, in low precision too.
-_ROUNDING = 0.05
+#: A rest of this share of the logit, or of the largest part, is no rounding, by the model's dtype.
+_ROUNDING = {"float32": 1e-3}
+_LOW_PRECISION_ROUNDING = 0.05
 
 
 class Attribution:
@@ -34,10 +35,15 @@ class Attribution:
     """
 
     def __init__(
-        self, reply: m.AttributionReply, against: m.AttributionReply | None, location: str
+        self,
+        reply: m.AttributionReply,
+        against: m.AttributionReply | None,
+        location: str,
+        dtype: str,
     ) -> None:
         self._replies = (reply,) if against is None else (reply, against)
         self._location = location
+        self._rounding = _ROUNDING.get(dtype, _LOW_PRECISION_ROUNDING)
         values = reply.values.numpy().astype(np.float64)
         self._values = values if against is None else values - against.values.numpy()
 
@@ -168,7 +174,9 @@ class Attribution:
 
     def _notes(self) -> list[str]:
         notes = [self.note] if self.note else []
-        if abs(self.rest) > _ROUNDING * max(abs(self.logit), float(np.abs(self._values).max())):
+        if abs(self.rest) > self._rounding * max(
+            abs(self.logit), float(np.abs(self._values).max())
+        ):
             notes.append(
                 f"the parts are not the whole logit, {self.rest:.2g} is left: an edit of the stream"
                 " between the parts, of final_norm or the logits is none of them"

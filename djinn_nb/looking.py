@@ -159,7 +159,7 @@ class Looking:
             raise BadArgument(
                 f"token and against are the same token, id {first.token_id}: name another"
             )
-        return Attribution(first, second, self.location)
+        return Attribution(first, second, self.location, self.session.client.model.dtype)
 
     def router(self: Here, layer: int | None = None) -> pd.DataFrame:
         """Which experts a mixture of experts chose for each token of this forward.

@@ -277,6 +277,16 @@ def test_the_parts_sum_to_the_logit_and_are_what_norm_and_head_make_of_them(stop
     assert layers.total.sum() + by_hand["embedding"] == pytest.approx(found.logit, abs=2e-3)
 
 
+def test_a_slight_edit_between_the_parts_is_told_too(stop):
+    plain = repr(stop.attribution(" Mary"))
+    stop.edit(scale=1.02, tokens=-1)
+    found = stop.attribution(" Mary")
+
+    assert "not the whole logit" not in plain
+    assert 2e-3 < abs(found.rest) / np.abs(found.frame.value).max() < 0.05
+    assert "not the whole logit" in repr(found)
+
+
 def test_the_default_is_the_largest_logit_and_tables_agree(stop):
     found = stop.attribution()
 
