@@ -76,6 +76,6 @@ def _why_edit(edit: m.EditInfo) -> str:
         if edit.forwards_unmatched:
             return f"never applied: {forwards} came there and fed none of its tokens"
         return "never applied: no forward came there after it was made"
-    if edit.note is not None:
-        return f"applied: {edit.note}"
-    return "changed nothing: no number differs" if edit.elements_changed == 0 else ""
+    if edit.elements_changed == 0:
+        return f"changed nothing: no number differs{f'; {edit.note}' if edit.note else ''}"
+    return f"applied: {edit.note}" if edit.note is not None else ""

@@ -377,6 +377,14 @@ def test_an_ablation_that_cannot_be_is_refused(stop, wishes, error, words):
     assert stop.session.edits == []
 
 
+def test_an_end_tells_of_an_edit_that_changed_nothing_whatever_else_there_is_to_say(stop):
+    made = stop.edit(clamp=(-1e6, 1e6))
+    end = repr(stop.session.continue_())
+
+    assert made.elements_changed == 0 and "in forward 0 only" in repr(made)
+    assert "changed nothing: no number differs; in forward 0 only" in end
+
+
 def test_an_edit_behind_is_refused_with_a_call_that_leads_there(server):
     session = server.launch(PROMPT, max_new_tokens=2)
     stop = session.run_to(3)
