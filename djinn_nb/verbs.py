@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from djinn_nb import edit_verbs
+from djinn_nb import edit_verbs, vector_verbs
 from djinn_nb.checks import shown, whole
 from djinn_nb.connection import connect
 from djinn_nb.current import Pending
@@ -397,6 +397,7 @@ VERBS: dict[str, Callable[..., Step]] = {
     "remove_breakpoint": _remove_breakpoint,
     "clear_breakpoints": _clear_breakpoints,
     **edit_verbs.VERBS,
+    **vector_verbs.VERBS,
     "evict": _evict,
     "restore": _restore,
     "pin": _pin,

@@ -18,6 +18,9 @@ from djinn_nb import briefs, edit_verbs
 from djinn_nb.cards import MONO, MUTED
 from djinn_nb.panels.base import NONE, Panel, notice_html, table
 from djinn_nb.panels.edit_model import KINDS, OF_VECTORS, EditModel, Target, sources_of
+from djinn_nb.panels.fields import COLUMN, LABEL, field, offer, show
+from djinn_nb.panels.library import Library
+from djinn_nb.panels.library_model import VectorRow
 from djinn_nb.steps import words
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.snapshot import EditBrief, Notice, Snapshot
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 TOP_K = 8
 #: What is shown as stopped is bound in the notebook well within this, seconds.
 BOUND_S = 2.0
-#: Width of a column below which the two stand one above the other.
-COLUMN = "1 1 270px"
 #: Words that a button writes into the field of tokens: word -> what it selects
 TOKEN_WORDS = {
     "last": "the last token fed",
@@ -90,6 +91,7 @@ class EditPanel(Panel):
         #: counts wishes that could not be read: an answer to one before is out of date
         self._unreadable = 0
         self._make_fields()
+        self._library = Library(self.bench, self._listed, self._use)
         auto = widgets.Layout(width="auto")
         self._sticky = widgets.Checkbox(
             description="Make sticky", indent=False, layout=auto,
@@ -106,7 +108,7 @@ class EditPanel(Panel):
         self._updating = widgets.HTML()
         self._refused = widgets.HTML()
         self._which = widgets.Dropdown(
-            description="Edit", options=[("none", NONE)], layout=_field(), style=_LABEL
+            description="Edit", options=[("none", NONE)], layout=field(), style=LABEL
         )
         self._which.observe(lambda _: self._fit_switch(), "value")
         self._switch = widgets.Button(description="Disable", layout=auto)
@@ -123,6 +125,7 @@ class EditPanel(Panel):
                 one.observe(lambda _: self._wish(), "value")
         for one in (self._kind, self._sticky):
             one.observe(lambda _: self._wish(), "value")
+        self._vector.observe(lambda _: self._show_inexact(), "value")
         wrap = widgets.Layout(flex_flow="row wrap")
         column = {"flex": COLUMN, "min_width": "0", "width": "auto"}
         left = widgets.VBox(
@@ -142,6 +145,8 @@ class EditPanel(Panel):
             widgets.HBox([left, right], layout=wrap),
             widgets.HBox([self._which, self._switch, self._remove], layout=wrap),
             self._list,
+            self._library.toggle,
+            self._library.body,
         ]
 
     def _make_fields(self) -> None:
@@ -149,19 +154,17 @@ class EditPanel(Panel):
 
         def text(label: str, placeholder: str, value: str = "") -> widgets.Text:
             return widgets.Text(
-                value=value, description=label, placeholder=placeholder, layout=_field(),
-                style=_LABEL,
+                value=value, description=label, placeholder=placeholder, layout=field(),
+                style=LABEL,
             )  # fmt: skip
 
         def choice(label: str, options: list[Any]) -> widgets.Dropdown:
-            return widgets.Dropdown(
-                description=label, options=options, layout=_field(), style=_LABEL
-            )
+            return widgets.Dropdown(description=label, options=options, layout=field(), style=LABEL)
 
         self._kind = choice("Kind", list(KINDS))
         self._strength = widgets.FloatSlider(
-            description="Strength", continuous_update=True, readout=False, layout=_field(),
-            style=_LABEL,
+            description="Strength", continuous_update=True, readout=False, layout=field(),
+            style=LABEL,
         )  # fmt: skip
         self._exact = widgets.FloatText(
             description="exactly", layout=widgets.Layout(width="150px"),
@@ -169,7 +172,7 @@ class EditPanel(Panel):
         )  # fmt: skip
         self._vector = choice("Vector", [("none", "")])
         self._inexact = widgets.Checkbox(
-            description="also one made on another model", indent=False, layout=_field()
+            description="also one made on another model", indent=False, layout=field()
         )
         self._least = text("Least", "no bound")
         self._largest = text("Largest", "no bound")
@@ -181,7 +184,7 @@ class EditPanel(Panel):
         self._layer = choice("Layer", [("none", NONE)])
         self._ablated = text("Which", "3, 0:4, [0, 2]")
         self._mean = widgets.Checkbox(
-            description="their mean over the tokens, instead of 0", indent=False, layout=_field()
+            description="their mean over the tokens, instead of 0", indent=False, layout=field()
         )
         self._source = choice("From", [("none", NONE)])
         self._rows_there = text("Its tokens", "the same as below")
@@ -262,9 +265,9 @@ class EditPanel(Panel):
         asked = KINDS.get(kind or "")
         if asked is None:
             return
-        for field, rows in self._rows.items():
-            for one in (*rows, *self._parts[field]):
-                _show(one, field in asked.fields)
+        for name, rows in self._rows.items():
+            for one in (*rows, *self._parts[name]):
+                show(one, name in asked.fields)
         if asked.span is not None:
             least, most, start, step = asked.span
             self._set_slider(min=least, max=most, step=step, value=start)
@@ -273,18 +276,18 @@ class EditPanel(Panel):
         self._fit_target()
         self._show_inexact()
         if kind in OF_VECTORS:
-            self.bench.ask("vectors", self._names, self._named)
+            self._library.read()
 
     def _fit_target(self) -> None:
         """Turn off, with the reason, what the tensor here has not; offer the layers ahead."""
         kind, target = self._kind.value, self._target
         off = {} if target is None or kind not in KINDS else target.off(kind)
-        for field, one in (
+        for name, one in (
             ("heads", self._heads), ("channels", self._channels), ("sticky", self._sticky),
         ):  # fmt: skip
-            one.disabled = field in off
-            one.tooltip = off.get(field, "")
-        said = "".join(f"<div>no {field}: {escape(why)}</div>" for field, why in off.items())
+            one.disabled = name in off
+            one.tooltip = off.get(name, "")
+        said = "".join(f"<div>no {name}: {escape(why)}</div>" for name, why in off.items())
         self._why.value = f"<div style='{MUTED}'>{said}</div>" if said else ""
         ahead = () if target is None else target.ahead.get(kind, ())
         options = [(str(layer), layer) for layer in ahead] or [("none", NONE)]
@@ -313,28 +316,25 @@ class EditPanel(Panel):
             most = round(abs(change["new"]), 6)
             self._least.value, self._largest.value = f"{-most:g}", f"{most:g}"
 
-    def _names(self) -> list[tuple[str, bool]]:
-        frame = self.bench.current.need_server().vectors.frame()
-        return list(zip(frame.index, frame.usable, strict=True))
-
-    def _named(self, names: list[tuple[str, bool]] | None, error: BaseException | None) -> None:
-        names = names or []
-        self._foreign = frozenset(name for name, usable in names if not usable)
-        options = [("none", "")]
-        options += [(name if ok else f"{name} (another model)", name) for name, ok in names]
+    def _listed(self, rows: tuple[VectorRow, ...]) -> None:
+        """Offer the vectors that the server has."""
+        self._foreign = frozenset(row.name for row in rows if not row.usable)
+        options = [("none", ""), *((row.text, row.name) for row in rows)]
         if tuple(options) != tuple(self._vector.options):
             held = self._vector.value
             self._vector.options = options
-            self._vector.value = held if held in dict(names) else ""
+            self._vector.value = held if held in {row.name for row in rows} else ""
         self._show_inexact()
-        if not names and error is None:
-            self._refused.value = (
-                f"<div style='{MUTED}'>no named vector yet:"
-                " server.vectors.from_prompts() makes one</div>"
-            )
+
+    def _use(self, name: str) -> None:
+        """Have a vector of the library added at the stop."""
+        if OF_VECTORS[0] in self._kind.options:
+            if self._kind.value not in OF_VECTORS:
+                self._kind.value = OF_VECTORS[0]
+            self._vector.value = name
 
     def _show_inexact(self) -> None:
-        _show(
+        show(
             self._inexact,
             self._kind.value in OF_VECTORS and self._vector.value in self._foreign,
         )
@@ -435,12 +435,13 @@ class EditPanel(Panel):
         token = shown.selection.token
         self._words["chosen"].disabled = token is None
         self._words["chosen"].description = "chosen" if token is None else f"chosen ({token})"
-        _offer(self._source, sources_of(shown))
-        _offer(self._which, [(e.text[:80], e.id) for e in shown.edits])
+        offer(self._source, sources_of(shown))
+        offer(self._which, [(e.text[:80], e.id) for e in shown.edits])
         if self._which.value == NONE and shown.edits:
             self._which.value = shown.edits[-1].id
         self._fit_switch()
         self._list.value = _edits_html(shown)
+        self._library.draw(shown)
         at: tuple[Any, ...] = ()
         if session is not None and stopped:
             choice = shown.selection if self.model().follows_the_choice else None
@@ -472,7 +473,8 @@ class EditPanel(Panel):
         if self._body is None:
             return _place_html(shown) + _edits_html(shown)
         return (
-            f"{_place_html(shown)}{self._wish_html(shown)}{self._preview.value}{_edits_html(shown)}"
+            f"{_place_html(shown)}{self._wish_html(shown)}{self._preview.value}"
+            f"{_edits_html(shown)}{self._library.html()}"
         )
 
     def _wish_html(self, shown: Snapshot) -> str:
@@ -506,24 +508,3 @@ def _edits_html(shown: Snapshot) -> str:
     return table(
         ("id", "edit", "state"), rows, "no edit has been made", "edits, in the order they apply"
     )
-
-
-#: labels of fields, all as wide
-_LABEL = {"description_width": "72px"}
-
-
-def _field() -> widgets.Layout:
-    return widgets.Layout(width="auto", max_width="min(460px, 100%)")
-
-
-def _offer(choice: widgets.Dropdown, found: Sequence[tuple[str, Any]]) -> None:
-    """New choices of a list; what was chosen stays chosen as long as it is there."""
-    options = [("none", NONE), *found]
-    if tuple(options) != tuple(choice.options):
-        held = choice.value
-        choice.options = options
-        choice.value = held if any(held == value for _, value in options) else NONE
-
-
-def _show(widget: widgets.Widget, on: bool) -> None:
-    widget.layout.display = None if on else "none"

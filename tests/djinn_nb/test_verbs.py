@@ -89,7 +89,7 @@ def test_a_day_of_clicks_and_the_python_recorded_of_it_end_alike(make_bench) -> 
 
     assert clicked.current.session.status == "finished"
     rest = {"connect", "attach", "pause", "prune", "terminate", "evict", "restore", "pin",
-            "patch"}  # fmt: skip
+            "patch", "make_vector", "keep_vector", "remove_vector", "strength_curve"}  # fmt: skip
     assert set(verbs.VERBS) - {verb for verb, _ in DAY} == rest
 
 
