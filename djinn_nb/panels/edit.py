@@ -18,7 +18,7 @@ from djinn_nb import briefs, edit_verbs
 from djinn_nb.cards import MONO, MUTED
 from djinn_nb.panels.base import NONE, Panel, notice_html, table
 from djinn_nb.panels.edit_model import KINDS, OF_VECTORS, EditModel, Target, sources_of
-from djinn_nb.panels.fields import COLUMN, LABEL, field, offer, show
+from djinn_nb.panels.fields import COLUMN, LABEL, field, offer, show, within
 from djinn_nb.panels.library import Library
 from djinn_nb.panels.library_model import VectorRow
 from djinn_nb.steps import words
@@ -49,9 +49,9 @@ def preview_html(found: Preview, took_s: float) -> str:
         (repr(row.text) if row.text else str(row.token_id), *_share(row.before), *_share(row.after))
         for row in frame.itertuples()
     ]
-    head = "".join(
-        f"<th scope='col' style='text-align:left;padding-right:8px'>{name}</th>"
-        for name in ("next token", "before", "", "after", "")
+    head = "<th scope='col' style='text-align:left;padding-right:8px'>next token</th>" + "".join(
+        f"<th scope='col' colspan='2' style='text-align:left'>{name}</th>"
+        for name in ("before", "after")
     )
     lines = "".join(
         "<tr>"
@@ -65,9 +65,8 @@ def preview_html(found: Preview, took_s: float) -> str:
         f" {found.elements_changed} numbers changed · answered in {1000 * took_s:.0f} ms"
     )
     return (
-        f"<div style='line-height:1.5;overflow-x:auto'><div style='{MUTED}'>{caption}</div>"
+        f"<div style='{MUTED}'>{caption}</div>"
         f"<table aria-live='polite'><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-        "</div>"
     )
 
 
@@ -110,6 +109,7 @@ class EditPanel(Panel):
         self._which = widgets.Dropdown(
             description="Edit", options=[("none", NONE)], layout=field(), style=LABEL
         )
+        self._which.layout.flex = "1 1 200px"
         self._which.observe(lambda _: self._fit_switch(), "value")
         self._switch = widgets.Button(description="Disable", layout=auto)
         self._switch.on_click(self._switched)
@@ -391,7 +391,7 @@ class EditPanel(Panel):
     def _previewed(self, found: Preview | None, error: BaseException | None, took_s: float) -> None:
         self._updating.value = ""
         self._refused.value = "" if error is None else notice_html(briefs.notice_of(error))
-        self._preview.value = "" if found is None else preview_html(found, took_s)
+        self._preview.value = "" if found is None else within(preview_html(found, took_s))
 
     # -- acting ---------------------------------------------------------------------------
 
@@ -440,7 +440,7 @@ class EditPanel(Panel):
         if self._which.value == NONE and shown.edits:
             self._which.value = shown.edits[-1].id
         self._fit_switch()
-        self._list.value = _edits_html(shown)
+        self._list.value = within(_edits_html(shown))
         self._library.draw(shown)
         at: tuple[Any, ...] = ()
         if session is not None and stopped:

@@ -17,7 +17,14 @@ LABEL = {"description_width": "72px"}
 
 def field() -> widgets.Layout:
     """As wide as its column, and no wider than is read at a glance."""
-    return widgets.Layout(width="auto", max_width="min(460px, 100%)")
+    return widgets.Layout(width="auto", min_width="0", max_width="min(460px, 100%)")
+
+
+def within(html: str) -> str:
+    """A display that is no wider than its column: what is wider scrolls, pictures shrink."""
+    if not html:
+        return ""
+    return f"<div style='width:0;min-width:100%;line-height:1.5;overflow-x:auto'>{html}</div>"
 
 
 def offer(choice: widgets.Dropdown, found: Sequence[tuple[str, Any]]) -> None:

@@ -13,8 +13,8 @@ from djinn_nb import briefs, verbs
 from djinn_nb.cards import MUTED, image
 from djinn_nb.directions import METHODS
 from djinn_nb.panels.base import notice_html, table
-from djinn_nb.panels.fields import COLUMN, LABEL, field, show
-from djinn_nb.panels.library_model import LibraryModel, VectorRow, rows_of
+from djinn_nb.panels.fields import COLUMN, LABEL, field, show, within
+from djinn_nb.panels.library_model import LibraryModel, VectorRow, provenance_text, rows_of
 from djinn_nb.workbench import Workbench
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.snapshot import Snapshot
@@ -43,7 +43,7 @@ class Library:
         column = {"flex": COLUMN, "min_width": "0", "width": "auto"}
         self.toggle = widgets.ToggleButton(
             description="Library of vectors", tooltip="Named vectors: list, make, measure",
-            layout=auto,
+            layout=widgets.Layout(width="auto", align_self="flex-start"),
         )  # fmt: skip
         self.toggle.observe(lambda change: self._open(change["new"]), "value")
         self._list, self._said = widgets.HTML(), widgets.HTML()
@@ -68,6 +68,9 @@ class Library:
         self._which = widgets.Dropdown(
             description="Named", options=[("none", "")], layout=field(), style=LABEL
         )
+        self._which.observe(lambda change: self._ask_how(change["new"]), "value")
+        #: how the one chosen was made
+        self._how = widgets.HTML()
         self._take = button("Use it", "Add it to the value at the stop", self._used)
         self._sure = widgets.Checkbox(description="really:", indent=False, layout=auto)
         self._sure.observe(lambda _: self._fit(), "value")
@@ -77,6 +80,7 @@ class Library:
         self._measure = button(
             "Strength curve", "Run this session's prompt at each strength", self._measured
         )
+        self._measure.layout = widgets.Layout(width="auto", align_self="flex-start")
         self._name = text("Name", "joy")
         self._positive = prompts("Positive", "prompts that have it, one a line")
         self._negative = prompts("Negative", "prompts that have not, one a line")
@@ -101,6 +105,7 @@ class Library:
         ]  # fmt: skip
         right = [
             self._which,
+            self._how,
             widgets.HBox([self._take, self._sure, self._remove], layout=wrap),
             self._alphas, self._token, self._measure, self._curve,
         ]  # fmt: skip
@@ -145,7 +150,7 @@ class Library:
                 self._said.value = notice_html(briefs.notice_of(error))
             return
         self.rows = rows
-        self._list.value = library_html(rows)
+        self._list.value = within(library_html(rows))
         options = [("none", ""), *((row.text, row.name) for row in rows)]
         if tuple(options) != tuple(self._which.options):
             held = self._which.value
@@ -153,6 +158,22 @@ class Library:
             self._which.value = held if held in {row.name for row in rows} else ""
         self._fit()
         self._listed(rows)
+
+    def _ask_how(self, name: str | None) -> None:
+        self._how.value = ""
+        if not name:
+            return
+
+        def told(found: dict[str, Any] | None, _: BaseException | None) -> None:
+            if found is not None and self._which.value == name:
+                text = escape(provenance_text(found))
+                self._how.value = within(f"<div style='{MUTED}'>{text}</div>")
+
+        self._bench.ask(
+            "how a vector was made",
+            lambda: self._bench.current.need_server().vectors[name].provenance,
+            told,
+        )
 
     def draw(self, shown: Snapshot) -> None:
         """Follow a snapshot: what was done or run since may have made a vector."""
@@ -214,13 +235,13 @@ class Library:
     def _drawn(self, future: Future[Any]) -> None:
         """Show a curve; what went wrong is said by the workbench."""
         failed = future.cancelled() or future.exception() is not None
-        self._curve.value = "" if failed else curve_html(future.result())
+        self._curve.value = "" if failed else within(curve_html(future.result()))
 
 
 def library_html(rows: tuple[VectorRow, ...]) -> str:
     """The list of vectors; in words what to do where there is none."""
     return table(
-        ("name", "made", "at", "norm", "channels", "date", "model"),
+        ("name", "made", "at", "norm", "channels", "date (UTC)", "model"),
         [
             (
                 row.name,
@@ -247,7 +268,7 @@ def curve_html(curve: StrengthCurve) -> str:
             for row in curve.frame.itertuples()
         ],
         "no runs",
-        "generated greedily · random: a direction of the same norm, as control",
+        "greedy · random: of the same norm",
     )
     if not curve.metrics:
         return texts

@@ -5,6 +5,7 @@ The list says how a vector was made, where, and whether on the weights that the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Strengths of one curve at most; each is two runs.
 MOST_ALPHAS = 25
+#: Characters of a prompt shown of how a vector was made.
+MOST_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,31 @@ def rows_of(store: VectorStore) -> tuple[VectorRow, ...]:
         )
         for row in store.frame().itertuples()
     )
+
+
+def provenance_text(provenance: Mapping[str, Any]) -> str:
+    """How a vector was made, in a line: long lists of prompts by their first and their number.
+
+    >>> provenance_text({"method": "stop", "tokens": 3, "forward": 0})
+    'stop · tokens 3 · forward 0'
+    """
+    parts = []
+    first = [name for name in ("method", "tokens", "positive", "negative") if name in provenance]
+    for name in dict.fromkeys([*first, *provenance]):
+        value = provenance[name]
+        if isinstance(value, Mapping):  # too long to be kept whole
+            value = f"{value.get('count')} prompts, sha256 {str(value.get('sha256'))[:12]}"
+        elif isinstance(value, list):
+            more = f" and {len(value) - 1} more" if len(value) > 1 else ""
+            value = f"{_short(value[0])}{more}" if value else "none"
+        text = str(value).replace("_", " ") if name == "method" else str(value)
+        parts.append(text if name == "method" else f"{name.replace('_', ' ')} {text}")
+    return " · ".join(parts)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} …"
 
 
 @dataclass(slots=True)

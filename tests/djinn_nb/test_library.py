@@ -13,7 +13,14 @@ from IPython.core.interactiveshell import InteractiveShell
 import djinn_nb as djinn
 from djinn_nb import errors, verbs
 from djinn_nb.panels.edit import EditPanel
-from djinn_nb.panels.library_model import LibraryModel, VectorRow, lines_of, numbers, rows_of
+from djinn_nb.panels.library_model import (
+    LibraryModel,
+    VectorRow,
+    lines_of,
+    numbers,
+    provenance_text,
+    rows_of,
+)
 from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
@@ -209,6 +216,8 @@ def test_a_vector_is_made_used_measured_and_removed_by_clicks_alone(bench, stop,
     assert "already" in bench.snapshot().notice.text
 
     library._which.value = "joy"
+    eventually(lambda: "mean difference · tokens -1 · positive" in library._how.value)
+    assert "&#x27;Mary gave a drink to&#x27; and 1 more" in library._how.value
     library._take.click()
     panel._strength.value = 2.0
     eventually(lambda: "numbers changed" in panel._preview.value)
@@ -218,12 +227,19 @@ def test_a_vector_is_made_used_measured_and_removed_by_clicks_alone(bench, stop,
     library._measure.click()
     eventually(lambda: "<img" in library._curve.value)
     assert "probability &#x27; Mary&#x27; by strength: joy 0:" in library._curve.value
-    library._remove.click()  # not unlocked
-    assert library._remove.disabled
+    assert library._remove.disabled and "joy" in bench.current.need_server().vectors
     library._sure.value = True
     library._remove.click()
     eventually(lambda: not library.rows)
     assert len(bench.current.need_session().refresh().edits) == 1
+
+
+def test_long_provenance_is_told_in_short():
+    told = provenance_text({"method": "mean_difference", "positive": ["x" * 99, "y"],
+                            "negative": {"count": 3, "sha256": "a" * 64}, "rows": []})  # fmt: skip
+
+    assert told.startswith("mean difference · positive 'xxx") and "… and 1 more" in told
+    assert told.endswith("negative 3 prompts, sha256 aaaaaaaaaaaa · rows none")
 
 
 def test_a_row_is_plain_data():
