@@ -146,7 +146,7 @@ class Editing:
 
         Raises BadEdit where the layer has passed, NotSupported where a model has no such site.
 
-            stop.ablate(layer=9, heads=[6, 9])
+            stop.ablate(layer=9, heads=[1, 4])
             stop.ablate(layer=9, neurons=slice(0, 64), mean=True, tokens="prompt")
         """
         if (heads is None) == (neurons is None):

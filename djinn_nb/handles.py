@@ -38,6 +38,7 @@ class Breakpoint:
 
     @property
     def id(self) -> int:
+        """Its number in the session, counted from 1."""
         return self._last.id
 
     @property
@@ -62,10 +63,12 @@ class Breakpoint:
 
     @property
     def condition(self) -> str | None:
+        """The condition as it was written; None without one."""
         return self._last.condition
 
     @property
     def enabled(self) -> bool:
+        """Whether it is switched on: it may stop the session."""
         return self.info.enabled
 
     @property
@@ -127,6 +130,7 @@ class Edit:
 
     @property
     def id(self) -> int:
+        """Its number in the session, counted from 1."""
         return self._last.id
 
     @property
@@ -137,6 +141,7 @@ class Edit:
 
     @property
     def location(self) -> str:
+        """The canonical name of where it applies, such as `layers.20.output`."""
         return self._last.location
 
     @property
@@ -146,6 +151,7 @@ class Edit:
 
     @property
     def enabled(self) -> bool:
+        """Whether it is switched on: it may apply."""
         return self.info.enabled
 
     @property

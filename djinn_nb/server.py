@@ -327,6 +327,7 @@ class Server(Planned):
 
     @property
     def closed(self) -> bool:
+        """Whether this connection was closed; sessions live on without it."""
         return self._client.transport.closed
 
     def _infos(self) -> tuple[m.SessionInfo, ...]:

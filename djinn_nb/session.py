@@ -129,6 +129,7 @@ class Session(Moving, Planned):
 
     @property
     def name(self) -> str:
+        """What it is called in tables: the name it was given, else its id; a fork says of what."""
         return self._first.name
 
     @property

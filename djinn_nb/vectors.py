@@ -43,6 +43,7 @@ class Vector:
 
     @property
     def name(self) -> str:
+        """What it is kept under: `server.vectors[name]`."""
         return self.info.name
 
     @property
@@ -57,6 +58,7 @@ class Vector:
 
     @property
     def shape(self) -> tuple[int]:
+        """`[channels]`."""
         return (self.info.width,)
 
     @property

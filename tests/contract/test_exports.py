@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 
 import djinn_nb
@@ -41,4 +42,21 @@ def test_every_export_explains_itself():
         if not (getattr(djinn_nb, name).__doc__ or "").strip()
     ]
 
+    assert silent == []
+
+
+def test_every_public_member_of_an_exported_class_explains_itself():
+    classes = [
+        kind for name in djinn_nb.__all__ if inspect.isclass(kind := getattr(djinn_nb, name))
+    ]
+    silent = [
+        f"{kind.__name__}.{name}"
+        for kind in classes
+        for name, value in vars(kind).items()
+        if not name.startswith("_")
+        and (callable(value) or isinstance(value, property))
+        and not inspect.getdoc(value)
+    ]
+
+    assert len(classes) > 8
     assert silent == []
