@@ -6,6 +6,7 @@ Pure functions: they fetch nothing and keep nothing, so notebooks, panels and te
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 96
 #: Most labels along an axis.
 MAX_LABELS = 40
+#: Letters of a title that fit in an inch.
+TITLE_LETTERS = 13
 #: Ink that is read on a white page and on a dark one: over 4.2 to 1 against both.
 INK = "#787878"
 
@@ -52,7 +55,9 @@ def norm_heat_map(
     if texts is not None and any(texts):
         labels = [visible(t) for t in list(texts)[hidden:]]
     rows, columns = norm.shape
-    width = min(11.0, max(4.5, 1.9 + 0.26 * columns))
+    # beside the names and the colour bar, a token has the same width however many there are
+    names = [_short(name) for name in locations]
+    width = min(11.0, 1.05 + 0.07 * max(map(len, names), default=0) + 0.27 * columns)
     height = min(5.0, max(1.9, 1.1 + 0.13 * rows))
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
@@ -74,10 +79,14 @@ def norm_heat_map(
         bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     bar.ax.tick_params(labelsize=7, which="both")
     label_axis(axes.xaxis, labels, rotation=90)
-    label_axis(axes.yaxis, [_short(name) for name in locations])
+    label_axis(axes.yaxis, names)
     note = f", the last {columns} of {columns + hidden} tokens" if hidden else ""
     axes.set_xlabel(f"token{note}", size=8)
-    axes.set_title(title, size=9, parse_math=False)
+    lines = textwrap.wrap(title, int(width * TITLE_LETTERS))
+    if len(lines) > 1:  # over all of the figure: one token is narrower than any title
+        figure.suptitle("\n".join(lines), size=9, parse_math=False)
+    else:
+        axes.set_title(title, size=9, parse_math=False)
     return figure
 
 

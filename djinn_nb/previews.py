@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -181,11 +182,12 @@ class Preview:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         arms = (self._reply.before, self._reply.after)
+        # of a token that is not among the most probable no more is known than that
         floors = [float(one.probabilities.numpy()[0][-1]) for one in arms]
         rows = []
         for row in self.frame.itertuples():
             shown = [
-                f"<{floor:.3f}" if np.isnan(value) else f"{value:.3f}"
+                below(floor) if np.isnan(value) else probability_text(value)
                 for value, floor in zip((row.before, row.after), floors, strict=True)
             ]
             name = visible(row.text) if row.text else f"id {row.token_id}"
@@ -209,6 +211,20 @@ class Preview:
             table,
             *map(cards.note, self._notes()),
         )
+
+
+def probability_text(value: float) -> str:
+    """A probability with three digits; one that would read as none, as less than the least."""
+    return f"{value:.3f}" if value >= 0.0005 else below(value)
+
+
+def below(bound: float) -> str:
+    """That a probability is at most a bound, rounded up: `<0.001`, never less than that.
+
+    >>> below(0.0123), below(1e-7)
+    ('<0.013', '<0.001')
+    """
+    return f"<{max(1, math.ceil(bound * 1000)) / 1000:.3f}"
 
 
 def _table(reply: m.LensReply) -> pd.DataFrame:

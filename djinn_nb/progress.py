@@ -99,7 +99,8 @@ class Progress:
         if self.unit == "%":
             arguments["bar_format"] = "{desc}: {percentage:3.0f}%|{bar}|"
         if in_notebook():
-            arguments |= {"file": _NotebookLine(), "ncols": 100}
+            # a line of its own: tqdm would move the cursor up to the place of a second one
+            arguments |= {"file": _NotebookLine(), "ncols": 100, "position": 0}
         return tqdm(**arguments)
 
     def close(self) -> None:

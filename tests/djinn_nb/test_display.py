@@ -239,6 +239,22 @@ def test_any_norms_can_be_drawn(norm):
     assert png(figure).startswith(b"\x89PNG")
 
 
+def test_a_short_forward_takes_less_room_than_a_long_one_and_its_title_fits():
+    def width_of(columns):
+        norm = np.random.default_rng(0).lognormal(size=(9, columns))
+        names = [f"layers.{i}.output" for i in range(9)]
+        title = "norm of each token's vector, forward 12"
+        figure = norm_heat_map(norm, names, range(columns), [" Mary"] * columns, title=title)
+        figure.canvas.draw()
+        above = figure._suptitle or figure.axes[0].title
+        assert above.get_text().replace("\n", " ") == title
+        box = above.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        return figure.axes[0].get_window_extent().width
+
+    assert width_of(1) < width_of(15) / 3
+
+
 def test_the_heat_map_names_its_units_and_what_it_left_out():
     norm = np.random.default_rng(0).lognormal(size=(3, MAX_TOKENS + 4))
 

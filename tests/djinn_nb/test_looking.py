@@ -8,6 +8,7 @@ import pytest
 import djinn_nb as djinn
 from djinn_nb import errors, metrics
 from djinn_nb.looking import choices
+from djinn_nb.previews import below, probability_text
 from djinn_nb.variables import Summary
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
@@ -95,6 +96,24 @@ def test_previewing_changes_nothing(stop):
     assert after == before  # the revision and the number of the last event included
     assert (point.hits, sampled.hits, session.edits) == (0, 0, [])
     np.testing.assert_array_equal(stop.value.numpy(), values)
+
+
+def test_a_probability_that_is_not_known_is_below_what_is(stop):
+    found = stop.preview(force=" Mary", top_k=1)
+
+    [forced, first] = found._rows()
+    floor = found.before.probability.iloc[-1]
+    assert forced == ("·Mary", below(floor), "1.000")
+    assert float(below(floor)[1:]) >= floor
+    assert first[2] == "<1.000"  # of the other arm only the first was asked for
+
+
+@pytest.mark.parametrize(
+    ("bound", "said"), [(0.0, "<0.001"), (1e-7, "<0.001"), (0.001, "<0.001"), (0.0123, "<0.013")]
+)
+def test_no_probability_is_said_to_be_below_nothing(bound, said):
+    assert below(bound) == said
+    assert probability_text(0.0004) == "<0.001" and probability_text(0.0005) == "0.001"
 
 
 def test_a_preview_shows_both_distributions_and_what_changed(stop):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from djinn_nb import progress
 from djinn_nb.progress import Progress, someone_watches
 
 
@@ -32,6 +33,32 @@ def test_a_line_is_drawn_with_what_is_going_on_and_taken_away(monkeypatch):
     assert "loading the model, reading weights" in shown
     assert "40%" in shown
     assert shown.rstrip("\r").rsplit("\r", 1)[-1].strip() == ""
+
+
+def test_a_line_within_another_moves_no_cursor_in_a_notebook(monkeypatch):
+    """Each has an output of its own there, which would show the moves as they are."""
+    written: list[str] = []
+
+    class Line(progress._NotebookLine):
+        def __init__(self) -> None:
+            self._handle = None
+
+        def write(self, text: str) -> int:
+            written.append(text)
+            return super().write(text)
+
+    monkeypatch.setattr(progress, "_NotebookLine", Line)
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    monkeypatch.delenv("DJINN_PROGRESS")
+    with Progress("strengths", delay_s=0) as outer:
+        outer.at(1, 5)
+        with Progress("prompts", delay_s=0) as inner:
+            inner.at(1, 3)
+        outer.at(2, 5)
+
+    text = "".join(written)
+    assert "strengths" in text and "prompts" in text
+    assert "\x1b" not in text and "\n" not in text
 
 
 def test_quick_work_shows_nothing(monkeypatch):
