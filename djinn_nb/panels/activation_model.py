@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from djinn_nb import sites
-from djinn_nb.panels.pictures import Picture
+from djinn_nb.panels.pictures import Picture, layer_of
+from djinn_nb.session import Session
 from djinn_nb.stopped import Stopped
 from kernel_server.protocol.errors import BadArgument
 from kernel_server.protocol.snapshot import Snapshot
@@ -27,107 +27,127 @@ class ActivationModel(Picture):
     """One vector `[channels]`, and what it is compared with.
 
     `shown` holds `location`, `position`, `series` (one or two: `name`, float32 `values`, `norm`),
-    `bins` (the edges and the counts of each), `channels` (the largest of the first, or the most
-    unlike), `cosine` and `distance` (None when alone), and the choices `sites` and `sessions`.
+    `bins` (the edges and the counts of each), `channels` (numbers of the largest of the first, or
+    of the most unlike), `cosine` and `distance` (None when alone, or where one is no number), and
+    the choices `sites` and `tokens`. `site` is None for the place where the session stands.
     """
 
     def __init__(self, *args: Any, **more: Any) -> None:
-        self.site = "output"
+        self.site: str | None = None
         self.against: tuple[str, Any] = ("nothing", None)
         super().__init__(*args, **more)
 
     def wish_of(self, snapshot: Snapshot) -> tuple[Any, ...]:
-        chosen, model = snapshot.selection, snapshot.model
-        assert model is not None
-        head = chosen.head if self.site.startswith("attention.") else None
+        chosen = snapshot.selection
+        location = self._location(snapshot)
+        head = chosen.head if ".attention." in location else None
         kind, value = self.against
         moved = None
         if kind == "session":  # its values are others once it has moved
             moved = next((s.stop_number for s in snapshot.sessions if s.id == value), None)
-        return self.site, chosen.layer, head, chosen.token, kind, value, moved
+        return location, head, chosen.token, kind, value, moved
+
+    def _location(self, snapshot: Snapshot) -> str:
+        """Where the session stands; else the tensor chosen, of the layer chosen."""
+        session, model = snapshot.session, snapshot.model
+        assert session is not None and session.location is not None and model is not None
+        if self.site is None and snapshot.selection.layer is None:
+            return session.location
+        site = self.site or site_at(session.location)
+        known = site_names(model.sites)
+        return f"layers.{layer_of(snapshot)}.{site if site in known else 'output'}"
 
     def marks_of(self, snapshot: Snapshot) -> dict[str, Any]:
         here = snapshot.session_id
         others = [s.id for s in snapshot.sessions if s.status == "stopped" and s.id != here]
         kind, value = self.against
-        more = {"sessions": others, "site": self.site, "against": kind, "value": value}
-        return super().marks_of(snapshot) | more
+        model = snapshot.model
+        return super().marks_of(snapshot) | {
+            "site": self.site or "",
+            "sites": [] if model is None else list(site_names(model.sites)),
+            "num_layers": 0 if model is None else model.num_layers,
+            "sessions": others,
+            "against": kind,
+            "value": value,
+        }
 
     def heard(self, message: Mapping[str, Any]) -> None:
-        """`site`: which tensor of the layer. `against`: with what it is compared."""
+        """`site`: which tensor of the layer, "" as at the stop. `against`: what to compare with."""
+        snapshot = self.bench.snapshot()
         if message.get("type") == "site":
             site = message.get("value")
-            model = self.bench.snapshot().model
-            known = () if model is None else site_names(model.sites)
-            if site not in known:
+            known = () if snapshot.model is None else site_names(snapshot.model.sites)
+            if site != "" and site not in known:
                 raise BadArgument(f"there is no site {site!r}; known: {', '.join(known)}")
-            assert isinstance(site, str)
-            self.site = site
+            self.site = str(site) or None
         elif message.get("type") == "against":
             kind, value = message.get("kind"), message.get("value")
             if kind not in AGAINST:
                 raise BadArgument(f"an activation is compared with {', '.join(AGAINST)}")
-            wanted = {"token": int, "layer": int, "session": str}.get(str(kind), type(None))
-            if type(value) is not wanted:
-                raise BadArgument(f"choose a {kind} to compare with")
-            assert isinstance(kind, str)
-            self.against = (kind, value)
+            _require_other(snapshot, str(kind), value)
+            self.against = (str(kind), value)
         else:
             super().heard(message)
-        self.follow(self.bench.snapshot())
+        self.follow(snapshot)
 
     def read(self, stop: Stopped, key: tuple[Any, ...]) -> dict[str, Any]:
-        site, layer, head, token, kind, value, _ = key[3:]
-        model = stop.session.client.model
+        location, head, token, kind, value, _ = key[3:]
         first, end = stop._stop.first_token, stop._stop.end_token
-        position = end - 1 if token is None else token
-        location = stop.location if layer is None else f"layers.{layer}.{site}"
-        if location == "logits":
-            position = end - 1
-        other_location, other_position, other = location, position, stop.session
-        if kind == "token":
-            other_position = value
-        elif kind == "layer":
-            other_location = f"layers.{value}.{site}"
-        elif kind == "session":
-            assert stop.session.client is self.bench.current.need_server().client
-            other = self.bench.current.need_server().attach(value)
+        position = end - 1 if token is None or location == "logits" else token
         if not first <= position < end:
             raise BadArgument(
                 f"token {position} was fed in an earlier forward: this one has"
                 f" {_span(first, end)}; choose one of these, or go back to a stop of forward 0"
             )
-        rows = {(location, position): self._row(stop.session, location, position, head)}
-        name = self._name(stop, location, position, head)
-        series = [(name, rows[location, position])]
-        if kind == "session":
-            there = self._row(other, other_location, other_position, head)
-            series.append((f"{name} in session {other.id}", there))
-        elif kind != "nothing":
-            place = (other_location, other_position)
-            if place not in rows:
-                rows[place] = self._row(stop.session, *place, head)
-            series.append((self._name(stop, *place, head), rows[place]))
+        series = [self._series(stop, stop.session, location, position, head)]
+        if kind == "token":
+            series.append(self._series(stop, stop.session, location, value, head))
+        elif kind == "layer":
+            place = f"layers.{value}.{site_at(location)}"
+            series.append(self._series(stop, stop.session, place, position, head))
+        elif kind == "session":
+            other = self.bench.current.need_server().attach(value)
+            name, row = self._series(stop, other, location, position, head)
+            series.append((f"{name} in session {other.id}", row))
         return {
             "location": location,
             "position": position,
-            "sites": list(site_names(tuple(s.site for s in model.sites[0]) if model.sites else ())),
-            "num_layers": model.num_layers,
             "tokens": [[t.position, t.text] for t in stop.tokens],
             **figures(series),
         }
 
-    def _row(self, session: Any, location: str, position: int, head: int | None) -> Any:
+    def _series(
+        self, stop: Stopped, session: Session, location: str, position: int, head: int | None
+    ) -> tuple[str, npt.NDArray[np.float32]]:
+        """A vector and its name. A place with heads gives that of one, or of all in a row."""
         found = session.capture(location, what="tensor", tokens=position)[location][0]
-        if found.ndim == 2 and head is not None and head < len(found):
-            found = found[head]
-        return found.reshape(-1)
+        part = ""
+        if found.ndim == 2:
+            whole = head is None or head >= len(found)  # of keys and values there may be fewer
+            part = f", all {len(found)} heads" if whole else f", head {head}"
+            found = found if whole else found[head]
+        text = stop.session.client.token_texts([session.newest.tokens[position]])[0]
+        name = f"{location}{part}, token {position}" + (f" {text!r}" if text else "")
+        return name, found.reshape(-1)
 
-    def _name(self, stop: Stopped, location: str, position: int, head: int | None) -> str:
-        text = stop.session.client.token_texts([stop.session.newest.tokens[position]])[0]
-        axes = sites.axes_at(stop.session.client.model, location)
-        part = "" if head is None or "head" not in axes else f", head {head}"
-        return f"{location}{part}, token {position}" + (f" {text!r}" if text else "")
+
+def site_at(location: str) -> str:
+    """`mlp.output` of `layers.3.mlp.output`; the output of a layer for places outside of one."""
+    return location.split(".", 2)[2] if location.startswith("layers.") else "output"
+
+
+def _require_other(snapshot: Snapshot, kind: str, value: object) -> None:
+    """Raises BadArgument unless there is such a token, layer or session to compare with."""
+    wanted = {"token": int, "layer": int, "session": str}.get(kind, type(None))
+    if type(value) is not wanted:
+        raise BadArgument(f"choose a {kind} to compare with, not {value!r}")
+    if isinstance(value, int):
+        session, model = snapshot.session, snapshot.model
+        of = session.num_tokens if session and kind == "token" else model.num_layers if model else 0
+        if not 0 <= value < of:
+            raise BadArgument(f"there is no {kind} {value}: {kind}s go from 0 to {of - 1}")
+    elif kind == "session" and value not in [one.id for one in snapshot.sessions]:
+        raise BadArgument(f"there is no session {value!r} on the server")
 
 
 def _span(first: int, end: int) -> str:
@@ -156,21 +176,26 @@ def figures(series: list[tuple[str, npt.NDArray[np.float32]]]) -> dict[str, Any]
     norms = [float(np.linalg.norm(row)) for row in rows]
     product = norms[0] * norms[-1]
     cosine = float(rows[0] @ rows[1] / product) if pair and product else None
+    distance = float(np.linalg.norm(rows[0] - rows[1])) if pair else None
     size = np.abs(rows[0] - rows[1]) if pair else np.abs(rows[0])
     order = np.argsort(-np.nan_to_num(size, nan=np.inf), kind="stable")[:CHANNELS]
     return {
         "series": [
-            {"name": name, "values": values.astype(np.float32).tobytes(), "norm": norm}
+            {"name": name, "values": values.astype(np.float32).tobytes(), "norm": number(norm)}
             for (name, values), norm in zip(series, norms, strict=True)
         ],
         "bins": {
             "edges": edges.tolist(),
             "counts": [np.histogram(row[np.isfinite(row)], edges)[0].tolist() for row in rows],
         },
-        "channels": [[int(c), *(float(row[c]) for row in (rows if pair else rows[:1]))]
-                     for c in order],
+        "channels": [int(channel) for channel in order],
         "unlike": None if alike else f"{len(rows[0])} and {len(rows[1])} channels: not compared",
-        "cosine": cosine,
-        "distance": float(np.linalg.norm(rows[0] - rows[1])) if pair else None,
+        "cosine": number(cosine),
+        "distance": number(distance),
         "num_broken": int(sum((~np.isfinite(row)).sum() for row in rows)),
-    }  # fmt: skip
+    }
+
+
+def number(value: float | None) -> float | None:
+    """What JSON can carry: None for NaN and infinities, of which `num_broken` tells."""
+    return value if value is not None and np.isfinite(value) else None

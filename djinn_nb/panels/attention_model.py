@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from djinn_nb.panels.pictures import Picture, version_text
+from djinn_nb.panels.pictures import Picture, layer_of, version_text
 from djinn_nb.stopped import Stopped
 from kernel_server.protocol.errors import BadArgument
 from kernel_server.protocol.location import parse_location
@@ -28,7 +28,8 @@ class AttentionModel(Picture):
     `shown` holds `layer`, `heads` (their numbers), `first` (of the window's tokens), `count`,
     `keys`, `tokens` (texts of all keys), `maps` (uint8 `[heads, rows, columns]`, the square root of
     the largest weight of each cell, 255 for 1), `shape` of one map, and `ahead`: the layer has not
-    run in the session, and was run beside it.
+    run in the session, and was run beside it. `marks` has `num_layers` and `of_layer` too, so that
+    a layer without weights can be left.
     """
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -36,22 +37,19 @@ class AttentionModel(Picture):
         self.weights: npt.NDArray[np.float32] | None = None
 
     def wish_of(self, snapshot: Snapshot) -> tuple[Any, ...]:
-        return self._layer(snapshot), self._window(snapshot)
+        return layer_of(snapshot), self._window(snapshot)
 
-    def _layer(self, snapshot: Snapshot) -> int:
-        """The layer chosen; else the one stopped in or after."""
-        chosen, session, model = snapshot.selection.layer, snapshot.session, snapshot.model
-        if chosen is not None:
-            return chosen
-        assert session is not None and model is not None
-        if session.layer is not None:
-            return session.layer
-        return 0 if session.location == "embedding" else model.num_layers - 1
+    def marks_of(self, snapshot: Snapshot) -> dict[str, Any]:
+        if self.stop_of(snapshot) is None or snapshot.model is None:
+            return super().marks_of(snapshot) | {"num_layers": 0, "of_layer": None}
+        more = {"num_layers": snapshot.model.num_layers, "of_layer": layer_of(snapshot)}
+        return super().marks_of(snapshot) | more
 
     def _window(self, snapshot: Snapshot) -> int:
         """The first token of the window: one that holds the token chosen, or the last ones."""
         stop = self.stop_of(snapshot)
-        assert stop is not None
+        if stop is None:  # another stop was bound meanwhile: its snapshot is on the way
+            return 0
         first, end = stop._stop.first_token, stop._stop.end_token
         if end - first <= WINDOW:
             return first
@@ -65,16 +63,15 @@ class AttentionModel(Picture):
 
     def read(self, stop: Stopped, key: tuple[Any, ...]) -> dict[str, Any]:
         layer, start = key[-2:]
+        start = max(start, stop._stop.first_token)
         end = min(start + WINDOW, stop._stop.end_token)
         found = stop.attention(layer=layer, tokens=slice(start, end))
-        num_layers = stop.session.client.model.num_layers
         maps = np.stack([small(found.weights[:, i]) for i in range(len(found.heads))])
         with self._lock:
             if key == self._key:
                 self.weights = found.weights
         return {
             "layer": layer,
-            "num_layers": num_layers,
             "heads": found.heads,
             "first": found.positions[0],
             "count": len(found.positions),

@@ -177,6 +177,17 @@ def version_text(key: tuple[Any, ...]) -> str:
     return " ".join(map(str, key))
 
 
+def layer_of(snapshot: Snapshot) -> int:
+    """The layer that a picture of one layer is of: the one chosen, else that of the stop."""
+    chosen, session, model = snapshot.selection.layer, snapshot.session, snapshot.model
+    if chosen is not None:
+        return chosen
+    assert session is not None and model is not None
+    if session.layer is not None:
+        return session.layer
+    return 0 if session.location == "embedding" else model.num_layers - 1
+
+
 def empty_text(snapshot: Snapshot) -> str:
     """Why there is nothing to draw, and what to do."""
     session = snapshot.session

@@ -18,6 +18,8 @@ from kernel_server.protocol.errors import AccessDenied, ConnectionFailed
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from djinn_nb.workbench import Workbench
+
 NUM_LAYERS, HIDDEN, VOCABULARY, CONTEXT = 6, 32, 512, 8192
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 TEXT = [
@@ -155,6 +157,16 @@ def make_shell() -> Iterator[Callable[[], InteractiveShell]]:
     yield make
     for shell in made:
         shell.run_line_magic("unload_ext", "djinn_nb")
+
+
+@pytest.fixture
+def bench(make_shell: Callable[[], InteractiveShell], server: djinn.Server) -> Workbench:
+    """The workbench of a notebook that is connected."""
+    from djinn_nb.workbench import workbench
+
+    made = workbench(make_shell())
+    made.current.bind("server", server)
+    return made
 
 
 @pytest.fixture

@@ -2,79 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from IPython.core.interactiveshell import InteractiveShell
 
-import djinn_nb as djinn
 from djinn_nb.panels import layers_model
+from djinn_nb.panels.activation_model import ActivationModel
+from djinn_nb.panels.attention_model import AttentionModel
 from djinn_nb.panels.layers_model import LayersModel
-from djinn_nb.panels.pictures import Picture
-from djinn_nb.workbench import Workbench, workbench
 from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT
+from tests.djinn_nb.drawing import Drawn, stop_at, until
 
-
-@pytest.fixture
-def bench(make_shell: Callable[[], InteractiveShell], server: djinn.Server) -> Workbench:
-    made = workbench(make_shell())
-    made.current.bind("server", server)
-    return made
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
-
-
-def stop_at(bench: Workbench, location: object, prompt: Any = PROMPT, **more: Any) -> djinn.Stopped:
-    session = bench.current.server.launch(prompt, **{"max_new_tokens": 4, **more})
-    bench.current.bind("session", session)
-    stop = session.run_to(location)
-    bench.current.bind("stop", stop)
-    return stop
-
-
-class Drawn:
-    """A picture that follows a workbench, and all that it told and sent."""
-
-    def __init__(self, kind: type[Picture], bench: Workbench) -> None:
-        self.told: list[tuple[str, dict[str, Any]]] = []
-        self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
-        self.picture = kind(
-            bench,
-            lambda name, values: self.told.append((name, values)),
-            lambda message, buffers: self.sent.append((message, buffers)),
-        )
-        bench.subscribe(self.picture.follow)
-
-    def ready(self, **wanted: Any) -> dict[str, Any]:
-        """What is shown, once it is ready and has these values."""
-        until(lambda: self._is(wanted))
-        return self.picture.shown
-
-    def _is(self, wanted: dict[str, Any]) -> bool:
-        shown = self.picture.shown
-        return shown["state"] == "ready" and all(shown.get(k) == v for k, v in wanted.items())
-
-    def tile(self, number: int) -> tuple[dict[str, Any], list[bytes]]:
-        """Ask for a tile of the lens, and wait for it."""
-        before = len(self.sent)
-        version = self.picture.shown["version"]
-        self.picture.take({"type": "need", "version": version, "tile": number})
-        until(lambda: len(self.sent) > before)
-        return self.sent[-1]
-
+KINDS = [LayersModel, AttentionModel, ActivationModel]
 
 # -- every picture --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [LayersModel])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_without_a_stop_says_why_and_what_to_do(bench, kind) -> None:
     drawn = Drawn(kind, bench)
     texts = lambda: drawn.picture.shown["text"]  # noqa: E731
@@ -88,7 +33,7 @@ def test_a_picture_without_a_stop_says_why_and_what_to_do(bench, kind) -> None:
     assert drawn.picture.shown["state"] == "empty"
 
 
-@pytest.mark.parametrize("kind", [LayersModel])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_is_drawn_anew_after_an_edit_and_a_step_and_not_otherwise(bench, kind) -> None:
     stop = stop_at(bench, 2)
     drawn = Drawn(kind, bench)
@@ -100,6 +45,7 @@ def test_a_picture_is_drawn_anew_after_an_edit_and_a_step_and_not_otherwise(benc
 
     if kind is LayersModel:
         assert drawn.picture.shown is first  # a choice is a mark, and reads nothing
+    until(lambda: not drawn.picture.marks["reading"])
     version = drawn.picture.shown["version"]
     stop.edit(scale=0.5)
     until(lambda: drawn.picture.shown.get("version", version) != version)
@@ -109,7 +55,7 @@ def test_a_picture_is_drawn_anew_after_an_edit_and_a_step_and_not_otherwise(benc
     until(lambda: drawn.picture.shown.get("version", edited) != edited)
 
 
-@pytest.mark.parametrize("kind", [LayersModel])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_message_is_a_notice_and_changes_nothing(bench, kind) -> None:
     stop = stop_at(bench, 2)
     drawn = Drawn(kind, bench)

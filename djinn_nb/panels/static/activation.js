@@ -62,7 +62,7 @@ function render({ model, el }) {
 
   function candidates(kind) {
     if (kind === "token") return (shown.tokens ?? []).map(([position, text]) => [position, `${position} ${visible(text)}`]);
-    if (kind === "layer") return Array.from({ length: shown.num_layers ?? 0 }, (_, i) => [i, `layer ${i}`]);
+    if (kind === "layer") return Array.from({ length: marks.num_layers ?? 0 }, (_, i) => [i, `layer ${i}`]);
     if (kind === "session") return (marks.sessions ?? []).map((id) => [id, id]);
     return [];
   }
@@ -84,24 +84,24 @@ function render({ model, el }) {
     const kinds = [["nothing", "nothing"], ["token", "another token"], ["layer", "another layer"]];
     if (marks.sessions?.length) kinds.push(["session", "another session"]);
     options(against, kinds, marks.against ?? "nothing");
-    if (shown.sites) options(site, shown.sites.map((name) => [name, name]), marks.site);
+    options(site, [["", "as at the stop"], ...(marks.sites ?? []).map((name) => [name, name])], marks.site);
     value.hidden = !marks.against || marks.against === "nothing";
     options(value, candidates(marks.against), marks.value);
     choices.hidden = shown.state === "empty";
   }
 
   function take() {
-    const sites = shown.sites;
+    const { tokens } = shown;
     shown = model.get("shown");
     // a refusal keeps the choices there: another one may be taken back
-    if (!shown.sites && sites && !ready()) shown = { ...shown, sites };
+    if (!ready()) shown = { tokens, ...shown };
     empty.hidden = ready();
     full.hidden = !ready();
     empty.textContent = shown.text;
     if (ready() && shown.version !== version) {
       version = shown.version;
       rows = shown.series.map((one) => floats(one.values));
-      channel = shown.channels[0]?.[0] ?? 0;
+      channel = shown.channels[0] ?? 0;
       say();
     }
     follow();
@@ -117,23 +117,25 @@ function render({ model, el }) {
         ]),
       ),
     );
-    const parts = shown.series.map((one, i) => `norm ${i ? "of the other " : ""}${short(one.norm)} (L2)`);
+    const parts = shown.series.map((one, i) => `norm ${i ? "of the other " : ""}${one.norm == null ? "is no number" : `${short(one.norm)} (L2)`}`);
     if (shown.cosine != null) parts.push(`cosine ${shown.cosine.toFixed(4)}`);
     if (shown.distance != null) parts.push(`distance ${short(shown.distance)} (L2 norm of the difference)`);
     if (shown.unlike) parts.push(shown.unlike);
     if (shown.num_broken) parts.push(`${shown.num_broken} values are NaN or infinite`);
     words.textContent = parts.join(" · ");
-    const pair = shown.channels[0]?.length > 2;
+    const pair = rows.length > 1 && !shown.unlike;
     caption.textContent = pair ? "channels that differ most" : "channels of the largest magnitude";
     const names = ["channel", "value", ...(pair ? ["other", "difference"] : [])];
     head.replaceChildren(...names.map((name) => element("th", { scope: "col" }, [name])));
     table.replaceChildren(
-      ...shown.channels.map(([number, one, other]) =>
-        element("tr", {}, [
+      ...shown.channels.map((number) => {
+        const [one, other] = rows.map((row) => row[number]);
+        const values = pair ? [one, other, other - one] : [one];
+        return element("tr", {}, [
           element("th", { scope: "row" }, [String(number)]),
-          ...[one, ...(pair ? [other, other - one] : [])].map((each) => element("td", {}, [short(each)])),
-        ]),
-      ),
+          ...values.map((each) => element("td", {}, [short(each)])),
+        ]);
+      }),
     );
     tell();
   }

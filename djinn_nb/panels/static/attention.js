@@ -41,10 +41,9 @@ function render({ model, el }) {
     [canvas, spacer],
   );
   const empty = element("div", { class: "djinn-empty", role: "status" });
+  const choices = element("div", { class: "djinn-row" }, [element("label", {}, ["Layer ", layer]), where]);
   const full = element("div", {}, [
     element("div", { class: "djinn-row" }, [
-      element("label", {}, ["Layer ", layer]),
-      where,
       scaleBar(colours, "0", "1", "attention weight, square-root scale"),
       sign("djinn-sign-chosen", "chosen"),
     ]),
@@ -56,7 +55,7 @@ function render({ model, el }) {
       "click a head, or arrow keys and Enter, locks it in every panel · Escape unlocks · rows: tokens, columns: keys",
     ]),
   ]);
-  const root = element("div", { class: "djinn-view" }, [empty, full]);
+  const root = element("div", { class: "djinn-view" }, [choices, empty, full]);
   el.append(root);
 
   const ready = () => shown.state === "ready";
@@ -69,9 +68,9 @@ function render({ model, el }) {
   function take() {
     shown = model.get("shown");
     empty.hidden = ready();
-    full.hidden = !ready();
+    full.hidden = where.hidden = !ready();
     empty.textContent = shown.text;
-    if (!ready()) return;
+    if (!ready()) return follow();
     if (shown.version !== version) {
       version = shown.version;
       heads.clear();
@@ -79,12 +78,8 @@ function render({ model, el }) {
       const view = shown.maps;
       maps = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
       at = { row: shown.count - 1, key: 0 };
-      if (layer.options.length !== shown.num_layers) {
-        layer.replaceChildren(...Array.from({ length: shown.num_layers }, (_, i) => element("option", { value: i }, [String(i)])));
-      }
       grid.replaceChildren(...shown.heads.map(headButton));
     }
-    layer.value = String(shown.layer);
     const rows = `tokens ${shown.first} to ${shown.first + shown.count - 1}`;
     where.textContent = [
       shown.count < shown.keys - shown.forward_first ? `${rows} of this forward: choose a token to see others` : rows,
@@ -95,6 +90,12 @@ function render({ model, el }) {
 
   function follow() {
     marks = model.get("marks");
+    // one that is refused can be left for another
+    choices.hidden = shown.state === "empty";
+    if (layer.options.length !== marks.num_layers) {
+      layer.replaceChildren(...Array.from({ length: marks.num_layers ?? 0 }, (_, i) => element("option", { value: i }, [String(i)])));
+    }
+    if (marks.of_layer != null) layer.value = String(marks.of_layer);
     if (!ready()) return;
     root.setAttribute("aria-busy", String(Boolean(marks.reading)));
     const row = marks.token == null ? null : marks.token - shown.first;
