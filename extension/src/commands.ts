@@ -164,7 +164,7 @@ export function addCommands(
   commands: CommandRegistry,
   djinn: Follower,
   trans: TranslationBundle,
-  openSidebar: () => void
+  enterSidebar: () => void
 ): string[] {
   const ids: string[] = [];
   for (const [verb, words] of Object.entries(verbs(trans))) {
@@ -232,11 +232,11 @@ export function addCommands(
     execute: () => djinn.insert(PANELS, true)
   });
   commands.addCommand(OPEN_SIDEBAR, {
-    label: trans.__('Djinn'),
-    caption: trans.__('Show the Djinn sidebar'),
+    label: trans.__('Show the Sidebar'),
+    caption: trans.__('Show the Djinn sidebar, and go to it'),
     icon: lampIcon,
     describedBy: NO_ARGUMENTS,
-    execute: openSidebar
+    execute: enterSidebar
   });
   ids.push('djinn:toggle_breakpoint', 'djinn:load');
   ids.push('djinn:open_panel', OPEN_SIDEBAR);

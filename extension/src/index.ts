@@ -50,7 +50,13 @@ const plugin: JupyterFrontEndPlugin<IDjinn> = {
 
     const sidebar = new Sidebar(djinn, app.commands, trans);
     const open = () => app.shell.activateById(sidebar.id);
-    const ids = addCommands(app.commands, djinn, trans, open);
+    // for who asked for it: what opens by itself leaves the cursor where it is
+    const enter = () => {
+      open();
+      // the palette gives the focus back to where it was, once the command is carried out
+      window.setTimeout(() => sidebar.node.focus(), 0);
+    };
+    const ids = addCommands(app.commands, djinn, trans, enter);
     app.shell.add(sidebar, 'left', { rank: 600, type: 'Debugger' });
     restorer?.add(sidebar, sidebar.id);
 
@@ -61,7 +67,7 @@ const plugin: JupyterFrontEndPlugin<IDjinn> = {
 
     announce(djinn, trans);
     const setBanner = addBanners(notebooks, djinn, app.commands, trans);
-    const status = statusBar ? new StatusItem(djinn, trans, open) : null;
+    const status = statusBar ? new StatusItem(djinn, trans, enter) : null;
     if (statusBar && status) {
       statusBar.registerStatusItem(`${ID}:status`, {
         item: status,

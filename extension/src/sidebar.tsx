@@ -29,6 +29,8 @@ export class Sidebar extends ReactWidget {
     this.addClass('jp-Djinn');
     this.title.icon = lampIcon;
     this.title.caption = _trans.__('Djinn');
+    // to be gone to by a command; the tab key then reaches its first button
+    this.node.tabIndex = -1;
     this.node.setAttribute('role', 'region');
     this.node.setAttribute('aria-label', _trans.__('Djinn'));
   }
@@ -81,8 +83,8 @@ function Parts(
         {attached && asked === 'connect' && (
           <Connect {...props} close={() => setAsked(null)} />
         )}
-        {isConnected && <Controls {...props} />}
       </div>
+      {isConnected && <Controls {...props} />}
       {attached && (
         <>
           <Section title={trans.__('Layers')} note={ladderNote(view, trans)}>

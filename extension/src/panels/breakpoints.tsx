@@ -16,7 +16,9 @@ export function Breakpoints(props: PartProps): React.ReactElement {
   if (points.length === 0 && pending.length === 0) {
     return (
       <p className="jp-Djinn-empty">
-        {trans.__('No breakpoints. Click a layer to stop after it.')}
+        {snapshot?.model
+          ? trans.__('No breakpoints. Click a layer to stop after it.')
+          : trans.__('No breakpoints.')}
       </p>
     );
   }

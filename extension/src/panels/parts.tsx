@@ -22,10 +22,14 @@ export interface IconButtonProps {
   readonly label: string;
   readonly caption?: string;
   readonly disabled?: boolean;
+  readonly tabIndex?: number;
   readonly onClick: () => void;
 }
 
-/** A real button with an icon; its name is what it does. */
+/**
+ * A real button with an icon; its name is what it does. Disabled, it can still be gone to: who
+ * pressed it by key, and runs something by that, keeps the place.
+ */
 export function IconButton(props: IconButtonProps): React.ReactElement {
   const Icon = props.icon;
   return (
@@ -34,8 +38,9 @@ export function IconButton(props: IconButtonProps): React.ReactElement {
       className="jp-Djinn-iconButton"
       aria-label={props.label}
       title={props.caption ?? props.label}
-      disabled={props.disabled}
-      onClick={props.onClick}
+      aria-disabled={props.disabled ? true : undefined}
+      tabIndex={props.tabIndex}
+      onClick={props.disabled ? undefined : props.onClick}
     >
       <Icon.react tag="span" aria-hidden="true" />
     </button>
@@ -45,8 +50,7 @@ export function IconButton(props: IconButtonProps): React.ReactElement {
 export interface CommandButtonProps {
   readonly commands: CommandRegistry;
   readonly id: string;
-  readonly session?: string;
-  readonly disabled?: boolean;
+  readonly tabIndex?: number;
 }
 
 /** A command of the lab as an icon button, in the words of the palette. */
@@ -57,12 +61,10 @@ export function CommandButton(props: CommandButtonProps): React.ReactElement {
       icon={commands.icon(id) as LabIcon}
       label={commands.label(id)}
       caption={commands.caption(id)}
-      disabled={props.disabled ?? !commands.isEnabled(id)}
+      disabled={!commands.isEnabled(id)}
+      tabIndex={props.tabIndex}
       onClick={() => {
-        void commands.execute(
-          id,
-          props.session === undefined ? {} : { session: props.session }
-        );
+        void commands.execute(id);
       }}
     />
   );

@@ -6,15 +6,43 @@ import type { SessionBrief } from '../protocol';
 import type { PartProps } from './parts';
 import { CommandButton, can } from './parts';
 
+/** One stop of the tab key; arrows go from button to button, as in every toolbar. */
 export function Controls(props: PartProps): React.ReactElement {
+  const [at, setAt] = React.useState(0);
+  const bar = React.useRef<HTMLDivElement>(null);
+  const count = CONTROLS.length;
+  const move = (event: React.KeyboardEvent) => {
+    const next: Record<string, number> = {
+      ArrowRight: (at + 1) % count,
+      ArrowLeft: (at + count - 1) % count,
+      Home: 0,
+      End: count - 1
+    };
+    const to = next[event.key];
+    if (to !== undefined) {
+      event.preventDefault();
+      event.stopPropagation();
+      (bar.current?.children[to] as HTMLElement | undefined)?.focus();
+    }
+  };
   return (
     <div
+      ref={bar}
       className="jp-Djinn-controls"
       role="toolbar"
       aria-label={props.trans.__('run controls')}
+      onKeyDown={move}
+      onFocus={event =>
+        setAt(Array.from(event.currentTarget.children).indexOf(event.target))
+      }
     >
-      {CONTROLS.map(id => (
-        <CommandButton key={id} id={id} commands={props.commands} />
+      {CONTROLS.map((id, number) => (
+        <CommandButton
+          key={id}
+          id={id}
+          commands={props.commands}
+          tabIndex={number === at ? 0 : -1}
+        />
       ))}
     </div>
   );
@@ -29,7 +57,9 @@ export function Sessions(
     <>
       {sessions.length === 0 ? (
         <p className="jp-Djinn-empty">
-          {trans.__('No sessions. Run a prompt to launch one.')}
+          {view.snapshot?.model
+            ? trans.__('No sessions. Run a prompt to launch one.')
+            : trans.__('Sessions are listed here once a server is connected.')}
         </p>
       ) : (
         <ul className="jp-Djinn-list">
