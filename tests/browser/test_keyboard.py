@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.notebooks import CONNECT, PATIENCE_MS, PROMPT, open_notebook
+from tests.browser.notebooks import CONNECT, LONG, PATIENCE_MS, PROMPT, open_notebook
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 #: A round through all that the tab key reaches on the page is shorter.
 MOST_PRESSES = 90
+#: What the shortcuts of a stop did, newest first, as the sidebar notes it.
+DONE = ["continue", "previous stop", "to the logits", "next site", "next layer"]
 HAS_FOCUS = "one => one === document.activeElement"
 
 
@@ -144,10 +146,9 @@ def test_from_a_prompt_to_an_edited_continuation_by_keyboard(lab: Lab, page: Pag
     page.keyboard.press("Control+Enter")
     edit = page.locator(".jp-Notebook .djinn-panel")
     go_to(page, edit.get_by_label("Kind"))
-    for _ in range(12):
-        if edit.get_by_label("Kind").evaluate("one => one.value") == "zero":
-            break
-        page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")  # moves in the list, and not from cell to cell
+    page.keyboard.type("zero")  # and letters are no shortcuts of the notebook's
+    assert edit.get_by_label("Kind").evaluate("one => one.value") == "zero"
     go_to(page, edit.get_by_role("button", name="Apply"))
     page.keyboard.press("Enter")
     side(page).get_by_text("1 edit").wait_for()
@@ -159,3 +160,62 @@ def test_from_a_prompt_to_an_edited_continuation_by_keyboard(lab: Lab, page: Pag
     said = page.locator(".jp-Notebook .jp-OutputArea-output", has_text="a drink to")
     said.wait_for()
     assert "drink to Mary" not in said.inner_text()
+
+
+def actions(page: Page) -> list[str]:
+    """What was done here, newest first, as the sidebar notes it."""
+    found = side(page).locator(".jp-Djinn-action .jp-Djinn-row .jp-Djinn-grow")
+    return [text.strip() for text in found.all_inner_texts()]
+
+
+def test_shortcuts_do_something_only_while_something_is_stopped(lab: Lab, page: Page):
+    page.add_init_script(
+        "window.taken = []; window.addEventListener('keydown', event => setTimeout(() => {"
+        " if (/^F/.test(event.key)) window.taken.push(event.defaultPrevented) }), true)"
+    )
+    open_notebook(
+        lab, page, "shortcuts.ipynb", f"{CONNECT}\n%djinn_break 8 --when prefill",
+        f"%%djinn_run\n{PROMPT}",
+    )  # fmt: skip
+    keys = ("Control+F8", "Control+F9", "Control+F10", "Control+F11", "Control+Shift+F10")
+
+    def none_is_taken() -> None:
+        page.evaluate("() => { window.taken = [] }")
+        for key in keys:
+            page.keyboard.press(key)
+        page.wait_for_function("many => window.taken.length >= many", arg=len(keys))
+        assert page.evaluate("() => window.taken") == [False] * len(keys)
+
+    to_cell(page, 0)
+    page.keyboard.press("Shift+Enter")
+    layer(page, 8).wait_for()
+    none_is_taken()
+    page.keyboard.press("Shift+Enter")
+    here(page, "stopped at layers.8.output")
+    assert actions(page) == []  # a cell did it; and the keys before did nothing
+
+    page.keyboard.press("Control+F10")
+    here(page, "stopped at layers.9.output")
+    page.keyboard.press("Control+F11")
+    here(page, "stopped at layers.10.")
+    page.keyboard.press("Control+Shift+F11")
+    here(page, "stopped at logits")
+    page.keyboard.press("Control+Shift+F10")
+    here(page, "stopped at layers.10.")
+    page.keyboard.press("Control+F9")
+    here(page, "finished")
+    assert actions(page) == DONE
+    none_is_taken()
+    assert len(actions(page)) == len(DONE)
+
+
+def test_a_run_is_paused_by_key_while_its_cell_runs(lab: Lab, page: Page):
+    open_notebook(lab, page, "pause by key.ipynb", LONG, "stop = session.continue_()")
+    to_cell(page, 0)
+    page.keyboard.press("Shift+Enter")
+    here(page, "stopped")
+    page.keyboard.press("Control+Enter")
+    page.locator("body[data-djinn-running=true]").wait_for(state="attached")
+    page.keyboard.press("Control+F8")
+    here(page, "(pause)")
+    cell(page, 1).locator(".jp-InputPrompt", has_text="[2]").wait_for()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.browser.notebooks import (
     CONNECT,
+    LONG,
     PATIENCE_MS,
     PROMPT,
     RUN,
@@ -30,11 +31,6 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
 STOPPED = re.compile("stopped at")
-#: The end-of-text token is banned, so that a run lasts as long as it is told to: for minutes.
-LONG = f"""{CONNECT}
-session = server.launch({PROMPT!r}, max_new_tokens=900, stop_on_entry=True)
-stop = session.stop
-stop.edit(ban=[2], sticky=True)"""
 #: From the click itself, as the page hears it, to a status that says "stopped".
 WATCH = """() => {
   const status = document.querySelector("body > .jp-Djinn-live");

@@ -8,6 +8,9 @@
  * @param {number} [frames] waited for: a view is made before it is put into its panel */
 export function completeNames(el, label, frames = 60) {
   let watched = null;
+  const ours = (event) => keepPlainKeys(el.closest(".djinn-panel"), event);
+  // before the notebook, which listens at the document
+  window.addEventListener("keydown", ours, true);
   const begin = (left) => {
     const panel = el.closest(".djinn-panel");
     if (!panel) {
@@ -22,7 +25,19 @@ export function completeNames(el, label, frames = 60) {
     openByKey(panel.closest(".jupyter-widget-Accordion-child"));
   };
   begin(frames);
-  return () => watched?.disconnect();
+  return () => {
+    window.removeEventListener("keydown", ours, true);
+    watched?.disconnect();
+  };
+}
+
+/** Keep keys without a modifier from the notebook: arrows would move from cell to cell, and letters
+ * typed at a list are its shortcuts, such as "d d". Those that run cells, and all others, stay its own.
+ * @param {Element | null} panel @param {KeyboardEvent} event */
+function keepPlainKeys(panel, event) {
+  if (!(event.target instanceof Element) || !panel?.contains(event.target)) return;
+  const isPlain = !(event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key === "Enter"));
+  event.target.toggleAttribute("data-lm-suppress-shortcuts", isPlain);
 }
 
 /** @param {Element} panel */
