@@ -20,7 +20,7 @@ from djinn_nb import errors
 from tests.djinn_nb.conftest import Process
 from tests.system.conftest import FAULTS, PROMPT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NEXT = 64
 
@@ -124,9 +124,19 @@ def test_branches_can_be_returned_to_after_a_restart(restarts):
 def test_what_ran_goes_on_from_where_it_was_recorded(restarts):
     server = restarts.server
     session = server.launch(PROMPT, max_new_tokens=6000, temperature=0.8, seed=4)
-    threading.Timer(2.0, restarts.kill).start()
+
+    def kill() -> None:
+        with restarts.process.connect() as other:
+            seen = other.attach(session.id)
+            until(lambda: len(seen.refresh().tokens) > 40, 60.0)
+            time.sleep(2.0)  # recorded once a second
+            restarts.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
     with pytest.raises(errors.ConnectionFailed):
         session.continue_()
+    killer.join()
     restarts.start()
     restarts.process.connect().close()
 
