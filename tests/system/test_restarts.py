@@ -207,13 +207,14 @@ def act(rng: random.Random, session: djinn.Session, seen: dict[str, Any]) -> Non
     seen[session.id] = (info.stop_number, tuple(info.tokens), info.location, len(info.edits))
 
 
+@pytest.mark.timeout(1200)  # twenty starts of a server
 def test_twenty_kills_at_random_moments_lose_no_stop_that_was_shown(restarts):
     """Prefill, decode, stopped, edited, forked, stepped back, written: whatever it was doing."""
     rng = random.Random(20)
     server = restarts.server
     ids = list(range(3, 60))
     sessions = [
-        server.launch(ids * (1 + 3 * i), max_new_tokens=NEXT + 40, temperature=0.8, seed=i)
+        server.launch(ids * (1, 2, 4)[i], max_new_tokens=NEXT + 40, temperature=0.8, seed=i)
         for i in range(3)
     ]
     #: one that nobody touches: its next tokens must be those of an undisturbed run
