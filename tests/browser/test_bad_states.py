@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
 #: A run of minutes: the lens is read at every site of every forward.
 LONG_RUN = """session = server.launch("Mary", max_new_tokens=1000)
-_ = session.break_when(entropy_below=-1.0, at="every site")
+_ = session.break_when(entropy_below=1e-12, at="every site")
 stop = session.continue_()"""
 #: An ipykernel as those before 7 are: one thread for all that a front end asks.
 WITHOUT_SUBSHELLS = """
