@@ -21,6 +21,8 @@ function render({ model, el }) {
   /** head → its weights [count, keys] */
   const heads = new Map();
   let hovered = null;
+  /** what is said of the cell of a small map that the mouse is on */
+  let pointed = null;
   /** the pair that keys move, counted in rows of the window and keys */
   let at = { row: 0, key: 0 };
 
@@ -74,7 +76,7 @@ function render({ model, el }) {
     if (shown.version !== version) {
       version = shown.version;
       heads.clear();
-      hovered = null;
+      hovered = pointed = null;
       const view = shown.maps;
       maps = new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
       at = { row: shown.count - 1, key: 0 };
@@ -111,7 +113,7 @@ function render({ model, el }) {
       {
         type: "button", class: "djinn-head", "data-head": head, "aria-label": `head ${head}`,
         onclick: () => choose({ head: head === locked() ? null : head }),
-        onmouseenter: () => point(head), onmouseleave: () => point(null), onfocus: () => point(head),
+        onmouseenter: () => point(head), onmouseleave: leave, onfocus: () => point(head),
         onmousemove: (event) => overSmall(event, index),
       },
       [element("canvas", { "aria-hidden": "true" }), element("span", {}, [`head ${head}`])],
@@ -122,6 +124,12 @@ function render({ model, el }) {
     if (hovered === head) return;
     hovered = head;
     if (locked() == null) layout();
+  }
+
+  function leave() {
+    pointed = null;
+    point(null);
+    retell();
   }
 
   function overSmall(event, index) {
@@ -139,7 +147,14 @@ function render({ model, el }) {
     const token = span(row, high, shown.count, shown.first);
     const key = span(column, wide, shown.keys, 0);
     const most = high < shown.count || wide < shown.keys ? "the largest weight there " : "weight about ";
-    told.textContent = `head ${shown.heads[index]}: token ${token} → key ${key}: ${most}${weight.toFixed(3)}`;
+    pointed = `head ${shown.heads[index]}: token ${token} → key ${key}: ${most}${weight.toFixed(3)}`;
+    retell();
+  }
+
+  /** A head that arrives, or another choice, leaves what the mouse is on. */
+  function retell() {
+    if (pointed != null) told.textContent = pointed;
+    else tell(at);
   }
 
   function drawHeads() {
@@ -196,7 +211,7 @@ function render({ model, el }) {
     if (!heads.has(head)) model.send({ type: "need", version, head });
     drawHeads();
     reveal();
-    tell(at);
+    retell();
     draw();
   }
 
@@ -338,7 +353,7 @@ function render({ model, el }) {
     if (message.type !== "head" || message.version !== version) return;
     heads.set(message.head, floats(buffers[0]));
     if (message.head === current()) {
-      tell(at);
+      retell();
       draw();
     }
   }
