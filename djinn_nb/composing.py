@@ -85,7 +85,10 @@ def compose(bench: Workbench, before: Snapshot) -> Snapshot:
     if client.trouble is not None:
         notice = briefs.lost(server.address, client.trouble)
     else:
-        notice = bench.notice or bench.denied or trouble
+        said = bench.notice
+        if trouble is not None and said is not None and said.level == "info":
+            said = None  # a remark stands behind what has to be dealt with
+        notice = said or bench.denied or trouble
     running = here if here is not None and here.status == "running" else None
     return Snapshot(
         rev=before.rev,

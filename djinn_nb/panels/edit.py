@@ -21,6 +21,7 @@ from djinn_nb.panels.edit_model import KINDS, OF_VECTORS, EditModel, Target, sou
 from djinn_nb.panels.fields import COLUMN, LABEL, field, offer, show, within
 from djinn_nb.panels.library import Library
 from djinn_nb.panels.library_model import VectorRow
+from djinn_nb.previews import probability_text
 from djinn_nb.steps import words
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.snapshot import EditBrief, Notice, Snapshot
@@ -72,7 +73,7 @@ def preview_html(found: Preview, took_s: float) -> str:
 
 def _share(share: float) -> tuple[str, str]:
     """A probability as text and as a bar."""
-    return f"{share:.3f}", (
+    return probability_text(share), (
         f"<span style='display:inline-block;height:9px;width:{max(1, round(60 * share))}px;"
         "background:currentColor;opacity:.55'></span>"
     )

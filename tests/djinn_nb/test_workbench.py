@@ -17,7 +17,7 @@ from djinn_nb import composing, errors, verbs
 from djinn_nb.waiting import run_until_rest
 from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.snapshot import Snapshot
+from kernel_server.protocol.snapshot import Notice, Snapshot
 from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
 
 Holds = Callable[[Snapshot], bool]
@@ -144,10 +144,12 @@ def test_a_stop_taken_over_by_another_client_is_told_and_looked_at_again(
 ):
     connected.current.bind("session", session)
     session.run_to(2)
+    connected.notify(Notice(level="info", code="Note", text="a remark of before"))
     with process.connect() as other:
         other.attach(session.id).run_to(4)
 
     shown = soon(connected, lambda s: s.session is not None and s.session.taken_over)
+    assert shown.notice.code == "TakenOver"
     future = verbs.perform(connected, "next")
     assert isinstance(future.exception(10), errors.StaleStop)
     assert "Look again" in soon(connected, lambda s: s.notice is not None).notice.advice
