@@ -57,7 +57,7 @@ def preview_html(found: Preview, took_s: float) -> str:
     lines = "".join(
         "<tr>"
         f"<td style='text-align:left;{MONO};white-space:pre;padding-right:8px'>{escape(name)}</td>"
-        f"<td>{before}</td><td style='text-align:left'>{bar}</td>"
+        f"<td>{before}</td><td style='text-align:left;padding-right:16px'>{bar}</td>"
         f"<td>{after}</td><td style='text-align:left'>{other}</td></tr>"
         for name, before, bar, after, other in rows
     )
@@ -128,6 +128,7 @@ class EditPanel(Panel):
             one.observe(lambda _: self._wish(), "value")
         self._vector.observe(lambda _: self._show_inexact(), "value")
         wrap = widgets.Layout(flex_flow="row wrap")
+        apart = widgets.Layout(flex_flow="row wrap", grid_gap="4px 20px")
         column = {"flex": COLUMN, "min_width": "0", "width": "auto"}
         left = widgets.VBox(
             [
@@ -143,7 +144,7 @@ class EditPanel(Panel):
         self._preview.layout = widgets.Layout(width="auto", min_width="0")
         return [
             self._place,
-            widgets.HBox([left, right], layout=wrap),
+            widgets.HBox([left, right], layout=apart),
             widgets.HBox([self._which, self._switch, self._remove], layout=wrap),
             self._list,
             self._library.toggle,
@@ -199,6 +200,7 @@ class EditPanel(Panel):
             button.on_click(lambda _, word=word: setattr(self._tokens, "value", word))
             self._words[word] = button
         wrap = widgets.Layout(flex_flow="row wrap")
+        apart = widgets.Layout(flex_flow="row wrap", grid_gap="4px 20px")
         strength = widgets.HBox([self._strength, self._exact], layout=wrap)
         self._strength.layout.flex = "1 1 200px"
         wordy = widgets.HBox(

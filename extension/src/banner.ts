@@ -39,6 +39,7 @@ export class Banner extends Widget {
     this.setHidden(session === null);
     if (session) {
       this._text.textContent = where(session, this._trans);
+      this._text.title = this._text.textContent;
     }
     for (const [id, button] of this._buttons) {
       button.disabled = !this._commands.isEnabled(id);
@@ -52,7 +53,10 @@ export class Banner extends Widget {
     button.title = this._commands.caption(id);
     const icon = (this._commands.icon(id) as LabIcon).element({ tag: 'span' });
     icon.setAttribute('aria-hidden', 'true');
-    button.append(icon, this._commands.label(id));
+    const label = document.createElement('span');
+    label.className = 'jp-Djinn-buttonLabel';
+    label.textContent = this._commands.label(id);
+    button.append(icon, label);
     button.addEventListener('click', () => {
       void this._commands.execute(id);
     });

@@ -120,7 +120,7 @@ function ladderNote(view: View, trans: TranslationBundle): string {
     return '';
   }
   return trans.__(
-    '%1 of %2 run in forward %3',
+    '%1 of %2 run · forward %3',
     session.layers_executed,
     snapshot.model.num_layers,
     session.forward

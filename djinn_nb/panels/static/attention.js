@@ -28,7 +28,7 @@ function render({ model, el }) {
 
   const layer = element("select", { "aria-label": "layer", onchange: () => choose({ layer: Number(layer.value) }) });
   const where = element("span", { class: "djinn-muted" });
-  const unlock = element("button", { type: "button", onclick: () => choose({ head: null }), title: "key Escape" }, ["Unlock"]);
+  const unlock = element("button", { type: "button", onclick: () => choose({ head: null }), title: "key Escape" }, ["Choose none"]);
   const grid = element("div", { class: "djinn-heads", role: "group", "aria-label": "heads", onkeydown: onHeadKey });
   const title = element("b");
   const canvas = element("canvas", { "aria-hidden": "true" });
@@ -47,6 +47,7 @@ function render({ model, el }) {
   const full = element("div", {}, [
     element("div", { class: "djinn-row" }, [
       scaleBar(colours, "0", "1", "attention weight, square-root scale"),
+      sign("djinn-sign-not-run", "later token, not looked at"),
       sign("djinn-sign-chosen", "chosen"),
     ]),
     grid,
@@ -54,17 +55,17 @@ function render({ model, el }) {
     scroll,
     told,
     element("div", { class: "djinn-muted djinn-code" }, [
-      "click a head, or arrow keys and Enter, locks it in every panel · Escape unlocks · rows: tokens, columns: keys",
+      "a click on a head, or arrow keys and Enter, chooses it in every panel · Escape chooses none · rows: tokens, columns: keys",
     ]),
   ]);
   const root = element("div", { class: "djinn-view" }, [choices, empty, full]);
   el.append(root);
 
   const ready = () => shown.state === "ready";
-  const choose = (chosen) => model.send({ type: "select", ...chosen });
-  const locked = () => (shown.heads?.includes(marks.head) ? marks.head : null);
-  /** The head shown in full: the locked one, the one pointed at, or the first. */
-  const current = () => locked() ?? hovered ?? shown.heads[0];
+  const choose = (selection) => model.send({ type: "select", ...selection });
+  const chosen = () => (shown.heads?.includes(marks.head) ? marks.head : null);
+  /** The head shown in full: the chosen one, the one pointed at, or the first. */
+  const current = () => chosen() ?? hovered ?? shown.heads[0];
   const name = (position) => `${position}${shown.tokens[position] ? ` “${visible(shown.tokens[position])}”` : ""}`;
 
   function take() {
@@ -112,7 +113,7 @@ function render({ model, el }) {
       "button",
       {
         type: "button", class: "djinn-head", "data-head": head, "aria-label": `head ${head}`,
-        onclick: () => choose({ head: head === locked() ? null : head }),
+        onclick: () => choose({ head: head === chosen() ? null : head }),
         onmouseenter: () => point(head), onmouseleave: leave, onfocus: () => point(head),
         onmousemove: (event) => overSmall(event, index),
       },
@@ -123,7 +124,7 @@ function render({ model, el }) {
   function point(head) {
     if (hovered === head) return;
     hovered = head;
-    if (locked() == null) layout();
+    if (chosen() == null) layout();
   }
 
   function leave() {
@@ -162,7 +163,7 @@ function render({ model, el }) {
     const ink = inks(root);
     grid.querySelectorAll("button").forEach((one, index) => {
       const head = shown.heads[index];
-      const pressed = head === locked();
+      const pressed = head === chosen();
       one.setAttribute("aria-pressed", String(pressed));
       one.tabIndex = head === current() ? 0 : -1;
       const pen = sized(one.firstChild, SMALL, SMALL);
@@ -201,8 +202,8 @@ function render({ model, el }) {
 
   function layout() {
     const head = current();
-    title.textContent = `Head ${head} of layer ${shown.layer}, ${locked() == null ? "not locked" : "locked"}`;
-    unlock.hidden = locked() == null;
+    title.textContent = `Head ${head} of layer ${shown.layer}, ${chosen() == null ? "none is chosen" : "chosen"}`;
+    unlock.hidden = chosen() == null;
     const width = AXIS + shown.keys * CELL;
     const height = HEAD + shown.count * CELL;
     spacer.style.width = `${width}px`;

@@ -2,12 +2,14 @@
 import { paint } from "./colours.js";
 import { element, fitted, floats, freshId, hatch, inks, logShare, missingTiles, oncePerFrame, positiveRange, redrawOnChange, scaleBar, short, shortPlace, sign, sized, visible, windowOf } from "./common.js";
 
-/** Pixels: of a row and a column in each mode, of the axis of layers, of the header of tokens. */
+/** Pixels: of a row and the least of a column in each mode, of the header of tokens. */
 const SIZES = {
-  lens: { row: 20, column: 82, head: 24 },
+  lens: { row: 20, column: 72, head: 24 },
   norm: { row: 15, column: 20, head: 78 },
 };
-const AXIS = 62;
+/** Of the axis of layers, and the most of a column. */
+const AXIS = 76;
+const MOST_COLUMN = 110;
 const MOST_HEIGHT = 560;
 /** How long the window rests before a tile is asked for, ms. */
 const REST = 60;
@@ -87,7 +89,16 @@ function render({ model, el }) {
   const columns = () => shown.tokens.length;
   /** Whether a cell has been computed in the forward that fed its token. */
   const hasRun = (row, token) => token < shown.first || row < shown.reached;
-  const size = () => SIZES[mode];
+  /** Sizes of the mode; of the lens, columns as wide as it takes to cut none at the window's edge. */
+  function size() {
+    const { row, column: least, head } = SIZES[mode];
+    const wide = scroll.clientWidth - AXIS;
+    const seen = Math.max(1, Math.min(columns(), Math.floor(wide / least)));
+    if (mode === "norm" || wide < least) return { row, column: least, head, rest: 0 };
+    const column = Math.min(MOST_COLUMN, Math.floor(wide / seen));
+    // what is left at the right, so that scrolling ends at a column
+    return { row, column, head, rest: columns() > seen ? wide - seen * column : 0 };
+  }
 
   /** @returns {{ text: string, share: number, entropy: number, others: [string, number][] } | null} */
   function lensAt(row, token) {
@@ -149,15 +160,19 @@ function render({ model, el }) {
     need();
   }
 
-  function layout() {
-    modes.forEach((one, i) => one.setAttribute("aria-pressed", String(["lens", "norm"][i] === mode)));
-    const { row, column, head } = size();
-    const width = AXIS + columns() * column;
+  /** Give the grid the room that its cells take. */
+  function fit() {
+    const { row, column, head, rest } = size();
     const height = head + rows() * row;
-    spacer.style.width = `${width}px`;
+    spacer.style.width = `${AXIS + columns() * column + rest}px`;
     spacer.style.height = `${height}px`;
     // room for a scroll bar below
     scroll.style.height = `${Math.min(MOST_HEIGHT, height + 18)}px`;
+  }
+
+  function layout() {
+    modes.forEach((one, i) => one.setAttribute("aria-pressed", String(["lens", "norm"][i] === mode)));
+    fit();
     const scale =
       mode === "lens"
         ? scaleBar(paint, "0", "1", "probability of the top token")
@@ -179,14 +194,14 @@ function render({ model, el }) {
 
   /** Scroll so that the chosen cell is seen. */
   function reveal() {
-    const { row, column, head } = size();
+    const { row, column, head, rest } = size();
     const x = at.token * column;
     const y = (rows() - 1 - at.row) * row;
     const wide = scroll.clientWidth - AXIS;
     const high = scroll.clientHeight - head;
     if (wide <= 0) return;
     if (x < scroll.scrollLeft) scroll.scrollLeft = x;
-    if (x + column > scroll.scrollLeft + wide) scroll.scrollLeft = x + column - wide;
+    if (x + column > scroll.scrollLeft + wide - rest) scroll.scrollLeft = x + column - wide + rest;
     if (y < scroll.scrollTop) scroll.scrollTop = y;
     if (y + row > scroll.scrollTop + high) scroll.scrollTop = y + row - high;
   }
@@ -288,7 +303,7 @@ function render({ model, el }) {
       const name = shown.rows[index];
       pen.fillStyle = ink.ink;
       pen.font = `${index === at.row ? "600 " : ""}11px ${ink.font}`;
-      pen.fillText(index ? shortPlace(name) : "embed", AXIS - 6, y);
+      pen.fillText(shortPlace(name), AXIS - 6, y);
       if (marks.breakpoints?.includes(name)) {
         pen.fillStyle = ink.mark;
         pen.beginPath();
@@ -387,9 +402,9 @@ function render({ model, el }) {
     const place = shown.rows[at.row];
     const can = (verb) => marks.can?.includes(verb) ?? false;
     const has = marks.breakpoints?.includes(place);
-    buttons.toggle_breakpoint.textContent = has ? `No breakpoint at ${place}` : `Break at ${place}`;
+    buttons.toggle_breakpoint.textContent = has ? `Remove the breakpoint at ${place}` : `Break at ${place}`;
     const text = shown.tokens[at.token];
-    buttons.set_breakpoint.textContent = `… if the token is “${visible(text)}”`;
+    buttons.set_breakpoint.textContent = `Break there if the token is “${visible(text)}”`;
     buttons.set_breakpoint.hidden = !text;
     const ahead = at.row >= shown.reached;
     buttons.run_to.textContent = ahead ? `Run to ${place}` : `Run to ${place} of the next forward`;
@@ -466,7 +481,11 @@ function render({ model, el }) {
   model.on("change:shown", take);
   model.on("change:marks", follow);
   model.on("msg:custom", onMessage);
-  const end = redrawOnChange(root, () => (draw(), need()));
+  const end = redrawOnChange(root, () => {
+    if (ready()) fit();
+    draw();
+    need();
+  });
   take();
   return () => {
     model.off("change:shown", take);

@@ -78,48 +78,64 @@ export function Layers(props: PartProps): React.ReactElement {
   };
 
   return (
-    <div
-      ref={list}
-      className="jp-Djinn-ladder"
-      role="group"
-      aria-label={trans.__('layers; a click sets or removes a breakpoint')}
-    >
-      {rows.map(row => (
-        <button
-          key={row.layer}
-          type="button"
-          className={[
-            'jp-Djinn-layer',
-            row.here ? 'jp-mod-here' : '',
-            row.executed ? 'jp-mod-executed' : ''
-          ].join(' ')}
-          aria-label={rowName(row, trans)}
-          aria-pressed={row.mark === 'on'}
-          aria-current={row.here ? 'true' : undefined}
-          aria-disabled={!isPossible}
-          title={rowName(row, trans)}
-          tabIndex={row.layer === tabStop ? 0 : -1}
-          onClick={() => toggle(row)}
-          onFocus={() => setAt(row.layer)}
-          onKeyDown={event => move(event, row.layer)}
-        >
-          <span
-            className={`jp-Djinn-dot jp-mod-${row.mark}`}
-            aria-hidden="true"
-          />
-          <span className="jp-Djinn-number">{row.layer}</span>
+    <>
+      <div
+        ref={list}
+        className="jp-Djinn-ladder"
+        role="group"
+        aria-label={trans.__('layers; a click sets or removes a breakpoint')}
+      >
+        {rows.map(row => (
+          <button
+            key={row.layer}
+            type="button"
+            className={[
+              'jp-Djinn-layer',
+              row.here ? 'jp-mod-here' : '',
+              row.executed ? 'jp-mod-executed' : ''
+            ].join(' ')}
+            aria-label={rowName(row, trans)}
+            aria-pressed={row.mark === 'on'}
+            aria-current={row.here ? 'true' : undefined}
+            aria-disabled={!isPossible}
+            title={rowName(row, trans)}
+            tabIndex={row.layer === tabStop ? 0 : -1}
+            onClick={() => toggle(row)}
+            onFocus={() => setAt(row.layer)}
+            onKeyDown={event => move(event, row.layer)}
+          >
+            <span
+              className={`jp-Djinn-dot jp-mod-${row.mark}`}
+              aria-hidden="true"
+            />
+            <span className="jp-Djinn-number">{row.layer}</span>
+            <span className="jp-Djinn-rung" aria-hidden="true" />
+            <span className="jp-Djinn-note">
+              {row.here
+                ? trans.__('stopped')
+                : row.condition
+                  ? trans.__('if %1', row.condition)
+                  : row.pending
+                    ? trans.__('next run')
+                    : ''}
+            </span>
+          </button>
+        ))}
+      </div>
+      <p className="jp-Djinn-note jp-Djinn-legend">
+        <span>
+          <span className="jp-Djinn-dot jp-mod-on" aria-hidden="true" />
+          {trans.__('breakpoint')}
+        </span>
+        <span>
+          <span className="jp-Djinn-rung jp-mod-executed" aria-hidden="true" />
+          {trans.__('has run')}
+        </span>
+        <span>
           <span className="jp-Djinn-rung" aria-hidden="true" />
-          <span className="jp-Djinn-note">
-            {row.here
-              ? trans.__('stopped')
-              : row.condition
-                ? trans.__('if %1', row.condition)
-                : row.pending
-                  ? trans.__('next run')
-                  : ''}
-          </span>
-        </button>
-      ))}
-    </div>
+          {trans.__('not run')}
+        </span>
+      </p>
+    </>
   );
 }

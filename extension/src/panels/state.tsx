@@ -23,11 +23,11 @@ export function State(
         {snapshot?.address && (
           <>
             <dt>{trans.__('server')}</dt>
-            <dd>
-              <span title={snapshot.address}>
+            <dd className="jp-Djinn-server">
+              <span className="jp-Djinn-address" title={snapshot.address}>
                 {shortAddress(snapshot.address)}
               </span>{' '}
-              · {connectionText(props)}
+              <span>· {connectionText(props)}</span>
             </dd>
           </>
         )}
