@@ -96,7 +96,7 @@ def _take_close_ups(here: Lab, browser: Browser, to: Path) -> None:
     side = _sidebar(page)
     page.set_viewport_size({"width": width, "height": WINDOWS["wide"][1]})
     side.get_by_role("button", name="layer 22").click()
-    side.get_by_text("break_at(22)").wait_for()
+    side.locator("pre").first.wait_for()
     page.set_viewport_size({"width": width, "height": height})
     _keep(_at_rest(lambda: _to_its_end(page, side)), to / "sidebar.png")
     page.close()
@@ -106,7 +106,7 @@ def _preview(page: Page) -> None:
     """An edit that changes what comes next, not applied."""
     strength = page.locator(".djinn-panel").get_by_label("exactly")
     strength.fill("-1")
-    strength.press("Tab")
+    strength.blur()
     page.wait_for_function(
         "() => [...document.querySelectorAll('.djinn-panel')].some(one =>"
         " /KL (?!0\\.000)[0-9.]+ nats/.test(one.textContent))"

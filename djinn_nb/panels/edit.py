@@ -45,7 +45,10 @@ TOKEN_WORDS = {
 
 def preview_html(found: Preview, took_s: float) -> str:
     """The next token with the edit and without."""
-    frame = found.frame.head(TOP_K)
+    whole = found.frame
+    # the most probable of either arm: what an edit takes away is seen beside what it brings
+    order = whole[["before", "after"]].max(axis=1).sort_values(ascending=False, kind="stable")
+    frame = whole.loc[order.index[:TOP_K]]
     rows = [
         (repr(row.text) if row.text else str(row.token_id), *_share(row.before), *_share(row.after))
         for row in frame.itertuples()
@@ -57,8 +60,8 @@ def preview_html(found: Preview, took_s: float) -> str:
     lines = "".join(
         "<tr>"
         f"<td style='text-align:left;{MONO};white-space:pre;padding-right:8px'>{escape(name)}</td>"
-        f"<td>{before}</td><td style='text-align:left;padding-right:16px'>{bar}</td>"
-        f"<td>{after}</td><td style='text-align:left'>{other}</td></tr>"
+        f"<td>{escape(before)}</td><td style='text-align:left;padding-right:16px'>{bar}</td>"
+        f"<td>{escape(after)}</td><td style='text-align:left'>{other}</td></tr>"
         for name, before, bar, after, other in rows
     )
     caption = (
@@ -200,7 +203,6 @@ class EditPanel(Panel):
             button.on_click(lambda _, word=word: setattr(self._tokens, "value", word))
             self._words[word] = button
         wrap = widgets.Layout(flex_flow="row wrap")
-        apart = widgets.Layout(flex_flow="row wrap", grid_gap="4px 20px")
         strength = widgets.HBox([self._strength, self._exact], layout=wrap)
         self._strength.layout.flex = "1 1 200px"
         wordy = widgets.HBox(

@@ -4,11 +4,12 @@ import { element, fitted, floats, freshId, hatch, inks, logShare, missingTiles, 
 
 /** Pixels: of a row and the least of a column in each mode, of the header of tokens. */
 const SIZES = {
-  lens: { row: 20, column: 72, head: 24 },
+  lens: { row: 20, column: 82, head: 24 },
   norm: { row: 15, column: 20, head: 78 },
 };
-/** Of the axis of layers, and the most of a column. */
+/** Of the axis of layers; of a column at most, and at least where all tokens fit so. */
 const AXIS = 76;
+const LEAST_COLUMN = 68;
 const MOST_COLUMN = 110;
 const MOST_HEIGHT = 560;
 /** How long the window rests before a tile is asked for, ms. */
@@ -91,10 +92,11 @@ function render({ model, el }) {
   const hasRun = (row, token) => token < shown.first || row < shown.reached;
   /** Sizes of the mode; of the lens, columns as wide as it takes to cut none at the window's edge. */
   function size() {
-    const { row, column: least, head } = SIZES[mode];
+    const { row, column: usual, head } = SIZES[mode];
     const wide = scroll.clientWidth - AXIS;
+    const least = columns() * LEAST_COLUMN <= wide ? LEAST_COLUMN : usual;
     const seen = Math.max(1, Math.min(columns(), Math.floor(wide / least)));
-    if (mode === "norm" || wide < least) return { row, column: least, head, rest: 0 };
+    if (mode === "norm" || wide < least) return { row, column: usual, head, rest: 0 };
     const column = Math.min(MOST_COLUMN, Math.floor(wide / seen));
     // what is left at the right, so that scrolling ends at a column
     return { row, column, head, rest: columns() > seen ? wide - seen * column : 0 };
