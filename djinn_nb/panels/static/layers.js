@@ -32,6 +32,8 @@ function render({ model, el }) {
   let asked = null;
   let refused = "";
   let timer = 0;
+  /** of the window when it was last seen, pixels */
+  let width = 0;
 
   const modes = ["lens", "norm"].map((name) =>
     element("button", { type: "button", onclick: () => setMode(name) }, [
@@ -484,7 +486,11 @@ function render({ model, el }) {
   model.on("change:marks", follow);
   model.on("msg:custom", onMessage);
   const end = redrawOnChange(root, () => {
-    if (ready()) fit();
+    if (ready()) {
+      fit();
+      if (scroll.clientWidth !== width) reveal();
+      width = scroll.clientWidth;
+    }
     draw();
     need();
   });

@@ -27,7 +27,11 @@ export function Layers(props: PartProps): React.ReactElement {
       const rung = ladder?.children[here] as HTMLElement | undefined;
       if (ladder && rung) {
         const top = rung.offsetTop - ladder.offsetTop;
-        ladder.scrollTop = top - ladder.clientHeight / 2;
+        // by whole rows, so that none is cut
+        const rows = Math.round(
+          (top - ladder.clientHeight / 2) / rung.offsetHeight
+        );
+        ladder.scrollTop = rows * rung.offsetHeight;
       }
     }
   }, [here]);
