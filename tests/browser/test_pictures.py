@@ -70,7 +70,7 @@ def painted(canvas: Locator) -> int:
     return found
 
 
-def test_a_head_is_hovered_locked_and_followed_by_the_other_panel(lab: Lab, page: Page):
+def test_a_head_is_hovered_chosen_and_followed_by_the_other_panel(lab: Lab, page: Page):
     open_notebook(
         lab, page, "attention.ipynb", *START, WEIGHTS,
         "%djinn_panel attention", "%djinn_panel activation",
@@ -87,15 +87,15 @@ def test_a_head_is_hovered_locked_and_followed_by_the_other_panel(lab: Lab, page
     activation.get_by_text("layers.8.attention.heads, all").wait_for()
 
     heads.nth(3).hover()
-    attention.get_by_text("Head 3 of layer 8, not locked").wait_for()
+    attention.get_by_text("Head 3 of layer 8, none is chosen").wait_for()
     attention.get_by_text(re.compile(r"^head 3: token .* → key .*: weight about")).wait_for()
     heads.nth(3).click()
-    attention.get_by_text("Head 3 of layer 8, locked").wait_for()
+    attention.get_by_text("Head 3 of layer 8, chosen").wait_for()
     activation.get_by_text(f"layers.8.attention.heads, head 3, token {last}").first.wait_for()
     assert heads.nth(3).get_attribute("aria-pressed") == "true"
-    heads.nth(5).hover()  # what is locked stays
+    heads.nth(5).hover()  # what is chosen stays
     attention.get_by_text(re.compile(r"^head 5: token ")).wait_for()
-    assert attention.get_by_text("Head 3 of layer 8, locked").is_visible()
+    assert attention.get_by_text("Head 3 of layer 8, chosen").is_visible()
 
     large = attention.get_by_role("group", name="the head's weights")
     large.hover(position={"x": AXIS + CELL // 2, "y": HEAD + last * CELL + CELL // 2})
@@ -110,10 +110,10 @@ def test_a_head_is_hovered_locked_and_followed_by_the_other_panel(lab: Lab, page
     activation.get_by_text("layers.8.attention.heads, head 3, token 5").first.wait_for()
 
     page.keyboard.press("Escape")
-    attention.get_by_text(re.compile("of layer 8, not locked")).wait_for()
+    attention.get_by_text(re.compile("of layer 8, none is chosen")).wait_for()
     activation.get_by_text("layers.8.attention.heads, all").wait_for()
     attention.get_by_label("layer", exact=True).select_option("2")
-    attention.get_by_text(re.compile("of layer 2, not locked")).wait_for()
+    attention.get_by_text(re.compile("of layer 2, none is chosen")).wait_for()
     activation.get_by_text("layers.2.attention.heads, all").wait_for()
 
 
