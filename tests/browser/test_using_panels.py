@@ -28,7 +28,7 @@ from tests.browser.notebooks import (
 )
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Route
 
     from scripts.browser import Lab
 
@@ -75,6 +75,33 @@ def test_nothing_stopped_says_how_something_stops(lab: Lab, page: Page):
 
     panel(page).get_by_text("nothing is stopped: launch a prompt with a breakpoint").wait_for()
     assert button(page, "Apply").is_disabled()
+
+
+def test_the_panels_work_where_the_extension_is_not(lab: Lab, page: Page):
+    blocked: list[str] = []
+
+    def block(route: Route) -> None:
+        blocked.append(route.request.url)
+        route.abort()
+
+    page.route("**/extensions/djinn-nb/**", block)
+    open_notebook(
+        lab,
+        page,
+        "alone.ipynb",
+        f"{CONNECT}\n%djinn_break 8",
+        RUN,
+        "%djinn_panel sessions",
+        "%djinn_panel edit",
+    )
+    assert blocked and page.get_by_role("tab", name="Djinn", exact=True).count() == 0
+    run_all(page, 4)
+    panel(page).get_by_text("stopped at layers.8.output").first.wait_for()
+
+    page.locator(".djinn-panel button:enabled", has_text="Apply").click()
+    page.locator(".djinn-panel button:enabled", has_text="Undo").wait_for()
+    page.locator(".djinn-panel button:enabled", has_text="Next layer").click()
+    panel(page).get_by_text("stopped at layers.9.output").first.wait_for()
 
 
 def test_a_stop_that_another_client_moved_is_said_to_be_taken_over(lab: Lab, page: Page):
