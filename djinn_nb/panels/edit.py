@@ -360,15 +360,15 @@ class EditPanel(Panel):
             said = briefs.notice_of(error).text
             self._refused.value = notice_html(Notice(level="info", code=error.code, text=said))
             return
-        began, unreadable = time.monotonic(), self._unreadable
+        began, asked = time.monotonic(), (self._at, self._unreadable)
         self._updating.value = f"<span role='status' style='{MUTED}'>updating …</span>"
         self.bench.ask(
             f"preview {id(self)}",
             lambda: self._asked(self._stop(number), verb, wishes),
             lambda found, error: (
                 self._previewed(found, error, time.monotonic() - began)
-                if unreadable == self._unreadable
-                else None
+                if asked == (self._at, self._unreadable)
+                else None  # out of date: of a stop that has gone, or a wish that was given up
             ),
         )
 
@@ -455,7 +455,8 @@ class EditPanel(Panel):
                 self._at = at
                 self._wish()
         if not stopped:
-            self._at, self._preview.value = (), ""
+            self._at = ()
+            self._preview.value = self._updating.value = self._refused.value = ""
 
     def _follow_target(self, shown: Snapshot) -> None:
         """Offer what the tensor at the stop can be changed in."""

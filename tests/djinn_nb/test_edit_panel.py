@@ -152,6 +152,23 @@ def test_what_the_server_refuses_is_a_notice_and_changes_nothing(bench, eventual
     assert not bench.current.need_session().refresh().edits
 
 
+def test_an_answer_about_a_stop_that_has_gone_is_not_shown(bench, eventually, monkeypatch):
+    panel = _panel(bench, 2, eventually)
+    eventually(lambda: bool(panel._preview.value))
+    answers = []
+    monkeypatch.setattr(bench, "ask", lambda key, run, told: answers.append(told))
+    panel._wish()
+    late = djinn.errors.StaleStop("late")
+
+    answers[-1](None, late)
+    assert "late" in panel._refused.value
+    assert isinstance(bench.current.need_session().continue_(), djinn.Finished)
+    eventually(lambda: panel._at == ())
+    assert not (panel._refused.value or panel._updating.value or panel._preview.value)
+    answers[-1](None, late)
+    assert not panel._refused.value
+
+
 def test_the_static_form_says_what_would_be_changed(bench, eventually):
     panel = _panel(bench, 2, eventually)
     panel._tokens.value = " Mary"
