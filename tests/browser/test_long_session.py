@@ -1,0 +1,97 @@
+"""A session of 2,000 tokens in a real JupyterLab: what a click changes is painted soon."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kernel_server.models.registry import BUNDLED
+from tests.browser.notebooks import open_notebook, panel, run_all, sidebar
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+    from scripts.browser import Lab
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+NUM_TOKENS = 2000
+#: The prefill and the picture of the layers take their time on a busy machine.
+PATIENCE_MS = 120_000
+CLICKS = 15
+#: From each click, as the page hears it, to the end of the first frame that shows what it did.
+WATCH = """chosen => {
+  window.painted = [];
+  document.addEventListener("click", (event) => {
+    const [heard, place] = [event.timeStamp, event.target.closest(`[${chosen}]`)];
+    const look = () => requestAnimationFrame(() => {
+      if (place.getAttribute(chosen) !== "true") return look();
+      setTimeout(() => window.painted.push(performance.now() - heard), 0);
+    });
+    look();
+  }, {capture: true, signal: (window.watch = new AbortController()).signal});
+}"""
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.close()
+
+
+@pytest.fixture
+def long_model(tmp_path: Path) -> Path:
+    """The bundled model, told that it may see more tokens than it was trained on."""
+    folder = tmp_path / "bundled-4096"
+    shutil.copytree(BUNDLED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 4096
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _clicks(page: Page, places: list[Locator], chosen: str) -> list[float]:
+    """Click each; milliseconds until each was painted. chosen: the attribute that a click sets."""
+    page.evaluate(WATCH, chosen)
+    for count, place in enumerate(places, start=1):
+        place.click()
+        page.wait_for_function("count => window.painted.length === count", arg=count)
+    found: list[float] = page.evaluate("() => { window.watch.abort(); return window.painted; }")
+    return found
+
+
+def test_a_click_is_painted_within_100_ms_beside_2000_tokens(
+    lab: Lab, page: Page, long_model: Path, record_property: Callable[[str, object], None]
+):
+    open_notebook(
+        lab, page, "long.ipynb",
+        "%load_ext djinn_nb\nimport djinn_nb",
+        f"server = djinn_nb.connect(model={str(long_model)!r})",
+        f"session = server.launch([3 + i % 900 for i in range({NUM_TOKENS})], max_new_tokens=4)\n"
+        "stop = session.run_to(8)",
+        "%djinn_panel tokens", "%djinn_panel layers",
+    )  # fmt: skip
+    run_all(page, 5)
+    here = sidebar(page)
+    here.get_by_text("stopped at layers.8.output").first.wait_for()
+    tokens = panel(page).get_by_role("listbox").get_by_role("option")
+    tokens.first.wait_for()
+    assert tokens.count() == NUM_TOKENS
+
+    strip = _clicks(page, [tokens.nth(1000 + 7 * i) for i in range(CLICKS)], "aria-selected")
+    layers = here.locator("[aria-pressed]")
+    ladder = _clicks(page, [layers.nth(i) for i in range(9, 9 + 5)], "aria-pressed")
+
+    for name, times in (("a token of the strip", strip), ("a layer of the ladder", ladder)):
+        shown = ", ".join(f"{time:.0f}" for time in times)
+        print(f"click on {name} to painted, ms: {shown}; median {statistics.median(times):.0f}")
+        record_property(f"click on {name} beside {NUM_TOKENS} tokens, ms", shown)
+        assert statistics.median(times) <= 100
