@@ -42,17 +42,20 @@ class Drawn:
 
     def ready(self, **wanted: Any) -> dict[str, Any]:
         """What is shown, once it is ready and has these values."""
-        until(lambda: self._is(wanted))
-        return self.picture.shown
+        found: dict[str, Any] = {}
 
-    def _is(self, wanted: dict[str, Any]) -> bool:
-        shown = self.picture.shown
-        return shown["state"] == "ready" and all(shown.get(k) == v for k, v in wanted.items())
+        def is_wanted() -> bool:
+            nonlocal found
+            found = self.picture.shown  # looked at once: it may change at any time
+            return found["state"] == "ready" and all(found.get(k) == v for k, v in wanted.items())
+
+        until(is_wanted)
+        return found
 
     def tile(self, number: int) -> tuple[dict[str, Any], list[bytes]]:
         """Ask for a tile of the lens, and wait for it."""
         before = len(self.sent)
-        version = self.picture.shown["version"]
+        version = self.ready()["version"]
         self.picture.take({"type": "need", "version": version, "tile": number})
         until(lambda: len(self.sent) > before)
         return self.sent[-1]

@@ -46,11 +46,10 @@ def test_a_picture_is_drawn_anew_after_an_edit_and_a_step_and_not_otherwise(benc
     if kind is LayersModel:
         assert drawn.picture.shown is first  # a choice is a mark, and reads nothing
     until(lambda: not drawn.picture.marks["reading"])
-    version = drawn.picture.shown["version"]
+    version = drawn.ready()["version"]
     stop.edit(scale=0.5)
     until(lambda: drawn.picture.shown.get("version", version) != version)
-    drawn.ready()
-    edited = drawn.picture.shown["version"]
+    edited = drawn.ready()["version"]
     bench.current.bind("stop", stop.session.next())
     until(lambda: drawn.picture.shown.get("version", edited) != edited)
 
@@ -146,7 +145,7 @@ def test_a_tile_is_read_once_per_stop_and_those_of_a_stop_left_are_not_told(
     drawn.picture.take({"type": "need", "version": old, "tile": 0})
     assert not asked
     assert drawn.tile(0)[0]["rows"] == 6
-    drawn.picture.take({"type": "need", "version": drawn.picture.shown["version"], "tile": 9})
+    drawn.picture.take({"type": "need", "version": drawn.ready()["version"], "tile": 9})
     assert "no tile 9" in bench.notice.text
 
 
