@@ -79,10 +79,6 @@ class Durability:
         """Note what the server says; may come on any thread."""
         self._text = text
 
-    def is_said(self) -> bool:
-        """Whether the person knows how things are."""
-        return self._text == self._said
-
     def warn(self) -> None:
         """Tell the person, on their own thread."""
         text = self._text
