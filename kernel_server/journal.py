@@ -75,6 +75,8 @@ class Journal:
         self._busy = self._closing = False
         #: what is not on disk yet, by session
         self._behind: dict[str, WriteJournal] = {}
+        #: why a session's newest state cannot be written at all, by session
+        self._unwritable: dict[str, str] = {}
         self._trouble = ""
         self._told: Callable[[str], None] = lambda text: None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
@@ -201,7 +203,7 @@ class Journal:
             if self._spoilt:
                 self._begin_anew()
             for instruction in self._behind.values():
-                self._append(instruction)
+                self._append_or_tell(instruction)
             self._sync()
         except OSError as error:
             self._undo()
@@ -212,7 +214,7 @@ class Journal:
             )
             return
         self._behind.clear()
-        self._report("")
+        self._report("; ".join(self._unwritable.values()))
         if self._end > max(COMPACT_BYTES, COMPACT_FACTOR * self._live_bytes()):
             try:
                 self._begin_anew()
@@ -230,6 +232,23 @@ class Journal:
         _do(lambda: self._told(text))
 
     # -- the file -------------------------------------------------------------------------------
+
+    def _append_or_tell(self, instruction: WriteJournal) -> None:
+        """Write a session's state; one that has none in bytes, a fault of ours, leaves the others
+        and this thread as they are."""
+        session_id = instruction.session_id
+        try:
+            self._append(instruction)
+        except OSError:
+            raise
+        except Exception as error:
+            log.exception("session %s cannot be recorded", session_id)
+            self._unwritable[session_id] = (
+                f"session {session_id} cannot be recorded ({type(error).__name__}: {error}), so"
+                " what it does from now on is lost if the server ends; please report it"
+            )
+        else:
+            self._unwritable.pop(session_id, None)
 
     def _append(self, instruction: WriteJournal) -> None:
         """Write a session's arrays that are not there yet, then its record."""

@@ -40,8 +40,8 @@ class Contents:
     arrays: dict[str, Array] = field(default_factory=dict)
     #: sessions whose newest good frame lies before damage: there may have been a newer one
     doubtful: frozenset[str] = frozenset()
-    #: sessions whose arrays are gone, and which
-    unreadable: dict[str, str] = field(default_factory=dict)
+    #: sessions whose arrays are gone: their owners, and how many are
+    unreadable: dict[str, tuple[str, str]] = field(default_factory=dict)
     #: byte ranges that hold no good frame, before the last good one
     damage: list[tuple[int, int]] = field(default_factory=list)
     torn_bytes: int = 0
@@ -134,8 +134,10 @@ def read(data: bytes, name: str) -> Contents:
     found.doubtful = frozenset(i for i in kept if newest[i] < last_damage)
     for session_id, (message, payload_bytes) in kept.items():
         missing = [key for key in message.arrays if key not in found.arrays]
-        if missing or message.record is None:
-            found.unreadable[session_id] = f"{len(missing)} of its arrays are gone"
+        assert message.record is not None
+        if missing:
+            lacks = f"{len(missing)} of its arrays are gone with damage to the journal"
+            found.unreadable[session_id] = message.record.owner, lacks
             continue
         arrays = tuple(found.arrays[key] for key in message.arrays)
         found.sessions[session_id] = (message.record, arrays, message.arrays, payload_bytes)

@@ -159,7 +159,7 @@ class Kernel:
         self.tiers.close()
         if self.journal is not None:
             # where those that ran have come to
-            self.loop.dispatch(Ticked(now=time.time()))
+            self.loop.dispatch(Ticked(now=time.monotonic()))
             self.journal.close()
 
     def _take_up(self, journal: Journal) -> None:
@@ -168,11 +168,17 @@ class Kernel:
         journal.start(lambda text: self.loop.dispatch(DurabilityChanged(text=text)))
         sessions = tuple((record, arrays) for record, arrays, *_ in found.sessions.values())
         self.loop.dispatch(
-            JournalRead(number=found.number, sessions=sessions, damaged=found.doubtful)
+            JournalRead(
+                number=found.number,
+                sessions=sessions,
+                damaged=found.doubtful,
+                unreadable=found.unreadable,
+                now=time.monotonic(),
+            )
         )
-        for session_id, why in {**self.state.unread, **found.unreadable}.items():
-            log.error("session %s of %s cannot be read: %s", session_id, journal.path, why)
-        count = len(sessions) - len(self.state.unread)
+        for _, error in self.state.unread.values():
+            log.error("%s: %s", journal.path, error.message)
+        count = len(sessions) + len(found.unreadable) - len(self.state.unread)
         if count:
             print(f"{count} sessions came back from {journal.path}", flush=True)
 

@@ -83,7 +83,7 @@ class Loop:
         future: Future[Any] = Future()
         self._waiting[request_id] = future
         self.dispatch(
-            Requested(request_id=request_id, owner=owner, message=message, now=time.time())
+            Requested(request_id=request_id, owner=owner, message=message, now=time.monotonic())
         )
         try:
             return future.result(REPLY_DEADLINE_S)

@@ -102,7 +102,7 @@ class Tiers:
 
         def tick() -> None:
             while not self._ended.wait(TICK_S):
-                dispatch(Ticked(now=time.time()))
+                dispatch(Ticked(now=time.monotonic()))
 
         if self._pinned and host is not None:
             threading.Thread(target=prepare, name="host pool", daemon=True).start()

@@ -338,8 +338,12 @@ class _Stretch:
         self.arrivals = sorted((group * size, ticket) for group, ticket in stretch.arrivals)
         self.captures = stretch.captures
         caught = stretch.captures.points if stretch.captures is not None else ()
+        #: breakpoints that keep what the lens reads, by point
+        self.reads: dict[Point, list[int]] = {}
+        for breakpoint_id, point in stretch.reads:
+            self.reads.setdefault(point, []).append(breakpoint_id)
         #: the points inside layers that have to be shown on the way
-        shown = (*self.checks, *self.logs.points, *self.edits, *caught)
+        shown = (*self.checks, *self.logs.points, *self.edits, *caught, *self.reads)
         self.visits = sorted({point for point in shown if is_inner(point)})
         #: the points at which there is anything to do
         self.marked = frozenset(shown)
@@ -421,6 +425,9 @@ class _Stretch:
         found: dict[int, tuple[int, ...]] = {}
         if checks := self.checks.get(point):
             found = self._judge(forward, checks)
+        for breakpoint_id in self.reads.get(point, ()):
+            self.lens.stand(forward)
+            self.lens.remember(breakpoint_id)
         full = False
         if plans := self.logs.plans(point):
             full = self.logs.note(forward, engine.segments.value(forward), found)

@@ -58,6 +58,14 @@ class Replay:
     tokens: tuple[int, ...]
     #: figures of the session's edits are those of this place; what is passed later counts
     known_until: Cursor | None
+    #: where breakpoints read the lens last in the last forward, by id; they are not judged
+    reads: tuple[tuple[int, Point], ...] = ()
+
+    def reads_in(self, forward: int, start: Point, until: Point) -> tuple[tuple[int, Point], ...]:
+        """What is to be read in this forward between two points."""
+        if forward != self.target.forward:
+            return ()
+        return tuple(read for read in self.reads if start < read[1] <= until)
 
     def plans(self, forward: int, point: Point) -> list[tuple[Edit, tuple[int, ...]]]:
         """Edits to be made in this forward beyond a point."""

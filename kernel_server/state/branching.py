@@ -150,7 +150,7 @@ class Branching(Scratching):
         self._keep_stop(session)
         host = session if node is None else self._host(session, node)
         known = next(n for n in way if n.cursor <= place)
-        replay = None
+        replay, reads = None, session.breakpoints.come_back(*place)
         if start != place:
             target = Target(*place, "step")
             replay = Replay(
@@ -160,6 +160,7 @@ class Branching(Scratching):
                 applied=dict(host.applied),
                 tokens=tuple(host.tokens),
                 known_until=known.cursor if node is None else None,
+                reads=reads,
             )
         self._switch(session, host, start, anchor, base)
         session.layers_replayed = anchor.layers_replayed if base is not None else 0

@@ -49,6 +49,8 @@ class Breakpoint:
     hits: int = 0
     held: int = 0
     stops: int = 0
+    #: forward and point where it last read the lens, of one that compares with what it read before
+    read_at: tuple[int, Point] | None = None
     #: questions that are the same in every forward, by point: making 24 costs a decode 0.7 %
     _asked: dict[Point, Check] = field(default_factory=dict, repr=False, compare=False)
 
@@ -56,6 +58,11 @@ class Breakpoint:
     def sure(self) -> bool:
         """It stops whenever it is reached, whatever the values are."""
         return self.condition is None and self.log is None and self.held >= self.ignore
+
+    @property
+    def compares(self) -> bool:
+        """It compares what the lens reads with what it read at its location before."""
+        return self.condition is not None and "top_token_changed" in self.condition.names
 
     def check(self, point: Point, hits: int, rows: tuple[int, ...] | None = None) -> Check:
         """The question put to the engine."""
@@ -214,6 +221,7 @@ class Breakpoints:
     def reached(
         self,
         armed: Iterable[Place],
+        forward: int,
         points: tuple[Point, Point],
         held: Mapping[int, tuple[int, ...]],
     ) -> list[Breakpoint]:
@@ -226,6 +234,8 @@ class Breakpoints:
         for point, found in armed:
             if not points[0] < point <= points[1]:
                 continue
+            if found.compares:
+                found.read_at = forward, point
             if not found.enabled or self._all.get(found.id) is not found:
                 continue  # disabled or removed while the engine was on its way
             if found.log is not None:
@@ -239,6 +249,29 @@ class Breakpoints:
         if any(not found.enabled for found in stopping):
             self._armed.clear()
         return stopping
+
+    def come_back(self, forward: int, point: Point) -> tuple[tuple[int, Point], ...]:
+        """Where those that compare are to have read the lens last, by id, when a forward is run
+        up to `point` again; from there on it counts as read."""
+        last: dict[int, tuple[Breakpoint, Point]] = {}
+        for place, found in self.armed(forward == 0):
+            if found.compares and place <= point:
+                last[found.id] = found, place
+        for found, place in last.values():
+            found.read_at = forward, place
+        return tuple((breakpoint_id, place) for breakpoint_id, (_, place) in last.items())
+
+    def reads(self, forward: int, point: Point) -> tuple[tuple[int, Point], ...]:
+        """Where those that compare have read the lens last, by id, of a session that stands
+        there."""
+        found = []
+        for one in self._all.values():
+            read = one.read_at
+            if read is None or read[0] != forward:
+                continue
+            before = [place for place in one.points if place <= min(read[1], point)]
+            found += [(one.id, before[-1])] if before else []
+        return tuple(found)
 
     def noted(self, results: Iterable[LogResult]) -> tuple[list[int], list[LogResult]]:
         """Count what logpoints have noted; returns the ids of those that are gone, and the results

@@ -143,6 +143,9 @@ class JournalRead:
     number: int
     sessions: tuple[tuple[SessionRecord, tuple[Array, ...]], ...]
     damaged: frozenset[str] = frozenset()
+    #: owner of each that is not whole, and what it lacks
+    unreadable: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

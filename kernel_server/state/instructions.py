@@ -127,6 +127,8 @@ class RunStretch:
     logs: tuple[LogPlan, ...] = ()
     #: how much all logs together may note in this stretch
     log_room_bytes: int = 0
+    #: breakpoint id and point: what the lens reads there is kept for it, and nothing is judged
+    reads: tuple[tuple[int, Point], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

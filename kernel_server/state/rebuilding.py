@@ -17,9 +17,12 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import (
     BadMessage,
+    BrokenJournal,
+    DjinnError,
     NotRebuilt,
     ServerRestarted,
     WrongFingerprint,
+    WrongModel,
 )
 from kernel_server.protocol.location import NOT_STARTED, layers_executed
 from kernel_server.protocol.messages import ErrorInfo, Reason, error_info
@@ -33,7 +36,7 @@ from kernel_server.state.events import (
     StretchAdvanced,
 )
 from kernel_server.state.instructions import DropTensors, ForkTensors, Publish, WriteJournal
-from kernel_server.state.record import from_record, to_record
+from kernel_server.state.record import from_record, sizes_of, to_record
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import Target
 
@@ -48,8 +51,8 @@ class Rebuilding(Comparing):
         super().__init__(*args, **options)
         #: builder -> the session, or hidden branch, that it computes
         self.builders: dict[str, str] = {}
-        #: sessions of a journal that could not be read, and why
-        self.unread: dict[str, str] = {}
+        #: sessions of a journal that could not be taken up: their owners, and why
+        self.unread: dict[str, tuple[str, ErrorInfo]] = {}
 
     # -- recording ------------------------------------------------------------------------------
 
@@ -90,7 +93,10 @@ class Rebuilding(Comparing):
 
     def journal_read(self, event: JournalRead) -> None:
         """Take up the sessions of an earlier server. One that cannot be read is left alone."""
+        self.now = max(self.now, event.now)
         self.num_made = max(self.num_made, event.number)
+        for session_id, (owner, lacks) in event.unreadable.items():
+            self._leave_unread(session_id, owner, BrokenJournal(lacks))
         for record, arrays in event.sessions:
             try:
                 session, lines = from_record(record, arrays, self.shape)
@@ -98,7 +104,9 @@ class Rebuilding(Comparing):
                 for one in (session, *lines.values()):
                     one.check(self.shape)
             except (BadMessage, AssertionError) as error:
-                self.unread[record.id] = str(error)
+                alike = record.sizes == sizes_of(self.shape)
+                kind = BrokenJournal if alike else WrongModel
+                self._leave_unread(record.id, record.owner, kind(str(error)))
                 continue
             self.sessions[session.id] = session
             self.sessions.update(lines)
@@ -106,6 +114,16 @@ class Rebuilding(Comparing):
             session.refused = self._refusal(session, session.id in event.damaged)
             self.note(session, "JournalRead", session.place(self.shape.num_layers))
             self.publish(session, "launched")
+
+    def own(self, owner: str, session_id: str) -> Session:
+        whose, error = self.unread.get(session_id, (None, None))
+        if error is not None and whose == owner:
+            raise rebuild_error(error)
+        return super().own(owner, session_id)
+
+    def _leave_unread(self, session_id: str, owner: str, error: DjinnError) -> None:
+        told = type(error)(f"session {session_id} of the journal cannot be taken up here: {error}")
+        self.unread[session_id] = owner, error_info(told)
 
     def _stand_again(self, session: Session) -> None:
         """Let one that was running rest where its record leaves it."""
@@ -232,6 +250,7 @@ class Rebuilding(Comparing):
             applied=cut(session.applied, goal),
             tokens=tuple(session.tokens),
             known_until=None,
+            reads=session.breakpoints.reads(*goal),
         )
         builder = Session(
             id=f"{session.id}!",

@@ -111,6 +111,7 @@ class _Writer:
             hits=found.hits,
             held=found.held,
             stops=found.stops,
+            read_at=found.read_at,
         )
         if log is None:
             return made
@@ -305,6 +306,7 @@ class _Reader:
             hits=one.hits,
             held=one.held,
             stops=one.stops,
+            read_at=None if one.read_at is None else (one.read_at[0], _point(one.read_at[1])),
         )
 
     def tree(self) -> Tree:
@@ -346,8 +348,8 @@ def from_record(
     """
     if record.sizes != sizes_of(shape):
         raise BadMessage(
-            f"session {record.id} is of a model with {record.sizes} layers, channels and tokens,"
-            f" this one has {sizes_of(shape)}"
+            f"it is of a model with {record.sizes} layers, channels and tokens, this one has"
+            f" {sizes_of(shape)}; start the server with the model it was run on"
         )
     try:
         reader = _Reader(record, arrays, shape)

@@ -98,8 +98,10 @@ class Running(Paging):
         point = session.point
         armed: tuple[Place, ...] = ()
         edits = []
+        reads: tuple[tuple[int, Point], ...] = ()
         if session.replay is not None:
             edits = session.replay.plans(session.forward, point)
+            reads = session.replay.reads_in(session.forward, point, until)
         else:
             places = session.breakpoints.armed(prefill)
             armed = tuple(p for p in places if point < p.point <= until)
@@ -128,6 +130,7 @@ class Running(Paging):
             arrivals=tuple(arrivals.items()),
             logs=logs,
             log_room_bytes=self.log_room(session.owner) if logs else 0,
+            reads=reads,
         )
         self.slot = Slot(
             session=session,
@@ -277,7 +280,7 @@ class Running(Paging):
                     edit.passed(slot.forward, positions, by_id.get(edit.id))
         if not slot.armed:
             return []
-        return session.breakpoints.reached(slot.armed, (slot.start, point), held)
+        return session.breakpoints.reached(slot.armed, slot.forward, (slot.start, point), held)
 
     def stretch_advanced(self, event: StretchAdvanced) -> None:
         """Tell whoever waits how far a long forward is; nothing is decided by it."""

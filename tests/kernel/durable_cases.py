@@ -115,5 +115,47 @@ def an_edited_stop_comes_back(start: Start, folder: Path) -> None:
             local.server.attach(session_id).terminate()
 
 
+def what_is_compared_with_the_location_before_is_compared_again(start: Start) -> None:
+    """A data breakpoint on the lens's top token stops at the same places, whatever came between."""
+
+    def watched(local: Local) -> Session:
+        session = prompt_of(local, 1.4, new_tokens=4).launch(local)
+        session.break_when(top_token_changes=True)
+        return session
+
+    with start() as local:
+        expected = _places(watched(local))
+        assert len(expected) > 6, "the control: it stops often enough to miss one"
+        keys = []
+        for stops in (1, 2, len(expected) - 2):
+            session = watched(local)
+            for _ in range(stops):
+                session.continue_()
+            keys.append((session.id, stops))
+        late = prompt_of(local, 1.4, new_tokens=4).launch(local)
+        late.run_to("layers.2.output")
+        late.break_when(top_token_changes=True)  # which has read nothing in this forward
+        told = _places(late.fork())
+    with start() as local:
+        for key, stops in keys:
+            assert _places(local.server.attach(key)) == expected[stops:]
+        assert _places(local.server.attach(late.id)) == told
+        back = watched(local)
+        _places(back)
+        first = next(i for i, place in enumerate(expected) if place[0] and place[1])
+        back.rewind(expected[first][0], f"layers.{expected[first][1]}.middle")
+        assert _places(back) == expected[first:]
+        for session_id in local.server.sessions().index:
+            local.server.attach(session_id).terminate()
+
+
+def _places(session: Session) -> list[tuple[int, int, list[int]]]:
+    """Forward, layer and tokens of every stop from here on, at the outputs of layers."""
+    found = []
+    while isinstance(stop := session.continue_(), Stopped):
+        found.append((stop.forward, int(stop.location.split(".")[1]), stop.hit_tokens))
+    return found
+
+
 def _hidden(local: Local) -> int:
     return local.kernel.info.hidden_size

@@ -31,6 +31,11 @@ def test_an_edited_stop_comes_back(families, tmp_path, family, dtype):
     durable_cases.an_edited_stop_comes_back(start, tmp_path)
 
 
+def test_what_is_compared_is_compared_again(families, tmp_path):
+    start = starter(families["llama"], "float32", tmp_path)
+    durable_cases.what_is_compared_with_the_location_before_is_compared_again(start)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_random_sequences_end_alike(families, tmp_path, seed):
     start = starter(families["llama"], "float32", tmp_path)

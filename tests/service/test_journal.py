@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,24 @@ def test_what_was_written_is_there_for_the_next(tmp_path):
     assert (tmp_path / "j").stat().st_mode & 0o777 == 0o700
     assert second.path.stat().st_mode & 0o777 == 0o600
     second.close()
+
+
+def test_a_record_that_has_no_bytes_leaves_the_others_and_is_told(tmp_path):
+    one, two, _ = instructions()
+    told: list[str] = []
+    journal = Journal(tmp_path / "j")
+    journal.start(told.append)
+    journal.write(replace(one, record=replace(one.record, seed=1 << 70)))
+    journal.write(two)
+    settled(journal)
+    assert len(told) == 1 and "s1 cannot be recorded" in told[0] and "\n" not in told[0]
+    journal.write(one)
+    settled(journal)
+    assert told[1:] == [""]
+    journal.close()
+    again = Journal(tmp_path / "j")
+    assert set(again.contents.sessions) == {"s1", "s2"}
+    again.close()
 
 
 def test_an_array_is_written_once_and_goes_with_its_last_session(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,14 @@ from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.codec import decode, encode
 from kernel_server.protocol.errors import (
     BadMessage,
+    BrokenJournal,
     DjinnError,
     NotRebuilt,
     SessionFailed,
     StaleStop,
+    UnknownSession,
     WrongFingerprint,
+    WrongModel,
 )
 from kernel_server.state.events import Requested, Ticked
 from kernel_server.state.instructions import Publish, Reply, WriteJournal
@@ -328,8 +332,23 @@ def test_a_record_that_does_not_hold_together_is_left_alone():
     after = restarted(before)
     assert session_id in after.state.unread
     assert not after.ask(m.ListSessions()).sessions
+    with pytest.raises(BrokenJournal, match=f"{session_id} of the journal.*array"):
+        after.ask(m.Describe(session_id=session_id))
+    with pytest.raises(UnknownSession):
+        after.ask(m.Describe(session_id=session_id), owner="someone else")
     with pytest.raises(BadMessage, match="array"):
         from_record(decode(data), (), SHAPE)
+
+
+def test_a_session_of_another_model_says_so_and_stays_in_the_journal():
+    before = world()
+    session_id = before.launch(max_new_tokens=4)
+    after = world(shape=replace(SHAPE, hidden_size=16, sites=()))
+    after.handle(before.read())
+    with pytest.raises(WrongModel, match="layers, channels and tokens") as told:
+        after.ask(m.Describe(session_id=session_id))
+    assert "\n" not in str(told.value)
+    assert after.launch() != session_id
 
 
 @pytest.mark.parametrize(

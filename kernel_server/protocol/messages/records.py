@@ -88,6 +88,8 @@ class BreakpointRecord:
     dropped: int = 0
     #: records that are held, and lost with the server
     num_records: int = 0
+    #: forward and point where it last read the lens, of one that compares with what it read before
+    read_at: tuple[int, float] | None = None
 
 
 @message
