@@ -15,7 +15,7 @@ from djinn_nb import embedded
 from djinn_nb.client import Client
 from djinn_nb.progress import Progress
 from djinn_nb.server import Server
-from djinn_nb.transport import Transport
+from djinn_nb.transport import START, Transport
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.codec import rebuild_error
 from kernel_server.protocol.errors import BadArgument, NoServer
@@ -52,8 +52,9 @@ def connect(
     if token is not None and not isinstance(token, str):
         raise BadArgument(f"a token is a text, not a {type(token).__name__}")
     wanted = embedded.Wanted.of(_path(model), device, dtype, options)
+    advice = START
     if address is None:
-        address = embedded.find_or_start(wanted)
+        address, advice = embedded.find_or_start(wanted), embedded.RESTART
     else:
         if not isinstance(address, str):
             raise BadArgument(f"an address is a text such as 'gpu-box:5556', not {address!r}")
@@ -62,7 +63,7 @@ def connect(
                 f"options ({', '.join(options)}) start a server; the one at {address} runs"
                 " already: leave them out, or leave the address out"
             )
-    client = open_client(address, token)
+    client = open_client(address, token, advice)
     try:
         if model is not None or device is not None or dtype is not None:
             _check_served(client.model, wanted, address)
@@ -72,9 +73,9 @@ def connect(
         raise
 
 
-def open_client(address: str, token: str | None = None) -> Client:
-    """An authenticated client of a server whose model is loaded."""
-    transport = Transport(address, find_token(token))
+def open_client(address: str, token: str | None = None, advice: str = START) -> Client:
+    """An authenticated client of a server whose model is loaded. advice: see `Transport`."""
+    transport = Transport(address, find_token(token), advice=advice)
     try:
         client = Client(transport, name=f"djinn_nb of process {os.getpid()}")
         _wait_until_ready(client, address)

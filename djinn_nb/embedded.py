@@ -44,6 +44,8 @@ LINGER_S, LINGER_NAMED_S = 1800.0, 3.0
 START_S = 180.0
 #: Longest path of a Unix socket everywhere, bytes.
 SOCKET_PATH_BYTES = 100
+#: What to do when it is there no more: its sessions are in its journal.
+RESTART = "connect() as before starts it again"
 #: Lines of its log shown when it dies at the start.
 LOG_LINES = 12
 

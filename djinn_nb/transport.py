@@ -34,6 +34,8 @@ Kind = Literal["control", "bulk", "events"]
 
 #: Reconnecting: first pause, longest pause, and how long a call waits for a server, seconds.
 FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 0.05, 5.0, 2.0
+#: What to do where no server answers.
+START = "start one with `python -m kernel_server serve`"
 #: How long an event poll may take; the server answers an empty one well before.
 POLL_S = 60.0
 #: One dial and one handshake end well before this, whatever the network does, seconds.
@@ -55,7 +57,8 @@ class Traffic:
 class Transport:
     """An authenticated way to the server at `address`; raises at once if there is none.
 
-    Raises NoServer, AccessDenied, QuotaExceeded; BadArgument for a malformed address.
+    advice: what to do when there is none any more. Raises NoServer, AccessDenied, QuotaExceeded;
+    BadArgument for a malformed address.
 
         transport = Transport("127.0.0.1:5556", token)
         answer = transport.request(payload, timeout=10)
@@ -63,11 +66,18 @@ class Transport:
     """
 
     def __init__(
-        self, address: str | Address, token: str, *, patience_s: float = PATIENCE_S
+        self,
+        address: str | Address,
+        token: str,
+        *,
+        patience_s: float = PATIENCE_S,
+        advice: str = START,
     ) -> None:
         self.address = parse_address(address)
         self._stop = _Gate()
-        lines = [_Line(name, self.address, token, patience_s, self._stop) for name in _KINDS]
+        lines = [
+            _Line(name, self.address, token, patience_s, advice, self._stop) for name in _KINDS
+        ]
         self._control, self._bulk, self._events = lines
         self._lines: dict[str, _Line] = dict(zip(_KINDS, lines, strict=True))
         self._listen_orders: SimpleQueue[_Listening | None] = SimpleQueue()
@@ -230,7 +240,13 @@ class _Line:
     """One connection, dialled when needed; everything but `calls` belongs to its thread."""
 
     def __init__(
-        self, name: str, address: Address, token: str, patience_s: float, stop: _Gate
+        self,
+        name: str,
+        address: Address,
+        token: str,
+        patience_s: float,
+        advice: str,
+        stop: _Gate,
     ) -> None:
         self.calls: SimpleQueue[_Call | None] = SimpleQueue()
         self.traffic = Traffic()
@@ -239,6 +255,7 @@ class _Line:
         self._address = address
         self._token = token
         self._patience_s = patience_s
+        self._advice = advice
         self._stop = stop
         self._connection: PlainConnection | None = None
 
@@ -329,7 +346,7 @@ class _Line:
                 if waited_s + pause_s > min(patience_s, deadline - began):
                     if isinstance(error, NoServer):
                         raise
-                    raise _no_server(self._address, error, waited_s) from error
+                    raise _no_server(self._address, error, waited_s, self._advice) from error
                 self._stop.wait(pause_s)
                 pause_s *= 2
             else:
@@ -422,8 +439,7 @@ def _closed_error(address: Address) -> ConnectionLost:
     return ConnectionLost(f"this connection to {address} was closed; connect() again")
 
 
-def _no_server(address: Address, error: OSError, waited_s: float) -> NoServer:
-    advice = "start one with `python -m kernel_server serve`"
+def _no_server(address: Address, error: OSError, waited_s: float, advice: str) -> NoServer:
     if address.path is None and address.host not in ("127.0.0.1", "::1", "localhost"):
         advice = (
             f"a server listens on its own machine only: `ssh -L {address.port}:localhost:"

@@ -138,6 +138,8 @@ def test_after_a_kill_connect_starts_another_embedded_server_with_the_sessions(
         with pytest.raises(errors.ConnectionFailed) as told:
             session.continue_()
         assert "\n" not in str(told.value)
+        with pytest.raises(errors.NoServer, match=r"; connect\(\) as before starts it again$"):
+            session.continue_()
         assert list(own_runtime.rglob("*.json"))  # stale: nobody could take it away
 
         with djinn.connect(model=model_folder, linger_s=60) as fresh:
