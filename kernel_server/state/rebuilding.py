@@ -25,7 +25,7 @@ from kernel_server.protocol.errors import (
     WrongModel,
 )
 from kernel_server.protocol.location import NOT_STARTED, layers_executed
-from kernel_server.protocol.messages import ErrorInfo, Reason, error_info
+from kernel_server.protocol.messages import ErrorInfo, error_info
 from kernel_server.state.branches import Node, Replay, cut
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.comparing import Comparing
@@ -320,35 +320,23 @@ class Rebuilding(Comparing):
 
     # -- what a builder comes to ----------------------------------------------------------------
 
-    def stop(
-        self,
-        session: Session,
-        reason: Reason,
-        *,
-        hit_tokens: tuple[int, ...] = (),
-        hit_breakpoints: tuple[int, ...] = (),
-        error: ErrorInfo | None = None,
-    ) -> None:
-        if session.id not in self.builders:
-            super().stop(
-                session,
-                reason,
-                hit_tokens=hit_tokens,
-                hit_breakpoints=hit_breakpoints,
-                error=error,
-            )
-        elif error is not None:
-            self._failed_builder(session, error)
+    def _arrived(self, fork: Session) -> None:
+        if fork.id in self.builders:
+            self._arrived_builder(fork)
         else:
-            self._arrived_builder(session)
+            super()._arrived(fork)
+
+    def _give_up(self, fork: Session, error: ErrorInfo) -> None:
+        if fork.id in self.builders:
+            self._failed_builder(fork, error)
+        else:
+            super()._give_up(fork, error)
 
     def wait(self, session: Session, error: ErrorInfo | None) -> None:
-        if session.id not in self.builders:
-            super().wait(session, error)
-        elif error is not None:
-            self._failed_builder(session, error)
-        else:
+        if session.id in self.builders and error is None:
             self._arrived_builder(session)
+        else:
+            super().wait(session, error)
 
     def finish(self, session: Session) -> None:
         if session.id in self.builders:
@@ -357,10 +345,8 @@ class Rebuilding(Comparing):
             super().finish(session)
 
     def fail(self, session: Session, error: ErrorInfo) -> None:
-        if session.id in self.builders:
-            self._failed_builder(session, error)
-            return
-        self._abandon(session.id)
+        if session.id not in self.builders:
+            self._abandon(session.id)
         super().fail(session, error)
 
     def terminate(self, event: Requested, request: m.Terminate, session: Session) -> None:
