@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from scripts import browser as real
+from tests.browser.notebooks import PATIENCE_MS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 AUDIT = Path(__file__).parent / "audit"
 
@@ -47,3 +48,11 @@ def lab(calls: Path) -> Iterator[real.Lab]:
 def chromium() -> Iterator[Browser]:
     with real.chromium() as browser:
         yield browser
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE_MS)
+    yield page
+    page.close()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.browser.notebooks import (
     CONNECT,
-    PATIENCE_MS,
     open_notebook,
     panel,
     run_all,
@@ -20,7 +18,7 @@ from tests.browser.notebooks import (
 )
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Locator, Page
 
     from scripts.browser import Lab
 
@@ -53,14 +51,6 @@ RECORD = """() => {
   }).observe(document.body, { childList: true, subtree: true, characterData: true,
                               attributes: true, attributeFilter: ['value'] });
 }"""
-
-
-@pytest.fixture
-def page(chromium: Browser) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(PATIENCE_MS)
-    yield page
-    page.close()
 
 
 @pytest.fixture

@@ -7,15 +7,14 @@ it is pressed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.notebooks import CONNECT, LONG, PATIENCE_MS, PROMPT, open_notebook
+from tests.browser.notebooks import CONNECT, LONG, PROMPT, open_notebook
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Locator, Page
 
     from scripts.browser import Lab
 
@@ -26,14 +25,6 @@ MOST_PRESSES = 90
 #: What the shortcuts of a stop did, newest first, as the sidebar notes it.
 DONE = ["continue", "previous stop", "to the logits", "next site", "next layer"]
 HAS_FOCUS = "one => one === document.activeElement"
-
-
-@pytest.fixture
-def page(chromium: Browser) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(PATIENCE_MS)
-    yield page
-    page.close()
 
 
 def side(page: Page) -> Locator:

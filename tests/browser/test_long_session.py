@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from kernel_server.models.registry import BUNDLED
 from tests.browser.notebooks import open_notebook, panel, run_all, sidebar
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Locator, Page
 
     from scripts.browser import Lab
 
@@ -37,14 +37,6 @@ WATCH = """chosen => {
     look();
   }, {capture: true, signal: (window.watch = new AbortController()).signal});
 }"""
-
-
-@pytest.fixture
-def page(chromium: Browser) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(PATIENCE_MS)
-    yield page
-    page.close()
 
 
 @pytest.fixture
@@ -71,6 +63,7 @@ def _clicks(page: Page, places: list[Locator], chosen: str) -> list[float]:
 def test_a_click_is_painted_within_100_ms_beside_2000_tokens(
     lab: Lab, page: Page, long_model: Path, record_property: Callable[[str, object], None]
 ):
+    page.set_default_timeout(PATIENCE_MS)
     open_notebook(
         lab, page, "long.ipynb",
         "%load_ext djinn_nb\nimport djinn_nb",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +15,6 @@ import pytest
 from tests.browser.notebooks import (
     CONNECT,
     LONG,
-    PATIENCE_MS,
     PROMPT,
     RUN,
     open_notebook,
@@ -24,7 +23,7 @@ from tests.browser.notebooks import (
 )
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Locator, Page
 
     from scripts.browser import Lab
 
@@ -47,14 +46,6 @@ WATCH = """() => {
     watch.observe(status, {childList: true, characterData: true, subtree: true});
   });
 }"""
-
-
-@pytest.fixture
-def page(chromium: Browser) -> Iterator[Page]:
-    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(PATIENCE_MS)
-    yield page
-    page.close()
 
 
 def cells(page: Page) -> Locator:
