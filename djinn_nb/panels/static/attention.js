@@ -179,7 +179,7 @@ function render({ model, el }) {
       pen.drawImage(image, 0, 0, SMALL, SMALL);
       if (pressed) {
         pen.lineWidth = 4;
-        pen.strokeStyle = ink.mark;
+        pen.strokeStyle = ink.ink; // as the legend has it
         pen.strokeRect(0, 0, SMALL, SMALL);
       }
     });
