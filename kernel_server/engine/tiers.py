@@ -9,6 +9,7 @@ and whoever needs an arriving page waits for its copy alone. Which pages move is
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
 import queue
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 WAYS = ("device-host", "host-device", "host-disk", "disk-host")
 
-#: Pinned this many bytes at a time, so that the first part can be used at once.
+#: Pinned about this many bytes at a time, so that the first part can be used at once.
 _PIN_STEP = 1 << 30
 _PAGE = mmap.PAGESIZE
 
@@ -59,15 +60,15 @@ class HostPool:
             on_ready(self.num_slots)
             return
         end = self._bytes.numel()
+        step = pin_step(self.page_bytes)
         start = 0
         while start < end:
-            length = min(_PIN_STEP, end - start)
+            length = min(step, end - start)
             part = self._bytes[start : start + length]
             _touch(part)
             _register(part)
             self._registered.append((start, length))
             start += length
-            # a slot that reaches into the next piece is not ready with this one
             self.ready = min(self.num_slots, start // self.page_bytes)
             on_ready(self.ready)
 
@@ -286,6 +287,15 @@ def _touch(part: Tensor, threads: int = 4) -> None:
         worker.start()
     for worker in workers:
         worker.join()
+
+
+def pin_step(page_bytes: int) -> int:
+    """Bytes of a pinned piece: whole slots and whole pages of the system, at least one of each.
+
+    CUDA refuses a copy that reaches from one registered piece into the next ("invalid argument").
+    """
+    whole = math.lcm(page_bytes, _PAGE)
+    return max(1, _PIN_STEP // whole) * whole
 
 
 def _register(part: Tensor) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernel_server.engine import tiers as tiers_module
 from kernel_server.engine.kv_cache import KVCache, LayerKV, PageShape
 from kernel_server.engine.tiers import Copier, Copy, CopyDone, DiskPool, HostPool
 from kernel_server.protocol.errors import TornPage
@@ -99,3 +100,24 @@ def test_the_file_of_pages_is_private_and_goes_with_the_pool(tmp_path: Path):
     assert pool.path.stat().st_mode & 0o077 == 0
     pool.close()
     assert not pool.path.exists()
+
+
+@pytest.mark.parametrize("page_bytes", [1000, 4096, 6000, 6553600])
+def test_no_slot_reaches_from_one_pinned_piece_into_the_next(page_bytes: int, monkeypatch):
+    pieces: list[tuple[int, int]] = []
+    ready: list[int] = []
+    monkeypatch.setattr(tiers_module, "_PIN_STEP", 3 * 6553600 + 100)
+    monkeypatch.setattr(
+        tiers_module, "_register", lambda part: pieces.append((part.data_ptr(), part.nbytes))
+    )
+    pool = HostPool(10 if page_bytes > 6000 else 50_000, page_bytes, pinned=True)
+    pool.prepare(ready.append)
+
+    first = pool.slot(0).data_ptr()
+    starts = [start - first for start, _ in pieces]
+    assert len(pieces) > 2 and all(start % 4096 == 0 for start in starts)
+    for slot in range(pool.num_slots):
+        begin, end = slot * page_bytes, (slot + 1) * page_bytes
+        assert not any(begin < start < end for start in starts), f"slot {slot}"
+    assert ready == sorted(ready) and ready[-1] == pool.num_slots
+    assert sum(length for _, length in pieces) >= pool.num_slots * page_bytes

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from kernel_server.engine import tiers as tiers_module
+from kernel_server.engine.kv_cache import KVCache, LayerKV, PageShape
+from kernel_server.engine.tiers import Copier, Copy, CopyDone, HostPool
 from notebooks.harness.inprocess import Local, local_kernel
 from notebooks.harness.tiny import make_folder
 from tests.kernel import tier_cases
@@ -34,6 +39,9 @@ def local(
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every page came back, in every tier."""
+    if "local" not in request.fixturenames:
+        yield
+        return
     local: Local = request.getfixturevalue("local")
     yield
     tier_cases.settled(local)
@@ -68,3 +76,23 @@ def test_pages_change_places(local: Local) -> None:
 
 def test_what_follows_pressure_is_as_before(local: Local) -> None:
     tier_cases.what_follows_pressure_is_as_before(local)
+
+
+def test_every_slot_of_a_pool_pinned_in_pieces_takes_copies(monkeypatch) -> None:
+    """CUDA refuses a copy that reaches from one pinned piece into the next."""
+    monkeypatch.setattr(tiers_module, "_PIN_STEP", 1 << 20)
+    shape = PageShape(16, 2, (LayerKV(3, 40, 3, 40),) * 4, torch.bfloat16)  # 15,360 bytes
+    cache, host = KVCache(shape, 8, "cuda:0"), HostPool(400, shape.page_bytes, pinned=True)
+    told: queue.SimpleQueue[CopyDone] = queue.SimpleQueue()
+    copier = Copier(cache, host, None, told.put)
+    try:
+        host.prepare(lambda ready: None)
+        cache.pool.copy_(torch.randn(cache.pool.shape))
+        for slot in range(host.num_slots):
+            copier.begin(Copy(slot, "device-host", ((slot % 8, slot),)))
+        assert [told.get(timeout=60).error for _ in range(host.num_slots)] == [None] * 400
+        content = cache.pool.view(8, -1).view(torch.uint8).cpu()
+        assert all(torch.equal(host.slot(n), content[n % 8]) for n in range(host.num_slots))
+    finally:
+        copier.close()
+        host.close()
