@@ -57,7 +57,7 @@ def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
     if type(value) in _MESSAGE_TYPES():
         return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
     if isinstance(value, (tuple, list)):
-        if value and all(type(item) is int for item in value):
+        if value and set(map(type, value)) == {int}:
             _checked_ints(value, "a list")  # token ids: the common long case
             return list(value)
         return [_dump(item, buffers, depth + 1) for item in value]
@@ -250,7 +250,7 @@ def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
             raise BadMessage(f"{path}: expected a list")
         if len(args) == 2 and args[1] is Ellipsis:
             if args[0] is int:  # token ids: the common long case
-                if not all(type(item) is int for item in value):
+                if not set(map(type, value)) <= {int}:
                     raise BadMessage(f"{path}: expected integers")
                 _checked_ints(value, path)
                 return tuple(value)

@@ -191,6 +191,7 @@ class Control(Running):
             applied=dict(parent.applied),
             fingerprint=parent.fingerprint,
             inexact=parent.inexact,
+            counted=parent.counted,
         )
         for table in child.tables:
             self.pool.retain(table)

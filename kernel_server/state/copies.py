@@ -59,8 +59,7 @@ class Copies(Core):
     def _drop_all(self, pages: Iterable[tuple[int, Session]], reason: str) -> None:
         """Let pages leave the device that have a good copy below, and tell whose they were."""
         for session, run in by_session(pages):
-            for page in run:
-                self.drop(page)
+            self.leave_device(run)
             self.note(session, "left the device", (reason, len(run)))
             what = "1 page" if len(run) == 1 else f"{len(run)} pages"
             self.publish(

@@ -5,8 +5,9 @@ and the few ways anything leaves it. Which requests and results do what is decid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any, Literal
 
 from kernel_server.protocol.errors import NotStopped, StaleStop, UnknownSession
@@ -163,7 +164,16 @@ class Core:
         return self._info(session, self.event_seq.get(session.owner, 0))
 
     def _info(self, session: Session, seq: int) -> SessionInfo:
-        return session.info(self.shape, seq, self.residency.count(session.tables))
+        return session.info(self.shape, seq, self._pages_in(session))
+
+    def _pages_in(self, session: Session) -> dict[str, int]:
+        """By tier, how many of the session's pages are there; counted when something moved."""
+        changes, tables = self.residency.changes, session.tables
+        known = session.counted
+        if known is None or known[0] != changes or any(map(is_not, known[1], tables)):
+            known = changes, tuple(tables), self.residency.count(tables)
+            session.counted = known
+        return known[2]
 
     def location(self, point: Point) -> str:
         return str(location_at(point, self.shape.num_layers))
@@ -314,11 +324,9 @@ class Core:
             self.lost.pop(page, None)
         self._poison([slot for slot in slots if slot is not None])
 
-    def drop(self, page: int) -> None:
-        """Let a page leave the device, where a good copy is below."""
-        slot = self.residency.device_slot(page)
-        self.residency.drop(page, "device")
-        self._poison([slot])
+    def leave_device(self, pages: Iterable[int]) -> None:
+        """Let pages leave the device that have a good copy below."""
+        self._poison(self.residency.leave_device(pages))
 
     def _poison(self, slots: list[int]) -> None:
         if slots and self.checking:

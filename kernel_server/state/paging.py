@@ -182,7 +182,8 @@ class Paging(Exchanging):
             free = self.residency.free("device")
             self._copy(session, absent[:free], "host", "device", reason)
             return not free
-        mine = [p for p in pages if not self._used_by_others(p, session)]
+        owners = self.pool.owners
+        mine = [p for p in pages if owners(p) == 1 or not self._used_by_others(p, session)]
         dirty = [p for p in mine if places[p].device is not None and not places[p].clean]
         if dirty:
             return not self._push_down([(page, session) for page in dirty], reason)
@@ -200,9 +201,7 @@ class Paging(Exchanging):
         return True
 
     def _used_by_others(self, page: int, session: Session) -> bool:
-        """Whether a session that runs needs this page on the device."""
-        if self.pool.owners(page) == 1:
-            return False
+        """Whether a session that runs needs this page, which it shares, on the device."""
         if self.slot is not None and page in self.slot.sources:
             return True
         return any(

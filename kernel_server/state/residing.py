@@ -95,6 +95,8 @@ class Residing(Saving):
     def _require_below(self, session: Session) -> None:
         """Room below for every page that has no copy there yet."""
         dirty = len(self._dirty(session))
+        if not dirty:
+            return
         room = self.host_room() + self.residency.reclaimable_host()
         if dirty > room:
             raise OutOfPages(

@@ -105,6 +105,8 @@ class Session:
     #: by group, the page table and its device slots, as they were in this epoch
     slots: dict[int, tuple[PageTable, tuple[int, ...]]] = field(default_factory=dict)
     slots_epoch: int = -1
+    #: how many of its pages each tier has, with what that was counted of
+    counted: tuple[int, tuple[PageTable, ...], dict[str, int]] | None = None
     #: its pages never leave the device
     pinned: bool = False
     #: it has left the device for being idle, since it was last asked for

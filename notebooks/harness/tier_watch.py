@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def watching_moves(local: Local) -> Iterator[Moves]:
     """Note every copy between tiers and every page that leaves the device."""
     moves = Moves()
     state, mirror = local.kernel.state, local.server._client.mirror
-    done, drop, take = state.copies_done, state.residency.drop, mirror.take
+    done, leave, take = state.copies_done, state.residency.leave_device, mirror.take
 
     def note_copy(event: Any) -> None:
         copying = state.copying[event.ticket]
@@ -84,9 +84,10 @@ def watching_moves(local: Local) -> Iterator[Moves]:
         )
         done(event)
 
-    def note_drop(page: int, tier: Any) -> None:
-        drop(page, tier)
-        moves.left += tier == "device"
+    def note_leave(pages: Iterable[int]) -> list[int]:
+        slots = leave(pages)
+        moves.left += len(slots)
+        return slots
 
     def note_event(event: m.Event) -> None:
         if event.kind == "swapped":
@@ -95,7 +96,7 @@ def watching_moves(local: Local) -> Iterator[Moves]:
 
     with (
         instead(state, "copies_done", note_copy),
-        instead(state.residency, "drop", note_drop),
+        instead(state.residency, "leave_device", note_leave),
         instead(mirror, "take", note_event),
     ):
         yield moves
