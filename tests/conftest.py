@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,8 @@ def pytest_configure() -> None:
     os.environ.update(_made_folders(_user_folders))
     for variable in ("DJINN_TOKEN", "DJINN_DEBUG"):
         os.environ.pop(variable, None)
+    # A shell starts what it runs in the background deaf to interrupts, and all that starts too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _made_folders(folder: Path) -> dict[str, str]:
@@ -74,6 +78,17 @@ def own_user_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield folder
     end_servers(folder / "run")
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Whatever thread the test started has ended, soon after all else is taken down."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+
+    assert not set(threading.enumerate()) - before
 
 
 def pytest_unconfigure() -> None:

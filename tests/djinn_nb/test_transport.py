@@ -31,7 +31,9 @@ class Server:
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
+        #: what "hold" waits for, and how many were let go
         self.hold = threading.Event()
+        self.released = 0
         self.events: list[bytes] = []
         self.changed = threading.Condition()
         self.service = self.start("127.0.0.1:0")
@@ -48,7 +50,8 @@ class Server:
     def handle(self, owner: str, connection_id: str, payload: bytes) -> bytes:
         self.seen.append(payload[:20])
         if payload == b"hold":
-            self.hold.wait(20)
+            assert self.hold.wait(60)
+            self.released += 1
         if payload == b"refuse":
             raise NotStopped("session 3 is running; pause() it first")
         if payload.startswith(b"sleep "):
@@ -70,12 +73,7 @@ class Server:
         self.service.close()
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-
-    assert not set(threading.enumerate()) - before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.fixture
@@ -149,10 +147,10 @@ def test_bulk_and_events_do_not_hold_control(transport: Transport, server: Serve
     holding = threading.Thread(target=transport.request, args=(b"hold", "bulk"))
     holding.start()
     transport.listen(lambda after: b"hold", lambda answer: 0)
-    began = time.monotonic()
+    assert _soon(lambda: server.seen.count(b"hold") == 2)
 
     assert transport.request(b"control") == b"control"
-    assert time.monotonic() - began < 5
+    assert server.released == 0  # both are still waiting
     server.hold.set()
     holding.join()
 
@@ -163,10 +161,11 @@ def test_a_call_not_answered_in_time_says_so_and_the_next_one_works(
     with pytest.raises(ConnectionLost, match="may have been carried out"):
         transport.request(b"hold", timeout=0.2)
 
-    assert transport.request(b"next", timeout=5) == b"next"
+    assert transport.request(b"next", timeout=30) == b"next"
     assert transport.traffic["control"].connects == 2
     server.hold.set()
-    time.sleep(0.1)
+    assert _soon(lambda: server.released == 1)
+    time.sleep(0.1)  # an answer that strayed would be there by now
     assert transport.request(b"and no stray answer") == b"and no stray answer"
     assert server.seen.count(b"hold") == 1
 
@@ -174,22 +173,21 @@ def test_a_call_not_answered_in_time_says_so_and_the_next_one_works(
 def test_an_interrupt_ends_the_waiting_and_nothing_else(
     transport: Transport, server: Server
 ) -> None:
-    main, sent_at = threading.get_ident(), [0.0]
+    main = threading.get_ident()
 
     def interrupt() -> None:
         # once the call is under way, however slow this machine is
-        while b"sleep 2" not in server.seen:
+        while b"hold" not in server.seen:
             time.sleep(0.01)
-        sent_at[0] = time.monotonic()
         signal.pthread_kill(main, signal.SIGINT)
 
     timer = threading.Thread(target=interrupt)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        transport.request(b"sleep 2")
-    waited_s = time.monotonic() - sent_at[0]
+        transport.request(b"hold")
 
-    assert waited_s < 1.5
+    assert server.released == 0  # it ended long before the call did
+    server.hold.set()
     assert transport.request(b"next") == b"next"
     assert transport.traffic["control"].connects == 1
     timer.join()
@@ -198,13 +196,14 @@ def test_an_interrupt_ends_the_waiting_and_nothing_else(
 def test_a_call_interrupted_before_it_was_sent_is_not_sent(
     transport: Transport, server: Server
 ) -> None:
-    first = threading.Thread(target=transport.request, args=(b"sleep 0.5",))
+    first = threading.Thread(target=transport.request, args=(b"hold",))
     first.start()
-    time.sleep(0.1)
+    assert _soon(lambda: b"hold" in server.seen)
     timer = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()
         transport.request(b"never")
+    server.hold.set()
     first.join()
     timer.join()
 
@@ -234,7 +233,8 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         thread.start()
-        while answered + interrupted < 1500:
+        # both happen, however slow this machine is
+        while answered + interrupted < 1500 or min(answered, interrupted) <= 50:
             mine = bytes([chance.randrange(256)]) * chance.choice([1, 1000, 300_000])
             kind = chance.choice(["control", "bulk"])
             try:
@@ -251,7 +251,6 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
         signal.signal(signal.SIGINT, before)
 
     assert wrong == []
-    assert answered > 50 and interrupted > 50
     assert transport.request(b"calm") == b"calm"
     assert transport.traffic["control"].connects == transport.traffic["bulk"].connects == 1
 
@@ -296,20 +295,23 @@ def test_a_connection_lost_in_mid_call_is_not_repeated(
 ) -> None:
     address = server.service.address
 
+    is_lost = threading.Event()
+
     def restart() -> None:
-        old = server.service
-        closing = threading.Thread(target=old.close, kwargs={"timeout_s": 10})
+        assert _soon(lambda: b"hold" in server.seen)
+        closing = threading.Thread(target=server.service.close, kwargs={"timeout_s": 60})
         closing.start()
-        time.sleep(0.2)
+        assert is_lost.wait(30)  # the call is never answered
         server.hold.set()
         closing.join()
         server.start(address)
 
-    timer = threading.Timer(0.2, restart)
-    timer.start()
+    restarting = threading.Thread(target=restart)
+    restarting.start()
     with pytest.raises(ConnectionLost, match="broke during a call"):
         transport.request(b"hold")
-    timer.join()
+    is_lost.set()
+    restarting.join()
 
     assert transport.request(b"next") == b"next"
     assert server.seen.count(b"hold") == 1
@@ -320,7 +322,7 @@ def test_no_server_at_all_is_said_at_once() -> None:
     with pytest.raises(NoServer, match=r"127\.0\.0\.1:9 "):
         Transport("127.0.0.1:9", TOKEN)
 
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # it waits for no answer: a call may take 30 s
 
 
 def test_for_another_machine_the_error_tells_of_the_tunnel() -> None:
@@ -352,7 +354,7 @@ def _gather(transport: Transport, trouble: list[Exception | None]) -> list[bytes
     return got
 
 
-def _soon(condition: Callable[[], bool], seconds: float = 8) -> bool:
+def _soon(condition: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -447,7 +449,7 @@ def test_closing_twice_in_mid_call_ends_the_call_and_the_threads(server: Server)
     transport.close()
     transport.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(30)
 
     assert len(errors) == 3
     with pytest.raises(ConnectionLost, match="was closed"):

@@ -103,13 +103,13 @@ def test_a_waiting_poll_is_woken_by_the_next_event_and_by_the_end() -> None:
     log = EventLog()
     threading.Timer(0.05, log.append, ("ann", _event(1))).start()
     began = time.monotonic()
-    found = log.poll("ann", 0, 10)
+    found = log.poll("ann", 0, 60)
     threading.Timer(0.05, log.close).start()
-    nothing = log.poll("ann", 1, 10)
+    nothing = log.poll("ann", 1, 60)
 
     assert [e.seq for e in found.events] == [1]
     assert nothing.events == ()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_progress_wakes_seldom_and_goes_out_with_what_comes_next() -> None:
@@ -134,7 +134,7 @@ def test_progress_wakes_seldom_and_goes_out_with_what_comes_next() -> None:
         time.sleep(0.002)
     log.append("ann", _event(60, "stopped"))
     took = time.monotonic() - began
-    follower.join(10)
+    follower.join(60)
 
     assert done.is_set()
     assert [seq for answer in answers for seq in answer] == list(range(1, 61))

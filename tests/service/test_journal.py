@@ -47,7 +47,7 @@ def written(folder: Path, given: list[WriteJournal]) -> Journal:
 def settled(journal: Journal) -> None:
     done = threading.Event()
     journal.after(done.set)
-    assert done.wait(10)
+    assert done.wait(60)
 
 
 def test_what_was_written_is_there_for_the_next(tmp_path):
@@ -205,7 +205,7 @@ def test_nothing_is_told_before_the_disk_has_it(tmp_path, monkeypatch):
     real = os.fdatasync
 
     def slow(handle: int) -> None:
-        assert release.wait(10)
+        assert release.wait(60)
         real(handle)
         synced.set()
 
@@ -243,7 +243,7 @@ def test_a_file_that_may_not_grow_loses_nothing_and_is_gone_on_with(tmp_path):
         assert set(there.sessions) == {"s1"} and not there.torn_bytes and not there.damage
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while journal.trouble:
         assert time.monotonic() < deadline
         time.sleep(0.05)

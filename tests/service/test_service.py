@@ -26,6 +26,10 @@ ANN, BOB = "the-token-of-ann-here", "the-token-of-bob-here"
 TOKENS = {"ann": ANN, "bob": BOB}
 
 
+#: A call that is held has come, and may end.
+_IS_HELD, _LET_GO = threading.Event(), threading.Event()
+
+
 def _handle(owner: str, connection_id: str, payload: bytes) -> bytes:
     match payload:
         case b"who":
@@ -42,17 +46,13 @@ def _handle(owner: str, connection_id: str, payload: bytes) -> bytes:
             return "text"  # type: ignore[return-value]
         case b"large":
             return bytes(PAYLOAD_CAP + 1)
-        case b"slow":
-            time.sleep(1.5)
+        case b"held":
+            _IS_HELD.set()
+            assert _LET_GO.wait(60)
     return payload
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-
-    assert not set(threading.enumerate()) - before
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ Open = Callable[..., PlainConnection]
 
 
 def _soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()
@@ -99,7 +99,7 @@ def _soon(condition: Callable[[], bool]) -> bool:
 def test_a_call_carries_its_owner_and_its_connection(service: Service, open_one: Open) -> None:
     ann, bob, ann2 = open_one(service), open_one(service, BOB), open_one(service)
 
-    answers = [each.call(b"who", 5).split() for each in (ann, bob, ann2)]
+    answers = [each.call(b"who", 30).split() for each in (ann, bob, ann2)]
 
     assert [owner for owner, _ in answers] == [b"ann", b"bob", b"ann"]
     assert len({connection for _, connection in answers}) == 3
@@ -123,22 +123,23 @@ def test_a_failed_call_is_one_line_and_leaves_the_connection(
     connection = open_one(service)
 
     with pytest.raises(kind) as caught:
-        connection.call(payload, 5)
+        connection.call(payload, 30)
 
     assert text in str(caught.value) and "\n" not in str(caught.value)
-    assert connection.call(b"still here", 5) == b"still here"
+    assert connection.call(b"still here", 30) == b"still here"
 
 
 def test_one_slow_connection_does_not_hold_another(service: Service, open_one: Open) -> None:
     slow, quick = open_one(service), open_one(service)
-    thread = threading.Thread(target=slow.call, args=(b"slow", 5))
+    _IS_HELD.clear()
+    _LET_GO.clear()
+    thread = threading.Thread(target=slow.call, args=(b"held", 60))
     thread.start()
-    began = time.monotonic()
-    quick.call(b"x", 5)
-    took_s = time.monotonic() - began
-    thread.join()
+    assert _IS_HELD.wait(30)
 
-    assert took_s < 1
+    assert quick.call(b"x", 30) == b"x"  # while the other one is still at its own
+    _LET_GO.set()
+    thread.join()
 
 
 def test_comings_and_goings_are_told_once_each(
@@ -150,7 +151,7 @@ def test_comings_and_goings_are_told_once_each(
         on_connect=lambda *who: came.append(who), on_disconnect=lambda *who: went.append(who)
     )
     connection = open_one(service, BOB)
-    identity = connection.call(b"who", 5).decode().split()[1]
+    identity = connection.call(b"who", 30).decode().split()[1]
     connection.close()
 
     assert _soon(lambda: bool(went))
@@ -165,7 +166,7 @@ def test_a_failing_callback_costs_nothing(start: Callable[..., Service], open_on
     service = start(on_connect=fail, on_disconnect=fail)
     connection = open_one(service)
 
-    assert connection.call(b"fine", 5) == b"fine"
+    assert connection.call(b"fine", 30) == b"fine"
     connection.close()
     assert _soon(lambda: service.connections() == [])
 
@@ -175,12 +176,12 @@ def test_a_killed_client_is_noticed(start: Callable[..., Service]) -> None:
     service = start(on_disconnect=lambda *_: went.set())
     code = (
         "import os, signal; from kernel_server.wire import connect, parse_address\n"
-        f"c = connect(parse_address('{service.address}'), '{ANN}'); c.call(b'x', 5)\n"
+        f"c = connect(parse_address('{service.address}'), '{ANN}'); c.call(b'x', 30)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    subprocess.run([sys.executable, "-c", code], check=False, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=False, timeout=90)
 
-    assert went.wait(5)
+    assert went.wait(30)
 
 
 def test_an_owner_has_a_cap_and_the_others_keep_their_places(
@@ -196,9 +197,9 @@ def test_an_owner_has_a_cap_and_the_others_keep_their_places(
         open_one(service, BOB)
     first.close()
 
-    assert bob.call(b"fine", 5) == b"fine"
+    assert bob.call(b"fine", 30) == b"fine"
     assert _soon(lambda: len(service.connections()) == 2)
-    assert open_one(service).call(b"a place again", 5) == b"a place again"
+    assert open_one(service).call(b"a place again", 30) == b"a place again"
 
 
 def test_new_connections_come_at_a_rate_and_those_there_are_are_served(
@@ -213,25 +214,30 @@ def test_new_connections_come_at_a_rate_and_those_there_are_are_served(
 
     # two times two at once, the others by the clock
     assert took_s > 0.8 * (24 - 4 - 2) / 20
-    assert old.call(b"fine", 5) == b"fine"
+    assert old.call(b"fine", 30) == b"fine"
 
 
 def test_an_owner_who_used_much_waits_while_another_asks(
     start: Callable[..., Service], open_one: Open
 ) -> None:
-    pacer = Pacer(burst_s=0.01)
+    pacer = Pacer(burst_s=0.01, active_s=60)
     service = start(pacer=pacer)
     ann, bob = open_one(service), open_one(service, BOB)
-    bob.call(b"here", 5)
-    pacer.spend("ann", 0.08)  # a third of the time is hers: 0.2 s to wait
-    began = time.monotonic()
-    ann.call(b"x", 5)
-    waited_s = time.monotonic() - began
-    began = time.monotonic()
-    bob.call(b"x", 5)
 
-    assert 0.1 < waited_s < 2
-    assert time.monotonic() - began < 0.1
+    def took(connection: PlainConnection) -> float:
+        began = time.monotonic()
+        connection.call(b"x", 30)
+        return time.monotonic() - began
+
+    ann_s, bob_s = [], []
+    for _ in range(4):
+        bob_s.append(took(bob))
+        pacer.spend("ann", 0.08)  # a third of the time is hers: about 0.2 s to wait
+        ann_s.append(took(ann))
+
+    # Whoever is held is held by the clock, each time; the machine may hold anybody, now and then.
+    assert max(ann_s) > 0.1
+    assert min(bob_s) < max(ann_s) / 4
 
 
 def test_closing_ends_every_connection_and_frees_the_port(
@@ -243,7 +249,7 @@ def test_closing_ends_every_connection_and_frees_the_port(
     service.close()
 
     with pytest.raises((EOFError, OSError)):
-        connection.call(b"x", 5)
+        connection.call(b"x", 30)
     Service(_handle, TOKENS, service.address).close()
 
 
@@ -266,6 +272,6 @@ def test_without_good_tokens_no_server_starts(tokens: dict[str, str]) -> None:
 def test_a_unix_socket_serves_and_is_taken_away(tmp_path, open_one: Open) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "run" / "djinn"
     with Service(_handle, TOKENS, f"unix:{path}") as service:
-        assert open_one(service).call(b"who", 5).startswith(b"ann")
+        assert open_one(service).call(b"who", 30).startswith(b"ann")
 
     assert not path.exists()

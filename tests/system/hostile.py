@@ -1,9 +1,10 @@
 """Hostile clients: each does one thing as hard as it can until it is killed.
 
-    python -m tests.system.hostile ATTACK ADDRESS SESSION_ID
+    python -m tests.system.hostile ATTACK ADDRESS SESSION_ID TIMES
 
-They hold a token of their own (read from standard input, with a recorded handshake) and speak the
-wire by hand, so that a call costs them less than it costs the server.
+TIMES is how many of each of its connections it has: 1 is the attack as it stands below. They hold a
+token of their own (read from standard input, with a recorded handshake) and speak the wire by hand,
+so that a call costs them less than it costs the server.
 """
 
 from __future__ import annotations
@@ -233,9 +234,9 @@ ATTACKS: dict[str, Callable[[Target], list[Callable[[], None]]]] = {
 }
 
 
-def attack(name: str, target: Target) -> NoReturn:
+def attack(name: str, target: Target, times: int) -> NoReturn:
     """Do one thing until killed; says `ready` once it is under way."""
-    for work in ATTACKS[name](target):
+    for work in ATTACKS[name](target) * times:
         threading.Thread(target=work, daemon=True).start()
     print("ready", flush=True)
     while True:
@@ -248,7 +249,7 @@ def main() -> None:
     Each time by a process of its own that is killed: one that is only stopped would leave its calls
     in the server's buffers, which works them off while the others believe themselves alone.
     """
-    name, address, session_id = sys.argv[1:]
+    name, address, session_id, times = sys.argv[1:]
     secrets = json.loads(sys.stdin.readline())
     target = Target(address, session_id, secrets["token"], bytes.fromhex(secrets["recorded"]))
     print("ready", flush=True)
@@ -257,7 +258,7 @@ def main() -> None:
         if line == "on\n":
             child = os.fork()
             if child == 0:
-                attack(name, target)
+                attack(name, target, int(times))
             continue
         if child:
             os.kill(child, signal.SIGKILL)

@@ -4,6 +4,13 @@ In one run and by turns: the calls with nobody else there, beside the hostile cl
 harmless process that burns as much of the processor as the hostile one does. Where processors are
 few, two busy processes cost everybody something; what the server lets a client do to others is what
 goes beyond that. Every ratio is printed (`-s` shows it).
+
+The machine may be anybody's: other work comes and goes while this runs. So a ratio is taken within
+a round, whose arms are a second apart, and what counts is the median of the rounds' ratios. Work
+that lasts slows all arms of a round; work that comes for a moment spoils the rounds it falls into,
+and up to half of them may be spoilt, upwards or downwards, before the median moves. Pooled calls
+would not do (one bad round of eight is more than the tenth that makes a 90th percentile), nor the
+least ratio (an attack is there in every round, and one lucky round must not hide it).
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +43,8 @@ ANN, EVE = "the-token-of-ann-who-is-honest", "the-token-of-eve-who-is-hostile"
 PROMPT = list(range(5, 25))
 #: Turns of each arm, and calls of each kind in one turn: 240 of each.
 ROUNDS, CALLS = 8, 30
+#: Where the rounds seem to say more than what is allowed, so many are asked before that is said.
+MOST_ROUNDS = 32
 #: What a hostile client may cost, times.
 MOST = 3.0
 
@@ -62,7 +72,7 @@ for line in sys.stdin:
 
 @dataclass
 class Arena:
-    """A server with two owners, and the honest one's connection and session."""
+    """A server with two owners, the honest one's connection, and a session of hers to be named."""
 
     address: str
     process: subprocess.Popen[str]
@@ -161,8 +171,9 @@ class Burden:
         self._process.communicate()
 
 
-def attacker(name: str, where: Arena) -> Burden:
-    command = [sys.executable, "-m", "tests.system.hostile", name, where.address, where.session.id]
+def attacker(name: str, where: Arena, times: int) -> Burden:
+    command = [sys.executable, "-m", "tests.system.hostile", name, where.address]
+    command += [where.session.id, str(times)]
     return Burden(command, json.dumps({"token": EVE, "recorded": where.recorded.hex()}))
 
 
@@ -179,49 +190,70 @@ def timed(call: Callable[[], object]) -> list[float]:
     return found
 
 
-Times = dict[str, dict[str, list[float]]]
+#: {arm: {what: milliseconds}} of one round
+Round = dict[str, dict[str, float]]
 
 
-def measure(where: Arena, arms: dict[str, Burden | None]) -> Times:
-    """Milliseconds of control calls and of steps in each arm, by turns."""
-    client, session = where.server._client, where.session
-    calls: dict[str, Callable[[], object]] = {
-        "control": lambda: client.call(m.Describe(session_id=session.id), m.SessionReply),
-        "next": session.next,
-    }
-    times: Times = {arm: {name: [] for name in calls} for arm in arms}
-    for call in calls.values():
-        timed(call)
-    for _ in range(ROUNDS):
-        for arm, burden in arms.items():
-            with burden.on() if burden is not None else contextlib.nullcontext():
-                for name, call in calls.items():
-                    times[arm][name] += timed(call)
-    return times
+def one_round(where: Arena, arms: dict[str, Burden | None]) -> Round:
+    """Median and 90th percentile of each call in each arm, one arm after the other.
 
-
-def ratios(times: Times, arm: str, base: str) -> dict[str, float]:
-    """Median and 90th percentile of each call in `arm`, as multiples of those in `base`."""
-    found = {}
-    for name in times[arm]:
-        for what, cut in (("median", 4), ("p90", 8)):
-            ours, theirs = (statistics.quantiles(times[a][name], n=10)[cut] for a in (arm, base))
-            found[f"{name} {what}"] = ours / theirs
+    Each arm steps through a session of its own: a step takes longer where many have been taken.
+    """
+    client = where.server._client
+    found: Round = {}
+    for arm, burden in arms.items():
+        found[arm] = {}
+        session = where.server.launch(PROMPT, max_new_tokens=100)
+        describe = partial(client.call, m.Describe(session_id=session.id), m.SessionReply)
+        with burden.on() if burden is not None else contextlib.nullcontext():
+            for name, call in (("control", describe), ("next", session.next)):
+                tenths = statistics.quantiles(timed(call), n=10)
+                found[arm] |= {f"{name} median": tenths[4], f"{name} p90": tenths[8]}
+        session.terminate()
     return found
 
 
-def cost(where: Arena, attack: str) -> dict[str, float]:
+def ratios(rounds: list[Round], base: str) -> dict[str, float]:
+    """What each call took beside the hostile one, in `base`; the median of the rounds' ratios."""
+    return {
+        what: statistics.median(each["hostile"][what] / each[base][what] for each in rounds)
+        for what in rounds[0][base]
+    }
+
+
+def least_ratios(rounds: list[Round]) -> dict[str, float]:
     """What the attack costs, ÷ quiet or ÷ a harmless process, whichever is the less."""
-    with attacker(attack, where) as hostile:
+    quiet, harmless = (ratios(rounds, base) for base in ("quiet", "harmless"))
+    return {what: min(quiet[what], harmless[what]) for what in quiet}
+
+
+def cost(
+    where: Arena, attack: str, times: int = 1, most_rounds: int = MOST_ROUNDS
+) -> dict[str, float]:
+    """What an attack, with `times` its connections, costs the honest client's calls, as multiples.
+
+    Sound as it stops at a bound: more rounds bring the median nearer to what the attack costs, so
+    one that costs clearly more than the bound is not let through by asking on.
+    """
+    one_round(where, {"quiet": None})  # nothing is new to anybody then
+    rounds: list[Round] = []
+    with attacker(attack, where, times) as hostile:
         share = hostile.share_of_a_core()
         with burner(share) as harmless:
-            times = measure(where, {"quiet": None, "hostile": hostile, "harmless": harmless})
-    quiet, beside = (ratios(times, "hostile", base) for base in ("quiet", "harmless"))
-    plain = {k: statistics.median(v) for k, v in times["quiet"].items()}
-    print(f"\n{attack} ({share:.0%} of a core; quiet ms {plain})")
-    for key in quiet:
-        print(f"  {key:<15} {quiet[key]:6.2f} × quiet  {beside[key]:6.2f} × beside a harmless one")
-    return {key: min(quiet[key], beside[key]) for key in quiet}
+            arms = {"quiet": None, "hostile": hostile, "harmless": harmless}
+            while len(rounds) < ROUNDS or (
+                len(rounds) < most_rounds and max(least_ratios(rounds).values()) > MOST
+            ):
+                rounds.append(one_round(where, arms))
+    quiet, beside = (ratios(rounds, base) for base in ("quiet", "harmless"))
+    print(f"\n{attack} × {times} ({share:.0%} of a core; {len(rounds)} rounds)")
+    for what in quiet:
+        plain = statistics.median(each["quiet"][what] for each in rounds)
+        print(
+            f"  {what:<15} {quiet[what]:6.2f} × quiet ({plain:.2f} ms)"
+            f"  {beside[what]:6.2f} × beside a harmless one"
+        )
+    return least_ratios(rounds)
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +279,21 @@ UNLIMITED = {
     "a flood of calls": "from kernel_server.pacing import Pacer; Pacer.wait_s = lambda *_: 0.0",
     "half-open connections": "from kernel_server.service import _Rate as R; R.wait_s = lambda _: 0",
 }
+#: How many times its connections an attack has, one after the other, until it is seen.
+GROWING = (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("attack", UNLIMITED)
 def test_control_with_the_limit_off_the_same_attack_is_seen(
     attack: str, model_folder: Path, tmp_path: Path
 ) -> None:
+    """How much an attack costs depends on the processors it finds; that more of it costs more does
+    not, so it grows until it is seen. A measurement that never sees it would show nothing."""
+    found = {}
     with arena(model_folder, tmp_path, UNLIMITED[attack]) as where:
-        found = cost(where, attack)
+        for times in GROWING:
+            found[times] = cost(where, attack, times, most_rounds=ROUNDS)
+            if max(found[times].values()) > MOST:
+                return
 
-    assert max(found.values()) > MOST, found
+    pytest.fail(f"{attack} is not seen: {found}")

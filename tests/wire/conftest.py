@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,10 +37,5 @@ def attacker(server: ServerProcess) -> Iterator[Attacker]:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(5)
-
-    assert not set(threading.enumerate()) - before
+def _watched(no_thread_is_left: None) -> None:
+    """Every test here is watched for threads it leaves."""

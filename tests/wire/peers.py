@@ -64,7 +64,7 @@ class Attacker:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        sock.settimeout(10)
+        sock.settimeout(60)
 
     @classmethod
     def logged_in(cls, address: Address) -> Attacker:

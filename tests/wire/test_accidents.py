@@ -25,7 +25,7 @@ _CLIENT = """
 import sys
 from kernel_server.wire import connect, parse_address
 connection = connect(parse_address(sys.argv[1]), {token!r})
-connection.call(b"x", 5)
+connection.call(b"x", 30)
 print("ready", flush=True)
 {then}
 """
@@ -47,7 +47,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-def _soon(holds: Callable[[], bool], within_s: float = 5.0) -> bool:
+def _soon(holds: Callable[[], bool], within_s: float = 30.0) -> bool:
     deadline = time.monotonic() + within_s
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -74,7 +74,8 @@ def test_a_client_that_is_stopped_amid_its_calls_costs_the_others_nothing() -> N
                 other.request(b"x")
                 slowest_s = max(slowest_s, time.monotonic() - began)
 
-        assert slowest_s < 1
+        # a call held by the stopped one would wait for its deadline: a second per 64 KiB, 64 s
+        assert slowest_s < 16
         _end(stopped)
         assert _soon(lambda: service.connections() == [])
 
@@ -97,12 +98,12 @@ def test_a_client_killed_in_its_own_call_is_noticed_when_the_call_ends() -> None
     def handle(owner: str, connection: str, payload: bytes) -> bytes:
         if payload == b"slow":
             entered.set()
-            release.wait(10)
+            release.wait(60)
         return payload
 
     with _service(handle, on_disconnect=lambda owner, connection: went.append(owner)) as service:
         killed = _client(service.address, "connection.call(b'slow', 60)")
-        assert entered.wait(10)
+        assert entered.wait(60)
         _end(killed)
         with Transport(service.address, TOKEN) as other:
             assert other.request(b"meanwhile") == b"meanwhile"
@@ -115,7 +116,7 @@ def test_a_client_killed_in_its_own_call_is_noticed_when_the_call_ends() -> None
 def test_an_accepted_socket_sends_at_once_and_notices_a_vanished_peer() -> None:
     with _service() as service:
         connection = connect(service.address, TOKEN)
-        connection.call(b"x", 5)
+        connection.call(b"x", 30)
         [(_, served)] = service._connections.values()
         sock = served._channel.stream.sock
 
@@ -128,12 +129,12 @@ def test_answers_beyond_a_segment_do_not_wait_for_an_acknowledgement(server: Ser
     payload = bytes(200_000)
     took = []
     with Transport(server.address, TOKEN) as transport:
-        for _ in range(15):
+        # 44 ms with Nagle's algorithm, every time; without it, more only where others are busy
+        while len(took) < 15 or (len(took) < 200 and min(took) >= 0.02):
             began = time.monotonic()
             transport.request(payload)
             took.append(time.monotonic() - began)
 
-    # 44 ms with Nagle's algorithm, every time
     assert min(took) < 0.02
 
 
@@ -181,5 +182,5 @@ def test_a_descriptor_freed_by_a_dead_peer_is_used_again(
         attacker = Attacker.logged_in(server.address)
         attacker.close()
 
-    with Transport(server.address, TOKEN, patience_s=10) as transport:
+    with Transport(server.address, TOKEN, patience_s=30) as transport:
         assert transport.request(b"served") == b"served"

@@ -26,7 +26,8 @@ from rpyc.utils.server import ThreadedServer
 from djinn_nb.transport import Transport
 from kernel_server.protocol.errors import AccessDenied
 from kernel_server.wire import FRAME_CAP, dial
-from kernel_server.wire.handshake import MAGIC, NONCE_BYTES, PROOF_BYTES
+from kernel_server.wire.frames import FRAME_S
+from kernel_server.wire.handshake import HANDSHAKE_S, MAGIC, NONCE_BYTES, PROOF_BYTES
 from tests.wire.peers import ROOT, TOKEN, Attacker, ServerProcess
 
 V = consts.LABEL_VALUE
@@ -211,11 +212,11 @@ def test_a_frame_that_ends_elsewhere_is_refused(attacker: Attacker) -> None:
 def test_a_peer_that_does_not_finish_the_handshake_is_dropped_after_3_s(
     drip: bool, server: ServerProcess
 ) -> None:
+    began = time.monotonic()
     sock = dial(server.address)
     sock.settimeout(0.2)
-    began = time.monotonic()
     got = b"."
-    while got and time.monotonic() - began < 8:
+    while got and time.monotonic() - began < 60:
         try:
             got = sock.recv(100)
             if drip:
@@ -228,7 +229,8 @@ def test_a_peer_that_does_not_finish_the_handshake_is_dropped_after_3_s(
     waited_s = time.monotonic() - began
     sock.close()
 
-    assert 2.5 < waited_s < 6
+    # for ever, were the deadline not there; for ever while it drips, were it one of each read
+    assert HANDSHAKE_S <= waited_s < 30
 
 
 def test_a_peer_that_stalls_inside_a_frame_is_dropped(
@@ -241,7 +243,7 @@ def test_a_peer_that_stalls_inside_a_frame_is_dropped(
     attacker.sock.sendall(brine.I4.pack(1000) + b"\x00" + b"only this")
 
     assert attacker.is_dropped()
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < FRAME_S  # what it would have without this limit
     assert idle.ask(consts.HANDLE_CALL, (b"idle is fine",))[0] == consts.MSG_REPLY
     attacker.close()
     idle.close()
@@ -258,10 +260,10 @@ def test_a_peer_that_does_not_take_its_answers_is_dropped(
     # It never reads: the server's answers fill the buffers, then its deadline ends it.
     with pytest.raises(OSError):
         for sequence in itertools.count():
-            attacker.sock.settimeout(20)
+            attacker.sock.settimeout(60)
             attacker.send(consts.MSG_REQUEST, sequence, call)
 
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     attacker.close()
     with Transport(server.address, TOKEN) as transport:
         assert transport.request(b"others are served") == b"others are served"
@@ -281,7 +283,7 @@ def test_a_flood_of_silent_sockets_stops_neither_old_nor_new_clients(
     time.sleep(0.3)
 
     assert old.request(b"during") == b"during"
-    with Transport(server.address, TOKEN, patience_s=10) as new:
+    with Transport(server.address, TOKEN, patience_s=30) as new:
         assert new.request(b"new") == b"new"
     old.close()
     for sock in flood:
@@ -304,14 +306,14 @@ def test_control_the_same_flood_ends_a_stock_server() -> None:
         assert process.stdout is not None
         port = int(process.stdout.readline())
         listens = True
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while listens and time.monotonic() < deadline:
             try:
                 flood.append(socket.create_connection(("127.0.0.1", port), 5))
             except OSError:
                 listens = False
             else:
-                time.sleep(0.01)
+                time.sleep(0.03)  # so that a server that is slow to fall has not too many
         process.kill()
     for sock in flood:
         sock.close()
@@ -350,7 +352,7 @@ class Wiretap:
         upstream.close()
 
     def _pass(self, source: socket.socket, sink: socket.socket, name: str) -> None:
-        source.settimeout(10)
+        source.settimeout(60)
         try:
             while data := source.recv(65536):
                 self.said[name].write(data)
@@ -364,7 +366,7 @@ class Wiretap:
     def close(self) -> None:
         self.listener.close()
         for thread in self.threads:
-            thread.join(10)
+            thread.join(60)
 
 
 def test_a_recorded_handshake_opens_nothing_and_holds_no_token(server: ServerProcess) -> None:
