@@ -170,7 +170,7 @@ def test_a_click_is_the_python_it_records_and_the_preview_shown_before(
     expected = found.logits_after
     assert not stop.session.edits
 
-    verbs.perform(clicked, model.verb, **wishes).result(30)
+    verbs.perform(clicked, model.verb, **wishes).result(60)
     assert [*clicked.actions.values()][-1].code == code
     ran = shell.run_cell(code)
     assert ran.error_before_exec is None and ran.error_in_exec is None
@@ -218,7 +218,7 @@ def test_a_patch_comes_from_another_session(make_bench: MakeBench, where, source
     model = EditModel("patch", source=other.id, rows=rows, **more)
 
     found = edit_verbs.preview(clicked, stop, model.verb, model.wishes(), top_k=3)
-    verbs.perform(clicked, model.verb, **model.wishes()).result(30)
+    verbs.perform(clicked, model.verb, **model.wishes()).result(60)
     written = [*clicked.actions.values()][-1].code
     assert written == code.format(id=other.id)
     assert shell.run_cell(written).error_in_exec is None
@@ -238,7 +238,7 @@ def test_a_patch_comes_from_a_node_of_the_tree(make_bench: MakeBench):
     model = EditModel("patch", source=node.number, tokens="2:6")
 
     found = edit_verbs.preview(clicked, stops[0], model.verb, model.wishes(), top_k=3)
-    verbs.perform(clicked, model.verb, **model.wishes()).result(30)
+    verbs.perform(clicked, model.verb, **model.wishes()).result(60)
     code = [*clicked.actions.values()][-1].code
     assert code == (
         "other = session.fork()\n"

@@ -69,8 +69,7 @@ def test_the_chosen_token_and_head_are_followed(bench, eventually):
     panel._kind.value = "zero"
     panel._words["chosen"].click()
     panel._heads.value = "chosen"
-    eventually(lambda: "nothing is chosen" in panel._refused.value)
-    assert panel._preview.value == ""
+    eventually(lambda: "nothing is chosen" in panel._refused.value and not panel._preview.value)
 
     bench.select(token=5, head=3)
     eventually(lambda: panel._words["chosen"].description == "chosen (5)")
@@ -106,8 +105,8 @@ def test_an_edit_in_force_is_switched_off_on_and_removed(bench, eventually):
     before = stop.value.numpy()
     panel._kind.value, panel._tokens.value, panel._sticky.value = "zero", "all", True
     panel._apply.click()
-    eventually(lambda: "sticky, at this stop" in panel._list.value)
-    assert panel._which.value == 1 and panel._switch.description == "Disable"
+    eventually(lambda: "sticky, at this stop" in panel._list.value and panel._which.value == 1)
+    eventually(lambda: panel._switch.description == "Disable")
 
     panel._switch.click()
     eventually(lambda: panel._switch.description == "Enable")
@@ -163,8 +162,12 @@ def test_an_answer_about_a_stop_that_has_gone_is_not_shown(bench, eventually, mo
     answers[-1](None, late)
     assert "late" in panel._refused.value
     assert isinstance(bench.current.need_session().continue_(), djinn.Finished)
-    eventually(lambda: panel._at == ())
-    assert not (panel._refused.value or panel._updating.value or panel._preview.value)
+    eventually(
+        lambda: (
+            panel._at == ()
+            and not (panel._refused.value or panel._updating.value or panel._preview.value)
+        )
+    )
     answers[-1](None, late)
     assert not panel._refused.value
 

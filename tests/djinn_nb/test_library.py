@@ -101,7 +101,7 @@ def test_the_chosen_token_of_a_stop_is_kept_as_its_python_does(bench, stop):
 
 
 def test_a_strength_curve_is_its_python(bench, stop):
-    verbs.perform(bench, "keep_vector", name="here", tokens=3).result(20)
+    verbs.perform(bench, "keep_vector", name="here", tokens=3).result(60)
     given = LibraryModel(alphas="0, 1", token_text="' Mary'").curve("here")
     clicked = verbs.perform(bench, "strength_curve", **given).result(60)
     code = [*bench.actions.values()][-1].code
@@ -119,8 +119,8 @@ def test_a_strength_curve_is_its_python(bench, stop):
 def test_a_removed_vector_is_gone_and_its_python_removes_it(bench, stop):
     store = bench.current.need_server().vectors
     for name in ("one", "two"):
-        verbs.perform(bench, "keep_vector", name=name).result(20)
-    verbs.perform(bench, "remove_vector", name="one").result(20)
+        verbs.perform(bench, "keep_vector", name=name).result(60)
+    verbs.perform(bench, "remove_vector", name="one").result(60)
     assert list(store) == ["two"]
 
     code = [*bench.actions.values()][-1].code.replace("'one'", "'two'")

@@ -188,7 +188,7 @@ def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(model_folde
             session.continue_()
 
         assert "\n" not in str(caught.value)
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
         assert server.address in str(caught.value)
         assert session.id in repr(session)
         process.process.wait()

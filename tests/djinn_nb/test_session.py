@@ -150,11 +150,16 @@ def test_waiting_for_a_session_that_was_never_started_is_refused(session):
         session.wait()
 
 
-def test_an_interrupt_ends_the_waiting_only(long_session):
-    threading.Timer(0.3, _thread.interrupt_main).start()
+def test_an_interrupt_ends_the_waiting_only(long_session, eventually):
+    def interrupt() -> None:
+        eventually(lambda: long_session.newest.status == "running")
+        _thread.interrupt_main()
 
+    interrupting = threading.Thread(target=interrupt)
     with pytest.raises(Interrupted, match=r"still runs on the server.*session\.wait\(\)"):
+        interrupting.start()
         long_session.continue_()
+    interrupting.join()
 
     assert long_session.status == "running"
     stop = long_session.pause()

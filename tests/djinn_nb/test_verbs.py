@@ -79,7 +79,7 @@ def test_a_day_of_clicks_and_the_python_recorded_of_it_end_alike(make_bench) -> 
     clicked, _ = make_bench()
     typed, shell = make_bench()
     for verb, given in DAY:
-        verbs.perform(clicked, verb, **given).result(30)
+        verbs.perform(clicked, verb, **given).result(60)
         code = [*clicked.actions.values()][-1].code
         ran = shell.run_cell(code)
 
@@ -97,19 +97,19 @@ def test_every_other_verb_does_what_its_code_does(make_bench, server) -> None:
     bench, _ = make_bench()
     session = server.launch(PROMPT, max_new_tokens=4)
     session.run_to(1)
-    verbs.perform(bench, "attach", session=session.id).result(10)
+    verbs.perform(bench, "attach", session=session.id).result(60)
     assert bench.current.session.id == session.id
-    verbs.perform(bench, "pin", pinned=True).result(10)
+    verbs.perform(bench, "pin", pinned=True).result(60)
     assert bench.current.session.refresh().pinned
-    verbs.perform(bench, "pin", pinned=False).result(10)
+    verbs.perform(bench, "pin", pinned=False).result(60)
     assert not bench.current.session.refresh().pinned
-    verbs.perform(bench, "next").result(10)
-    verbs.perform(bench, "step_back").result(10)
+    verbs.perform(bench, "next").result(60)
+    verbs.perform(bench, "step_back").result(60)
     before = len(bench.current.session.branches())
     node = max(n.number for n in bench.current.session.branches())
-    verbs.perform(bench, "prune", node=node).result(10)
+    verbs.perform(bench, "prune", node=node).result(60)
     assert len(bench.current.session.branches()) == before - 1
-    verbs.perform(bench, "terminate").result(10)
+    verbs.perform(bench, "terminate").result(60)
     with pytest.raises(errors.UnknownSession):
         server.attach(session.id)
 

@@ -27,14 +27,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _status_of(url: str, patience_s: float = 20.0) -> int:
+def _status_of(url: str, patience_s: float = 90.0) -> int:
     """The page's HTTP status; Jupyter may print its URL a moment before it listens."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
             with urllib.request.urlopen(url, timeout=patience_s) as page:
                 return page.status
-        except urllib.error.URLError:
+        except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
@@ -53,7 +53,7 @@ def test_lab_prints_the_url_of_the_tour_and_leaves_a_server_to_find(tmp_path: Pa
         start_new_session=True,
     )
     assert process.stdout is not None
-    watchdog = threading.Timer(90, process.kill)  # a lab that prints no URL must not hang the run
+    watchdog = threading.Timer(240, process.kill)  # a lab that prints no URL must not hang the run
     watchdog.start()
     try:
         address = url = None
@@ -68,7 +68,7 @@ def test_lab_prints_the_url_of_the_tour_and_leaves_a_server_to_find(tmp_path: Pa
         watchdog.cancel()
         os.killpg(process.pid, signal.SIGTERM)
         process.stdout.close()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
     assert "/lab/tree/notebooks/00_tour.ipynb?token=" in url
     assert status == 200
