@@ -44,6 +44,15 @@ class Notebook:
             elif kind == "status" and content["execution_state"] == "idle":
                 return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(parts)).strip()
 
+    def hear(self, message_id: str, text: str, timeout_s: float = 60.0) -> None:
+        """Wait until a cell that runs has printed a text."""
+        while True:
+            message = self.client.get_iopub_msg(timeout=timeout_s)
+            if message["parent_header"].get("msg_id") == message_id:
+                assert message["msg_type"] != "error", message["content"]
+                if text in message["content"].get("text", ""):
+                    return
+
     def run(self, code: str) -> str:
         return self.finish(self.begin(code))
 
@@ -63,10 +72,12 @@ def notebook(world: World) -> Iterator[Notebook]:
 
 
 def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, canary, notebook):
-    notebook.run(f"session = server.launch({PROMPT!r}, max_new_tokens=6000)")
+    notebook.run(f"session = server.launch({PROMPT!r}, max_new_tokens=8000)")
     said = []
     for index in range(15):
-        cell = notebook.begin("session.wait()" if index else "%djinn_continue")
+        waiting = "session.wait()" if index else "%djinn_continue"
+        cell = notebook.begin(f"print('on its way', flush=True)\n{waiting}")
+        notebook.hear(cell, "on its way")
         time.sleep(0.05 + 0.02 * index)
         notebook.manager.interrupt_kernel()
         said.append(notebook.finish(cell))
@@ -77,7 +88,7 @@ def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, cana
     assert "pause" in notebook.run("%djinn_pause\nprint(stop.reason)")
     assert "(step)" in notebook.run("print(session.next())")
     session_id = notebook.run("print(session.id)")
-    reference = world.launch(PROMPT, max_new_tokens=6000)
+    reference = world.launch(PROMPT, max_new_tokens=8000)
     tokens = world.server.attach(session_id).tokens
     reference.break_at("logits", when="decode", ignore=len(tokens))
     reference.continue_()

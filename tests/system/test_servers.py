@@ -93,7 +93,7 @@ def test_without_a_token_it_is_told_where_one_was_looked_for(world: World, monke
 def command(*words: str, **environment: str) -> tuple[int, str]:
     made = subprocess.run(
         [sys.executable, "-m", "kernel_server", *words],
-        capture_output=True, text=True, timeout=60, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=240, env={**os.environ, **environment},
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     return made.returncode, (made.stdout + made.stderr).strip()
