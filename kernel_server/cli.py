@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         help="sessions decoded together; this version runs each alone (1)",
     )  # fmt: skip
     serve.add_argument(
+        "--no-cuda-graphs", action="store_true",
+        help="begin every kernel of a decode from the host, as stock transformers does",
+    )  # fmt: skip
+    serve.add_argument(
         "--state-dir", type=Path, metavar="FOLDER",
         help="where the journal is, from which sessions come back after a restart (default: a"
         " folder of yours, by address and model)",
@@ -223,6 +227,7 @@ def _serve(options: argparse.Namespace) -> int:
         disk_path=options.disk_path,
         idle_after_s=_idle_after(options.idle_after),
         prefill_chunk=options.prefill_chunk,
+        cuda_graphs=not options.no_cuda_graphs,
         state_dir=options.state_dir,
         journal_key=options.journal_key,
         journal=not options.no_journal,

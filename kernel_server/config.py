@@ -67,6 +67,8 @@ class ServerConfig:
     #: a session left alone so long leaves the device; None: only when others need its room
     idle_after_s: float | None = 30.0
     prefill_chunk: int | None = None
+    #: run layers of a decode as CUDA graphs, on a GPU and where they give the same bits
+    cuda_graphs: bool = True
     decode_bucket: int = 1
     #: where the journal is; None: a folder of the user's own, by address and model
     state_dir: Path | None = None

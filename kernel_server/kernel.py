@@ -103,6 +103,7 @@ class Kernel:
             kv_memory_bytes=config.kv_memory_bytes,
             device_memory_bytes=config.device_memory_bytes,
             prefill_chunk=chunk,
+            cuda_graphs=config.cuda_graphs,
         )
         self.info: ModelInfo = _describe(loaded, self.ready, config)
         # a model may have rows without a token: its vocabulary is as wide as its logits

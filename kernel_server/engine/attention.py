@@ -254,6 +254,10 @@ class PagedWork:
         self._begin, self._end = begin, end
         self._calls = 0
 
+    def begin_again(self) -> None:
+        """The layer that was entered is called once more, from its beginning."""
+        self._calls = 0
+
     def leave(self, *, ended: bool = False) -> None:
         """Raise ServerFault unless the layer called attention exactly once.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from kernel_server.engine.attention import Calibration, PagedAttentionRoute
 from kernel_server.engine.cache_route import CacheCalibration, CacheRoute, longest_prompt
+from kernel_server.engine.graphs import LayerGraphs, NotRecorded
 from kernel_server.engine.kv_cache import KVCache, PageShape, choose_page_shape
 from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.engine.workspace import measure_workspace
@@ -33,6 +35,10 @@ from kernel_server.protocol.errors import (
 from kernel_server.protocol.location import Point
 from kernel_server.protocol.messages import SiteLayout
 
+log = logging.getLogger(__name__)
+
+#: Tokens, and decodes, on which graphs are compared: the first decodes come before they are there.
+_GRAPH_PROMPT, _GRAPH_DECODES = 12, 6
 #: Without --kv-memory: this part of what is free, and on the CPU no more than this.
 _FREE_SHARE = 0.85
 _CPU_BYTES = 1 << 30
@@ -70,21 +76,28 @@ def serve(
     prefill_chunk: int = 512,
     page_tokens: int | None = None,
     group_layers: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Served:
     """Make a stock model resumable, check it against transformers, and give it a page pool.
 
     kv_memory_bytes: of the pool; without it 85 % of what is free, at most 1 GiB on the CPU.
     device_memory_bytes: a cap over weights, pool and the workspace of a chunk, which is measured.
     page_tokens, group_layers: T and G of a page, chosen for the geometry when not given.
+    cuda_graphs: run layers of a decode as graphs, on a GPU and where they give the same bits.
 
     Raises UnsupportedModel, BadArgument if the pool is too small, or OutOfDeviceMemory.
 
     >>> served = serve(stock_model, kv_memory_bytes=64 << 20)  # doctest: +SKIP
     """
     resumable, shape, report = resume(model, page_tokens=page_tokens, group_layers=group_layers)
+    graphs = layer_graphs(resumable, shape) if cuda_graphs else None
+    if graphs is not None:
+        report.notes.append(
+            f"{graphs.num_recorded} of {resumable.num_layers} layers run as CUDA graphs in a decode"
+        )
     wanted = kv_memory_bytes
     if device_memory_bytes is not None:
-        room = _room_under(device_memory_bytes, resumable, shape, prefill_chunk)
+        room = _room_under(device_memory_bytes, resumable, shape, prefill_chunk, graphs)
         if wanted is not None and wanted > room.pages:
             raise BadArgument(f"--kv-memory of {wanted:,} bytes does not fit: {room.why}")
         wanted = room.pages if wanted is None else wanted
@@ -107,7 +120,40 @@ def serve(
             f"{wanted:,} bytes of pages do not fit on {resumable.device}: start the server with"
             " less --kv-memory"
         ) from error
-    return Served(resumable, Segments(resumable, cache, prefill_chunk=prefill_chunk), cache, report)
+    segments = Segments(resumable, cache, prefill_chunk=prefill_chunk, graphs=graphs)
+    return Served(resumable, segments, cache, report)
+
+
+def layer_graphs(model: ResumableModel, shape: PageShape) -> LayerGraphs | None:
+    """Graphs of the model's layers; None where there are none, or where one bit differs.
+
+    A few decodes are run without them and with them, in one go and stopping at every point.
+    """
+    try:
+        graphs = LayerGraphs(model)
+    except NotRecorded as reason:
+        log.info("decodes run without CUDA graphs: %s", reason)
+        return None
+    small = PageShape(min(shape.page_tokens, 16), shape.group_layers, shape.layers, shape.dtype)
+    runner = CheckRunner(model, small)
+    ids = model.sample_ids(_GRAPH_PROMPT + _GRAPH_DECODES)
+    prompt, feeds = ids[:_GRAPH_PROMPT], ids[_GRAPH_PROMPT:]
+    plain = runner.run(prompt, feeds, chunk=_GRAPH_PROMPT)
+    runner.graphs = graphs
+    for stops in (False, True):
+        found = runner.run(prompt, feeds, chunk=_GRAPH_PROMPT, stops=stops)
+        if not all(_same_bits(a, b) for a, b in zip(plain, found, strict=True)):
+            log.warning("decodes run without CUDA graphs: with them other bits come out")
+            return None
+    if not graphs.num_recorded:
+        log.info("decodes run without CUDA graphs: %s", next(iter(graphs.refused.values()), ""))
+        return None
+    return graphs
+
+
+def _same_bits(left: Trace, right: Trace) -> bool:
+    pairs = zip([*left.points, left.logits], [*right.points, right.logits], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def resume(
@@ -193,6 +239,8 @@ class CheckRunner:
         self._pages = shape.pages_for(max_tokens)
         self._cache = KVCache(shape, 2 * self._groups * self._pages, model.device)
         self._half = 0
+        #: of the layers, for the runs to come
+        self.graphs: LayerGraphs | None = None
 
     def fill(self) -> int:
         """Write every page once, so that its memory is taken; returns the bytes."""
@@ -251,7 +299,7 @@ class CheckRunner:
     def _fresh(self, chunk: int, window: int | None) -> tuple[Segments, list[list[int]]]:
         cache = self._cache
         cache.poison(range(cache.num_pages))
-        segments = Segments(self._model, cache, prefill_chunk=chunk)
+        segments = Segments(self._model, cache, prefill_chunk=chunk, graphs=self.graphs)
         segments.window = window
         self._half = 1 - self._half
         # Ids in falling order, so that neighbours in a table are no neighbours in the pool.
@@ -289,10 +337,13 @@ class _Room:
     why: str
 
 
-def _room_under(cap: int, model: ResumableModel, shape: PageShape, chunk: int) -> _Room:
+def _room_under(
+    cap: int, model: ResumableModel, shape: PageShape, chunk: int, graphs: LayerGraphs | None
+) -> _Room:
     stock = model.model
     weights = sum(t.nbytes for t in (*stock.parameters(), *stock.buffers()))
     runner = CheckRunner(model, shape, max_tokens=chunk + 1)
+    runner.graphs = graphs
     held = weights + runner.fill()
 
     def prefill() -> None:

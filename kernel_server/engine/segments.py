@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernel_server.engine.attention import PagedWork
 from kernel_server.engine.forward_state import ForwardState
+from kernel_server.engine.graphs import LayerGraphs
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.models.recording import Call, Recording, cut_call
 from kernel_server.models.resumable import ResumableModel
@@ -56,16 +57,24 @@ class Segments:
     """Runs forwards of a `ResumableModel` over the pages of `cache`.
 
     prefill_chunk: tokens per chunk; chunks are cut at its multiples, counted from the session's
-    first token.
+    first token. graphs: of the layers, for forwards of one token; None: there are none.
     """
 
-    def __init__(self, model: ResumableModel, cache: KVCache, *, prefill_chunk: int = 512) -> None:
+    def __init__(
+        self,
+        model: ResumableModel,
+        cache: KVCache,
+        *,
+        prefill_chunk: int = 512,
+        graphs: LayerGraphs | None = None,
+    ) -> None:
         if prefill_chunk < 1:
             raise BadArgument(f"prefill_chunk is {prefill_chunk}: choose at least 1 token")
         self.model = model
         self.cache = cache
         self.prefill_chunk = prefill_chunk
         self.num_layers = model.num_layers
+        self.graphs = graphs
         #: replaces the model's sliding windows; the load check alone sets it
         self.window: int | None = None
 
@@ -297,9 +306,9 @@ class Segments:
                 if stopped or until == 0:
                     return None
             if passing:
-                work.enter(index, begin, end)
-                state.residual = [model.call_layer(index, state.residual[0], call)]
-                work.leave()
+                state.residual = [
+                    self._call_layer(index, state.residual[0], call, work, begin, end)
+                ]
             else:
                 while (point := inner.next(index)) is not None:
                     state.arrive(point, [self._probe(state, point, 0, call, work)])
@@ -363,10 +372,21 @@ class Segments:
             if state.injected:
                 outputs.append(self._replay(state, index, chunk, call, work))
                 continue
-            work.enter(index, state.start + begin, state.start + end)
-            outputs.append(self.model.call_layer(index, state.residual[chunk], call))
-            work.leave()
+            hidden, start = state.residual[chunk], state.start
+            outputs.append(self._call_layer(index, hidden, call, work, start + begin, start + end))
         return outputs
+
+    def _call_layer(
+        self, index: int, hidden: Tensor, call: Call, work: PagedWork, begin: int, end: int
+    ) -> Tensor:
+        """Call layer `index` for the positions [begin, end), which nobody looks into."""
+        work.enter(index, begin, end)
+        if self.graphs is not None and end - begin == 1:
+            output = self.graphs.call_layer(index, hidden, call, work)
+        else:
+            output = self.model.call_layer(index, hidden, call)
+        work.leave()
+        return output
 
     def _call(self, state: ForwardState, index: int, chunk: int) -> Call:
         """The arguments of layer `index` for one chunk."""
@@ -384,10 +404,8 @@ class Segments:
         """Call layer `index` for a forward of one chunk, with the edits inside it if any."""
         if state.injected:
             return self._replay(state, index, 0, call, work)
-        work.enter(index, state.start, state.start + len(state.token_ids))
-        output = self.model.call_layer(index, state.residual[0], call)
-        work.leave()
-        return output
+        begin, end = state.start, state.start + len(state.token_ids)
+        return self._call_layer(index, state.residual[0], call, work, begin, end)
 
     # -- inside a layer ------------------------------------------------------------------------
 

@@ -36,6 +36,19 @@ class Watch:
 
     layers: list[int] = field(default_factory=list)
     logits: list[Floats] = field(default_factory=list)
+    #: puts the hooks on again
+    attach: Callable[[], None] = field(default=lambda: None, repr=False)
+    detach: Callable[[], None] = field(default=lambda: None, repr=False)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Without any hook for a while: they are in the way of what is timed, and a hooked layer
+        does not run as a graph."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self.attach()
 
 
 @contextlib.contextmanager
@@ -53,14 +66,25 @@ def watching(local: Local) -> Iterator[Watch]:
         watch.logits.append(logits.detach().float().cpu().numpy())
         return logits
 
-    hooks = [layer.register_forward_hook(note_layer(i)) for i, layer in enumerate(model.layers)]
-    model.head = note_head  # type: ignore[method-assign, assignment]
-    try:
-        yield watch
-    finally:
+    hooks: list[Any] = []
+
+    def attach() -> None:
+        hooks[:] = [
+            layer.register_forward_hook(note_layer(i)) for i, layer in enumerate(model.layers)
+        ]
+        model.head = note_head  # type: ignore[method-assign, assignment]
+
+    def detach() -> None:
         del model.head
         for hook in hooks:
             hook.remove()
+
+    watch.attach, watch.detach = attach, detach
+    attach()
+    try:
+        yield watch
+    finally:
+        detach()
 
 
 @dataclass(frozen=True, slots=True)

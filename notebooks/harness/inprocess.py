@@ -130,6 +130,7 @@ def local_kernel(
     idle_after_s: float | None = None,
     sessions: int = 64,
     check: bool = True,
+    cuda_graphs: bool = True,
     state_dir: Path | None = None,
 ) -> Iterator[Local]:
     """Load a model and serve it inside this process, on one thread.
@@ -155,6 +156,7 @@ def local_kernel(
         host_memory_bytes=host_memory_bytes,
         disk_memory_bytes=disk_memory_bytes,
         idle_after_s=idle_after_s,
+        cuda_graphs=cuda_graphs,
         quotas=Quotas(sessions=sessions),
         check=check,
     )
