@@ -52,8 +52,11 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(local: Local) -> Iterator[Watch]:
-    """Hook the stock layers of the model that the kernel runs, and listen to its head."""
+def watching(local: Local, layers: bool = True) -> Iterator[Watch]:
+    """Hook the stock layers of the model that the kernel runs, and listen to its head.
+
+    layers: False to listen to the head alone; on a GPU, layers without hooks run as graphs.
+    """
     watch = Watch()
     model = local.model
     head = model.head
@@ -70,7 +73,8 @@ def watching(local: Local) -> Iterator[Watch]:
 
     def attach() -> None:
         hooks[:] = [
-            layer.register_forward_hook(note_layer(i)) for i, layer in enumerate(model.layers)
+            layer.register_forward_hook(note_layer(i))
+            for i, layer in enumerate(model.layers if layers else ())
         ]
         model.head = note_head  # type: ignore[method-assign, assignment]
 

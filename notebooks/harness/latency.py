@@ -279,27 +279,17 @@ def copy_spans(local: Local) -> Iterator[Spans]:
     """Note when copies between device and host begin and end."""
     copier = local.kernel.engine._copier
     assert copier is not None, "this kernel has one tier"
-    carry_out, spans = copier._carry_out, Spans()
-    cuda = local.cache.device.type == "cuda"
+    begin, spans = copier._begin, Spans()
     page = local.cache.page_bytes
 
-    def note(copy: Any, after: Any, arrival: Any) -> None:
-        nbytes = len(copy.moves) * page
-        if not cuda or copy.way not in ("device-host", "host-device"):
-            began: Any = time.perf_counter()
-            carry_out(copy, after, arrival)
-            spans.copies.append((copy.way, nbytes, began, time.perf_counter()))
-            return
-        stream = copier._streams[copy.way]
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        stream.wait_event(after)  # of the copy's time, not the wait for what it copies
-        begin.record(stream)
-        carry_out(copy, after, arrival)
-        end.record(stream)
-        end.synchronize()
-        spans.copies.append((copy.way, nbytes, begin, end))
+    def note(copy: Any, *given: Any) -> Any:
+        made = begin(copy, *given)
+        on_device = made.end is not None
+        first, last = (made.begin, made.end) if on_device else (made.began, time.perf_counter())
+        spans.copies.append((copy.way, len(copy.moves) * page, first, last))
+        return made
 
-    with instead(copier, "_carry_out", note):
+    with instead(copier, "_begin", note):
         yield spans
 
 

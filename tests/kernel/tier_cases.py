@@ -175,14 +175,14 @@ def copies_that_are_late_take_no_old_bytes_for_new(local: Local) -> None:
     assert copier is not None
     carry_out, gate, held_up = copier._carry_out, threading.Event(), []
 
-    def late(copy: Any, *rest: Any) -> None:
-        if copy.way == "device-host" and not gate.is_set():
+    def late(made: Any, *rest: Any) -> None:
+        if made.copy.way == "device-host" and not gate.is_set():
             # the bytes are read before the page is written, and told of after
-            carry_out(copy, *rest)
-            held_up.append(copy)
+            carry_out(made, *rest)
+            held_up.append(made)
             assert gate.wait(30.0)
             return
-        carry_out(copy, *rest)
+        carry_out(made, *rest)
 
     with instead(copier, "_carry_out", late):
         session = prompt.launch(local)
