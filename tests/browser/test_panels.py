@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -120,8 +119,7 @@ def test_pause_stops_a_session_that_a_click_runs(open_notebook):
         "() => [...document.querySelectorAll('.jp-Notebook button')].some("
         "one => one.textContent.trim() === 'Pause' && !one.disabled)"
     )
-    began = time.monotonic()
     pause.click()
-    _cells(page).get_by_text("(pause)").first.wait_for(timeout=10_000)
 
-    assert time.monotonic() - began < 2
+    # a click that had to wait for the run would find it finished
+    _cells(page).get_by_text("(pause)").first.wait_for(timeout=WAIT_MS)

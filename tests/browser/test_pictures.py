@@ -61,13 +61,14 @@ def number(text: str) -> float:
     return float(text.replace("\N{MINUS SIGN}", "-"))
 
 
-def painted(canvas: Locator) -> int:
-    """Pixels of a canvas that are not empty."""
-    found: int = canvas.evaluate(
-        """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height)
-             .data.filter((value, index) => index % 4 === 3 && value > 0).length"""
+def until_painted(canvas: Locator, more_than: int = 0) -> None:
+    """Wait until a canvas has more pixels than that which are not empty."""
+    canvas.page.wait_for_function(
+        """([canvas, least]) => canvas.getContext("2d")
+             .getImageData(0, 0, canvas.width, canvas.height)
+             .data.filter((value, index) => index % 4 === 3 && value > 0).length > least""",
+        arg=[canvas.element_handle(), more_than],
     )
-    return found
 
 
 def test_a_head_is_hovered_chosen_and_followed_by_the_other_panel(lab: Lab, page: Page):
@@ -82,7 +83,8 @@ def test_a_head_is_hovered_chosen_and_followed_by_the_other_panel(lab: Lab, page
     heads = attention.get_by_role("group", name="heads").get_by_role("button")
     heads.first.wait_for()
     assert heads.count() == expected["heads"]
-    assert all(painted(heads.nth(i).locator("canvas")) for i in range(expected["heads"]))
+    for i in range(expected["heads"]):
+        until_painted(heads.nth(i).locator("canvas"))
     activation.get_by_label("tensor of the layer").select_option("attention.heads")
     activation.get_by_text("layers.8.attention.heads, all").wait_for()
 
@@ -128,7 +130,8 @@ def test_a_vector_its_histogram_its_channels_and_against_another_token(lab: Lab,
     line = activation.get_by_role("img", name="values over channels")
     bars = activation.get_by_role("img", name=f"histogram of {expected['width']:.0f} values")
     bars.wait_for()  # it has its name when it is drawn
-    assert painted(line) > 500 and painted(bars) > 500
+    until_painted(line, 500)
+    until_painted(bars, 500)
     rows = activation.get_by_role("table").locator("tbody tr")
     assert rows.count() == 12
     assert rows.first.get_by_role("rowheader").inner_text() == f"{expected['largest']:.0f}"

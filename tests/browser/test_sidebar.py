@@ -89,8 +89,8 @@ def test_from_a_prompt_to_an_edited_continuation_by_mouse(lab: Lab, page: Page):
     press(page, "Load djinn_nb")
     press(page, "Connect")
     layer(page, 8).click()
-    assert layer(page, 8).get_attribute("aria-pressed") == "true"
     sidebar(page).get_by_text("next run").wait_for()
+    assert layer(page, 8).get_attribute("aria-pressed") == "true"
     press(page, "Run a prompt…")
     page.keyboard.insert_text(PROMPT)  # into the field that the button has put the cursor in
     press(page, "Run")

@@ -42,7 +42,7 @@ def beside(lab: Lab, code: str) -> str:
     """What another client of the lab's kernel server prints."""
     done = subprocess.run(
         [sys.executable, "-c", f"import djinn_nb\nserver = djinn_nb.connect()\n{code}"],
-        env=lab.environment(), capture_output=True, text=True, timeout=60,
+        env=lab.environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -110,7 +110,7 @@ def test_a_stop_that_another_client_moved_is_said_to_be_taken_over(lab: Lab, pag
     assert "Look again, to go on from there" in said.inner_text()
     button(page, "Look again").click()
     said.wait_for(state="detached")
-    assert panel(page).get_by_text("stopped at layers.9.output").first.is_visible()
+    panel(page).get_by_text("stopped at layers.9.output").first.wait_for()
 
 
 def test_two_notebooks_on_one_server_see_one_another(lab: Lab, page: Page, chromium: Browser):
