@@ -45,7 +45,7 @@ class Target:
     def log_in(self) -> socket.socket:
         sock = dial(self.address)
         join_server(sock, self.token, str(self.address))
-        sock.settimeout(20)
+        sock.settimeout(120)  # who has used much has their next call begun late
         return sock
 
     def ask(self, sock: socket.socket, message: object) -> object:
@@ -258,7 +258,11 @@ def main() -> None:
         if line == "on\n":
             child = os.fork()
             if child == 0:
-                attack(name, target, int(times))
+                try:
+                    attack(name, target, int(times))
+                except BaseException as error:
+                    print(f"not under way: {error!r}", flush=True)  # instead of `ready`
+                    os._exit(1)
             continue
         if child:
             os.kill(child, signal.SIGKILL)

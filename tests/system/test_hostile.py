@@ -36,7 +36,7 @@ from kernel_server.protocol import messages as m
 from kernel_server.wire.handshake import MAGIC, NONCE_BYTES, PROOF_BYTES
 from tests.system.hostile import ATTACKS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ANN, EVE = "the-token-of-ann-who-is-honest", "the-token-of-eve-who-is-hostile"
