@@ -35,7 +35,7 @@ class Tiers:
         self.copier.begin(Copy(self.tickets, way, moves))  # type: ignore[arg-type]
         if way == "host-device":
             self.copier.wait(self.tickets)
-        return self.told.get(timeout=10)
+        return self.told.get(timeout=60)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_waiting_for_pages_that_could_not_come_raises_why(tiers: Tiers):
     tiers.copier.begin(Copy(9, "host-device", ((0, 99),)))
     with pytest.raises(IndexError):
         tiers.copier.wait(9)
-    assert isinstance(tiers.told.get(timeout=10).error, IndexError)
+    assert isinstance(tiers.told.get(timeout=60).error, IndexError)
 
 
 def test_the_file_of_pages_is_private_and_goes_with_the_pool(tmp_path: Path):

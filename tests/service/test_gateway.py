@@ -69,17 +69,17 @@ def test_an_owner_with_too_many_jobs_is_refused_and_may_still_poll_and_pause() -
     def occupy() -> None:
         with gateway.jobs.one("ann"):
             held.set()
-            release.wait(10)
+            release.wait(60)
 
     busy = threading.Thread(target=occupy)
     busy.start()
-    assert held.wait(10)
+    assert held.wait(60)
     refused = _ask(gateway, m.ListSessions())
     polled = _ask(gateway, m.PollEvents(after=0, timeout_s=0))
     paused = _ask(gateway, m.Pause(session_id="s1"))
     other = codec.decode(gateway.handle("bob", "2", codec.encode(m.ListSessions())))
     release.set()
-    busy.join(10)
+    busy.join(60)
 
     assert refused.error.code == "QuotaExceeded"
     assert polled == m.Events(events=(), last_seq=0)

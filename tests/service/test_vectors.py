@@ -250,7 +250,7 @@ def test_servers_beside_each_other_keep_to_one_limit(tmp_path: Path) -> None:
         )
         for start in (0, 100)
     ]
-    kept = [int(server.communicate(timeout=60)[0]) for server in servers]
+    kept = [int(server.communicate(timeout=240)[0]) for server in servers]
 
     assert sum(kept) == len(Vectors(tmp_path).listed("ann")) == 10
 
@@ -267,7 +267,7 @@ def test_a_server_waits_while_another_one_counts_and_writes(tmp_path: Path) -> N
         waiting.join(0.3)
         assert waiting.is_alive()
         assert [info.name for info in vectors.listed("ann")] == ["one"]
-    waiting.join(10)
+    waiting.join(60)
 
     assert [info.name for info in vectors.listed("ann")] == ["one", "two"]
 

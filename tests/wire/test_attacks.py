@@ -77,7 +77,7 @@ def stock() -> Iterator[Attacker]:
     while server.clients:  # it would report a client that it closes itself as a fault
         time.sleep(0.01)
     server.close()
-    thread.join(5)
+    thread.join(30)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
