@@ -11,6 +11,11 @@ that lasts slows all arms of a round; work that comes for a moment spoils the ro
 and up to half of them may be spoilt, upwards or downwards, before the median moves. Pooled calls
 would not do (one bad round of eight is more than the tenth that makes a 90th percentile), nor the
 least ratio (an attack is there in every round, and one lucky round must not hide it).
+
+Where others want all processors all the time, no ratio says anything of the server: the system has
+whoever works wait for their turn, and lets through at once who mostly sleeps, as the server does
+when nobody else is there. So what is too much counts in rounds that others left room in; if there
+are too few of them the test is skipped, and says so. What is little enough counts in any round.
 """
 
 from __future__ import annotations
@@ -47,6 +52,8 @@ ROUNDS, CALLS = 8, 30
 MOST_ROUNDS = 32
 #: What a hostile client may cost, times.
 MOST = 3.0
+#: How much of the processors others may use, a share of all, in a round that counts against us.
+OTHERS_MOST = 0.75
 
 _SERVER = """
 import sys
@@ -190,8 +197,33 @@ def timed(call: Callable[[], object]) -> list[float]:
     return found
 
 
-#: {arm: {what: milliseconds}} of one round
-Round = dict[str, dict[str, float]]
+@dataclass
+class Round:
+    """One turn of each arm."""
+
+    #: {arm: {what: milliseconds}}
+    arms: dict[str, dict[str, float]]
+    #: what processes that are none of ours used of all processors meanwhile, a share
+    others: float
+
+
+class Processors:
+    """How long all processors have been at work, for us and for others; seconds."""
+
+    def __init__(self) -> None:
+        of_all = psutil.cpu_times()
+        self.all = sum(of_all)
+        self.at_work = self.all - of_all.idle - of_all.iowait
+        self.ours = 0.0
+        us = psutil.Process()
+        for process in (us, *us.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.ours += sum(process.cpu_times()[:4])  # and of children that have ended
+
+    def others_until(self, later: Processors) -> float:
+        """What others used from this moment to a later one, a share of all processors."""
+        others = (later.at_work - self.at_work) - (later.ours - self.ours)
+        return max(0.0, others / (later.all - self.all))
 
 
 def one_round(where: Arena, arms: dict[str, Burden | None]) -> Round:
@@ -199,8 +231,8 @@ def one_round(where: Arena, arms: dict[str, Burden | None]) -> Round:
 
     Each arm steps through a session of its own: a step takes longer where many have been taken.
     """
-    client = where.server._client
-    found: Round = {}
+    client, before = where.server._client, Processors()
+    found: dict[str, dict[str, float]] = {}
     for arm, burden in arms.items():
         found[arm] = {}
         session = where.server.launch(PROMPT, max_new_tokens=100)
@@ -210,14 +242,16 @@ def one_round(where: Arena, arms: dict[str, Burden | None]) -> Round:
                 tenths = statistics.quantiles(timed(call), n=10)
                 found[arm] |= {f"{name} median": tenths[4], f"{name} p90": tenths[8]}
         session.terminate()
-    return found
+    return Round(found, before.others_until(Processors()))
 
 
 def ratios(rounds: list[Round], base: str) -> dict[str, float]:
     """What each call took beside the hostile one, in `base`; the median of the rounds' ratios."""
     return {
-        what: statistics.median(each["hostile"][what] / each[base][what] for each in rounds)
-        for what in rounds[0][base]
+        what: statistics.median(
+            each.arms["hostile"][what] / each.arms[base][what] for each in rounds
+        )
+        for what in rounds[0].arms[base]
     }
 
 
@@ -227,10 +261,10 @@ def least_ratios(rounds: list[Round]) -> dict[str, float]:
     return {what: min(quiet[what], harmless[what]) for what in quiet}
 
 
-def cost(
+def measured(
     where: Arena, attack: str, times: int = 1, most_rounds: int = MOST_ROUNDS
-) -> dict[str, float]:
-    """What an attack, with `times` its connections, costs the honest client's calls, as multiples.
+) -> list[Round]:
+    """Rounds of an attack with `times` its connections; more of them while they say too much.
 
     Sound as it stops at a bound: more rounds bring the median nearer to what the attack costs, so
     one that costs clearly more than the bound is not let through by asking on.
@@ -246,14 +280,18 @@ def cost(
             ):
                 rounds.append(one_round(where, arms))
     quiet, beside = (ratios(rounds, base) for base in ("quiet", "harmless"))
-    print(f"\n{attack} × {times} ({share:.0%} of a core; {len(rounds)} rounds)")
+    others = statistics.median(each.others for each in rounds)
+    print(
+        f"\n{attack} × {times} ({share:.0%} of a core; {len(rounds)} rounds;"
+        f" others use {others:.0%} of the processors)"
+    )
     for what in quiet:
-        plain = statistics.median(each["quiet"][what] for each in rounds)
+        plain = statistics.median(each.arms["quiet"][what] for each in rounds)
         print(
             f"  {what:<15} {quiet[what]:6.2f} × quiet ({plain:.2f} ms)"
             f"  {beside[what]:6.2f} × beside a harmless one"
         )
-    return least_ratios(rounds)
+    return rounds
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +307,13 @@ def where(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_client_costs_others_little(attack: str, where: Arena) -> None:
-    found = cost(where, attack)
+    rounds = measured(where, attack)
 
+    if max(least_ratios(rounds).values()) > MOST:
+        rounds = [each for each in rounds if each.others <= OTHERS_MOST]
+        if len(rounds) < ROUNDS:
+            pytest.skip(f"others left room in {len(rounds)} of {MOST_ROUNDS} rounds only")
+    found = least_ratios(rounds)
     assert max(found.values()) <= MOST, found
 
 
@@ -292,7 +335,7 @@ def test_control_with_the_limit_off_the_same_attack_is_seen(
     found = {}
     with arena(model_folder, tmp_path, UNLIMITED[attack]) as where:
         for times in GROWING:
-            found[times] = cost(where, attack, times, most_rounds=ROUNDS)
+            found[times] = least_ratios(measured(where, attack, times, most_rounds=ROUNDS))
             if max(found[times].values()) > MOST:
                 return
 
