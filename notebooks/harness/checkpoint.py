@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from djinn_nb import Session, Stopped
+from djinn_nb import Finished, Session, Stopped
 from notebooks.harness import latency
 from notebooks.harness.exactness import Prompt, Trace, Watch, different
 from notebooks.harness.faults import instead
@@ -47,6 +48,19 @@ def stop_at(local: Local, prompt: Prompt, layer: int, forward: int) -> Session:
     stop = session.continue_()
     assert isinstance(stop, Stopped) and stop.forward == forward, stop
     return session
+
+
+def rest_unlike(watch: Watch, session: Session, reference: Trace, forward: int) -> int:
+    """Run a session on from a stop in this forward to its end; logits and tokens that differ from
+    its reference run's."""
+    watch.logits.clear()
+    end = session.continue_()
+    assert isinstance(end, Finished), end
+    count = len(reference.tokens)
+    wrong = different(np.concatenate(watch.logits), reference.logits[forward:])
+    return wrong + sum(
+        a != b for a, b in zip(session.tokens[-count:], reference.tokens, strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -137,9 +151,14 @@ def _now(cuda: bool) -> float:
 def uncopied_pages(local: Local, prompt: Prompt, layer: int) -> int:
     """Pages of a stopped session that have no copy below once nothing is being copied."""
     session = stop_at(local, prompt, layer, 1)
+    count = without_a_copy(local, session)
+    session.terminate()
+    return count
+
+
+def without_a_copy(local: Local, session: Session) -> int:
+    """Pages of a session that have no copy below, once nothing is being copied."""
     wait_until_settled(local)
     state = local.kernel.state
     pages = {p for table in state.sessions[session.id].tables for p in table}
-    count = len(pages & state.residency.dirty)
-    session.terminate()
-    return count
+    return len(pages & state.residency.dirty)

@@ -23,6 +23,7 @@ from notebooks.harness.exactness import Prompt
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import InProcessTransport, Local
 from notebooks.harness.pressure import evict, restore
+from notebooks.harness.tier_watch import give_up_copies
 
 #: Tokens at the beginning of a run that are not timed: the prefill, and what warms up.
 WARM = 3
@@ -105,12 +106,8 @@ def writing_behind(local: Local, session: Session) -> Callable[[], None]:
     loop, state = local.kernel.loop, local.kernel.state
 
     def work() -> None:
-        pages = {p for table in state.sessions[session.id].tables for p in table}
+        pages = give_up_copies(local, session)
         with loop._lock:
-            for page in pages:
-                place = state.residency.place(page)
-                if place.device is not None and place.host is not None and not place.moving:
-                    state.residency.drop(page, "host")
             state.to_clean[session.id] = None
         loop.dispatch(Ticked(now=time.time()))
         while pages & state.residency.dirty:

@@ -132,3 +132,16 @@ def zeroed_page(local: Local, layer: int) -> Iterator[None]:
         yield
     finally:
         pool[page].copy_(before)
+
+
+@contextlib.contextmanager
+def shared_pages_written(local: Local, layer: int) -> Iterator[None]:
+    """Whoever writes a page that others share writes it in place, without a copy of its own."""
+    pool = local.kernel.state.pool
+    owners = pool.owners
+
+    def one_at_most(page: int) -> int:
+        return min(owners(page), 1)
+
+    with instead(pool, "owners", one_at_most):
+        yield

@@ -250,12 +250,22 @@ def _warm(found: Resumption) -> Resumption:
 # -- copies ---------------------------------------------------------------------------------------
 
 
+#: The ways of copies between device and host.
+WAYS = ("device-host", "host-device")
+
+
 @dataclass(slots=True)
 class Spans:
     """Copies between tiers by the device's own events; by the wall clock on a CPU."""
 
     #: way, bytes, begin and end: CUDA events, or seconds
     copies: list[tuple[str, int, Any, Any]] = field(default_factory=list)
+    #: a CUDA event before all of them: what is on two streams is put on one clock by it
+    origin: Any = None
+
+    def nbytes(self, way: str) -> int:
+        """Bytes of all copies one way."""
+        return sum(size for found, size, _, _ in self.copies if found == way)
 
     def milliseconds(self, way: str) -> float:
         """From the first copy's begin one way to the last one's end."""
@@ -270,8 +280,32 @@ class Spans:
 
     def rate(self, way: str) -> float:
         """Bytes of all copies one way ÷ the time from the first's begin to the last's end, GB/s."""
-        nbytes = sum(size for found, size, _, _ in self.copies if found == way)
-        return nbytes / self._seconds(way) / 1e9
+        return self.nbytes(way) / self._seconds(way) / 1e9
+
+    def rate_of_all(self) -> float:
+        """Bytes of all copies ÷ the time from the first's begin to the last's end, GB/s, whichever
+        way they went."""
+        first, last = self._span(*WAYS)
+        return sum(self.nbytes(way) for way in WAYS) / (last - first) / 1e9
+
+    def overlap(self) -> float:
+        """Of the time of all copies, the share between the first's begin and the last's end of both
+        ways at once; 0 when one way ended before the other began."""
+        first, last = self._span(*WAYS)
+        spans = [self._span(way) for way in WAYS]
+        both = min(end for _, end in spans) - max(begin for begin, _ in spans)
+        return max(0.0, both) / (last - first)
+
+    def _span(self, *ways: str) -> tuple[float, float]:
+        """Begin of the first and end of the last copy these ways, seconds of one clock."""
+        ours = [one for one in self.copies if one[0] in ways]
+        begins, ends = ([self._clock(one[i]) for one in ours] for i in (2, 3))
+        return min(begins), max(ends)
+
+    def _clock(self, moment: Any) -> float:
+        if isinstance(moment, torch.cuda.Event):
+            return float(self.origin.elapsed_time(moment)) / 1e3
+        return float(moment)
 
 
 @contextlib.contextmanager
@@ -281,6 +315,10 @@ def copy_spans(local: Local) -> Iterator[Spans]:
     assert copier is not None, "this kernel has one tier"
     begin, spans = copier._begin, Spans()
     page = local.cache.page_bytes
+    if local.cache.device.type == "cuda":
+        spans.origin = torch.cuda.Event(enable_timing=True)
+        spans.origin.record()
+        spans.origin.synchronize()
 
     def note(copy: Any, *given: Any) -> Any:
         made = begin(copy, *given)

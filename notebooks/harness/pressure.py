@@ -85,7 +85,7 @@ def checksums(local: Local, session_id: str, extent: Extent) -> Sums:
     state, cache = local.kernel.state, local.cache
     shape = cache.shape
     words = cache.pool.view(torch.int32)  # [pages, group_layers, 2, page_tokens, words of a row]
-    odd = _odd_numbers(words.shape[1:], words.device)
+    odd = odd_numbers(words.shape[1:], words.device)
     found: list[Tensor] = []
     nbytes = 0
     for group, table in enumerate(state.sessions[session_id].tables):
@@ -176,7 +176,8 @@ def is_a_test(demand: float) -> str:
     return "a test" if demand > 1 else "not a test"
 
 
-def _odd_numbers(shape: Sequence[int], device: Any) -> Tensor:
+def odd_numbers(shape: Sequence[int], device: Any) -> Tensor:
+    """An odd 64-bit number for each word, for a checksum."""
     count = int(np.prod(shape))
     # any odd multiplier spreads the numbers over all 64 bits
     numbers = torch.arange(count, dtype=torch.int64, device=device) * -7046029254386353131

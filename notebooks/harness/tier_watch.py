@@ -1,7 +1,7 @@
 """Watches pages move between the tiers of a kernel, and where the bytes are meanwhile.
 
 It listens where the state is told of copies and lets pages leave, and samples on a thread; it
-changes nothing.
+changes nothing, but for the copies of pages that it is told to give up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from djinn_nb import Session
 from kernel_server.protocol import messages as m
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
@@ -176,6 +177,19 @@ def wait_until_ready(local: Local, timeout_s: float = 300.0) -> None:
 def wait_until_settled(local: Local, timeout_s: float = 120.0) -> None:
     """Wait until no copy between tiers is under way."""
     _until(lambda: not local.kernel.state.copying, timeout_s, "copies do not end")
+
+
+def give_up_copies(local: Local, session: Session) -> set[int]:
+    """Give up the copies that the host has of pages on the device, which is what writing them would
+    do; returns all pages of the session."""
+    state = local.kernel.state
+    with local.kernel.loop._lock:
+        pages = {p for table in state.sessions[session.id].tables for p in table}
+        for page in pages:
+            place = state.residency.place(page)
+            if place.device is not None and place.host is not None and not place.moving:
+                state.residency.drop(page, "host")
+    return pages
 
 
 def _until(holds: Callable[[], bool], timeout_s: float, complaint: str) -> None:
