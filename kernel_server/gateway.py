@@ -235,9 +235,10 @@ class Gateway:
     def _have_done(self, served: Served, owner: str, request: Any) -> Any:
         """Have the engine do something: one thing of an owner's at a time, counted as their time.
 
-        The engine does it between two layers of whoever runs, who waits for it.
+        The engine does it between two layers of whoever runs, who waits for it. Pages that leave or
+        come are copied beside it, each way on its own, so these wait for their own kind alone.
         """
-        with self.jobs.turn(owner):
+        with self.jobs.turn(owner, _BESIDE.get(type(request), "engine")):
             began = time.monotonic()
             try:
                 return served.loop.request(owner, request)
@@ -546,6 +547,8 @@ _AT_ONCE = (
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
     m.ReadRecord, m.LoadRecord,
 )  # fmt: skip
+#: Requests that the engine only begins.
+_BESIDE: dict[type, str] = {m.Evict: "pages that leave", m.Restore: "pages that come"}
 
 
 def _uses_engine(request: Any) -> bool:

@@ -28,7 +28,7 @@ class Jobs:
         self.limit = limit
         self._running: Counter[str] = Counter()
         self._gates: dict[str, threading.Lock] = {}  # owners are few
-        self._turns: dict[str, threading.Lock] = {}
+        self._turns: dict[tuple[str, str], threading.Lock] = {}
         self._lock = threading.Lock()
 
     def running(self, owner: str) -> int:
@@ -61,7 +61,8 @@ class Jobs:
         with self._lock:
             return self._gates.setdefault(owner, threading.Lock())
 
-    def turn(self, owner: str) -> threading.Lock:
-        """The lock that keeps an owner's use of the engine to one request at a time."""
+    def turn(self, owner: str, what: str = "engine") -> threading.Lock:
+        """The lock that keeps an owner's use of the engine, or of what is named, to one request at
+        a time."""
         with self._lock:
-            return self._turns.setdefault(owner, threading.Lock())
+            return self._turns.setdefault((owner, what), threading.Lock())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def change_places(
                     evict(here)
                     restore(away)
                 else:
-                    at_once(lambda s=here: evict(s), lambda s=away: restore(s))
+                    at_once(partial(evict, here), partial(restore, away))
                 wait_until_settled(local)
             found.nbytes = _require_both(spans, local, here, away)
             if number % 2:
@@ -152,5 +153,5 @@ def _on_threads(pairs: _Pairs) -> float:
         target.copy_(source)
         spans.append((began, time.perf_counter()))
 
-    at_once(*(lambda t=target, s=source: work(t, s) for target, source in pairs))
+    at_once(*(partial(work, target, source) for target, source in pairs))
     return max(end for _, end in spans) - min(begin for begin, _ in spans)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from djinn_nb import Finished, Session
+from notebooks.harness import latency
 from notebooks.harness.checkpoint import rest_unlike, stop_at
 from notebooks.harness.exactness import Prompt, Trace, Watch, different
 from notebooks.harness.inprocess import Local
@@ -48,8 +49,9 @@ class Overtaken:
 
 @dataclass(slots=True)
 class Family:
-    """A stopped session and its forks. fork_ms has an entry per fork.
+    """A stopped session and its forks. Lists have an entry per fork.
 
+    fork_ms: of the client's call. decided_ms: of it, until the server's state had decided.
     unwritten_pages: pages that all forks added before any ran. decode_pages: that one of them added
     when it ran to the logits of the decode it stood in, and after one whole decode more.
     host_bytes: of a fork, by Python's allocator. unlike: logits and tokens of `compared` forks that
@@ -57,6 +59,7 @@ class Family:
     """
 
     fork_ms: list[float] = field(default_factory=list)
+    decided_ms: list[float] = field(default_factory=list)
     unwritten_pages: int = 0
     decode_pages: tuple[int, int] = (0, 0)
     host_bytes: int = 0
@@ -81,7 +84,7 @@ def family(
     parent = stop_at(local, prompt, layer, 1)
     wait_until_settled(local)
     before = pages_in_use(local)
-    forks = [_timed(parent.fork, found.fork_ms) for _ in range(count)]
+    forks = _timed_forks(local, parent, count, found)
     found.host_bytes = _host_bytes(parent)
     found.unwritten_pages = pages_in_use(local) - before
     running, *others = forks[:: max(1, (count - 1) // sample)][: sample + 1]
@@ -98,11 +101,15 @@ def family(
     return found
 
 
-def _timed(work: Callable[[], Session], into: list[float]) -> Session:
-    began = time.perf_counter()
-    made = work()
-    into.append((time.perf_counter() - began) * 1e3)
-    return made
+def _timed_forks(local: Local, parent: Session, count: int, found: Family) -> list[Session]:
+    forks = []
+    with latency.timing(local) as clock:
+        for _ in range(count):
+            began = time.perf_counter()
+            forks.append(parent.fork())
+            found.fork_ms.append((time.perf_counter() - began) * 1e3)
+            found.decided_ms.append(clock.handled_s * 1e3)
+    return forks
 
 
 def _host_bytes(parent: Session, count: int = BESIDE - 1) -> int:

@@ -45,3 +45,11 @@ def test_interpreter_and_engine_are_taken_one_at_a_time_by_each_owner() -> None:
         assert lock("ann") is lock("ann")
         assert lock("ann") is not lock("bob")
     assert jobs.gate("ann") is not jobs.turn("ann")
+
+
+def test_what_goes_on_beside_the_engine_has_a_turn_of_its_own() -> None:
+    jobs = Jobs()
+
+    assert jobs.turn("ann", "pages that leave") is jobs.turn("ann", "pages that leave")
+    assert jobs.turn("ann", "pages that leave") is not jobs.turn("ann", "pages that come")
+    assert jobs.turn("ann", "pages that leave") is not jobs.turn("ann")
