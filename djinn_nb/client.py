@@ -169,12 +169,16 @@ class Client:
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """The text of each token, empty without a tokenizer; each id is asked for once."""
+        self.learn_texts(token_ids)
+        return [self._texts[i] for i in token_ids]
+
+    def learn_texts(self, token_ids: Sequence[int]) -> None:
+        """Ask for the texts of those tokens that are not known yet."""
         unknown = sorted(set(token_ids) - self._texts.keys())
         for start in range(0, len(unknown), TEXTS_PER_CALL):
             ids = tuple(unknown[start : start + TEXTS_PER_CALL])
             texts = self.call(m.TokenTexts(token_ids=ids), m.Texts).texts
             self._texts.update(zip(ids, texts, strict=True))
-        return [self._texts[i] for i in token_ids]
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of token ids together, without special tokens; empty without a tokenizer."""

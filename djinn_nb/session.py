@@ -76,7 +76,7 @@ class Session(Moving, Planned):
         self._lost: set[int] = set()
         self.client.mirror.update(info)
         # the prompt's ids are shown with their texts, and repr asks nothing
-        self.client.token_texts(info.tokens)
+        self.client.learn_texts(info.tokens)
 
     # -- what is known --------------------------------------------------------------------
 

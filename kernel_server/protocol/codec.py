@@ -4,17 +4,21 @@
 
     b"DJN1"  header length (uint32, little-endian)  header (UTF-8 JSON)  buffer 0  buffer 1 ...
 
+Long lists of whole numbers, such as token ids, are buffers too: `{"$ints": count}` in the header.
 Decoding allocates nothing by a length that was sent: the header must lie inside the bytes that
 came, and every buffer is a view of them whose size follows from its dtype and shape.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
+import sys
 import types
 import typing
+from array import array
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
@@ -30,6 +34,8 @@ MAX_DEPTH = 32
 #: whole numbers that cross: those of a signed or an unsigned 64-bit integer
 MIN_INT, MAX_INT = -(2**63), 2**64 - 1
 _HEAD = struct.Struct("<4sI")
+#: whole numbers in a row, from so many on, cross as int64 in a buffer: a tenth of JSON's time
+_LONG = 64
 
 
 def encode(message: Any) -> bytes:
@@ -58,7 +64,11 @@ def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
         return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         if value and set(map(type, value)) == {int}:
-            _checked_ints(value, "a list")  # token ids: the common long case
+            if len(value) >= _LONG:  # token ids: the common long case
+                with contextlib.suppress(OverflowError):
+                    buffers.append(_packed(value))
+                    return {"$ints": len(value)}
+            _checked_ints(value, "a list")
             return list(value)
         return [_dump(item, buffers, depth + 1) for item in value]
     if isinstance(value, dict):
@@ -75,6 +85,14 @@ def _dump_plain(value: Any, depth: int) -> Any:
     if isinstance(value, (tuple, list)):
         return [_dump_plain(item, depth + 1) for item in value]
     return _dump(value, [], depth)
+
+
+def _packed(values: Any) -> bytes:
+    """int64, little-endian."""
+    packed = array("q", values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def _checked_int(value: int, path: str) -> int:
@@ -157,6 +175,14 @@ class _Buffers:
         data, self._view = self._view[:size], self._view[size:]
         return Array(dtype, tuple(shape), data)
 
+    def take_ints(self, value: dict[str, Any]) -> list[int]:
+        """The whole numbers that `{"$ints": count}` stands for."""
+        packed = array("q")
+        packed.frombytes(self.take("int64", [value["$ints"]]).data)
+        if sys.byteorder == "big":
+            packed.byteswap()
+        return packed.tolist()
+
     def finish(self) -> None:
         if len(self._view):
             raise BadMessage(f"{len(self._view)} bytes follow the last array")
@@ -188,6 +214,10 @@ def _loader(kind: Any) -> _Loader:
     if origin is dict or kind is Any:
         return _load_plain
     return _scalar_loader(kind)
+
+
+def _are_ints(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"$ints"}
 
 
 def _message_loader(cls: type[Any]) -> _Loader:
@@ -246,10 +276,14 @@ def _literal_loader(allowed: tuple[Any, ...]) -> _Loader:
 
 def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
     def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
+        if _are_ints(value):
+            value = buffers.take_ints(value)
+            if args == (int, Ellipsis):
+                return tuple(value)
         if not isinstance(value, list):
             raise BadMessage(f"{path}: expected a list")
         if len(args) == 2 and args[1] is Ellipsis:
-            if args[0] is int:  # token ids: the common long case
+            if args[0] is int:
                 if not set(map(type, value)) <= {int}:
                     raise BadMessage(f"{path}: expected integers")
                 _checked_ints(value, path)
@@ -269,6 +303,8 @@ def _load_plain(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
         raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, list):
         return [_load_plain(item, buffers, path, depth + 1) for item in value]
+    if _are_ints(value):
+        return buffers.take_ints(value)
     if isinstance(value, dict):
         if set(value) == {"$dict"} and isinstance(value["$dict"], dict):
             items = value["$dict"].items()

@@ -293,3 +293,22 @@ def test_an_error_is_rebuilt_from_its_code_with_its_details():
 
 def test_an_unknown_code_is_a_fault_of_the_server():
     assert type(rebuild_error(ErrorInfo(code="Newer", message="x"))) is ServerFault
+
+
+@pytest.mark.parametrize("count", [63, 64, 5000])
+def test_long_lists_of_whole_numbers_come_back(count: int):
+    ids = tuple(range(-3, count - 3))
+    data = encode(m.TokenTexts(token_ids=ids))
+    assert decode(data) == m.TokenTexts(token_ids=ids)
+    assert (b"$ints" in data) == (count >= 64)
+    beyond = (*ids[1:], 2**64 - 1)  # no int64: as text
+    assert decode(encode(m.TokenTexts(token_ids=beyond))).token_ids == beyond
+    with pytest.raises(BadMessage, match="outside the 64-bit integers"):
+        encode(m.TokenTexts(token_ids=(*ids, 2**64)))
+
+
+@pytest.mark.parametrize("announced", [-1, 2.0, "64", None, 65, 2**62])
+def test_whole_numbers_that_did_not_come_are_refused(announced: Any):
+    body = {"token_ids": {"$ints": announced}, "joined": False}
+    with pytest.raises(BadMessage):
+        decode(framed({"type": "TokenTexts", "body": body}, bytes(8 * 64)))
