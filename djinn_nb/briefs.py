@@ -241,6 +241,22 @@ def notice_of(error: BaseException) -> Notice:
 # -- bad states, as data: what happened, and what to do -----------------------------------------
 
 
+def leases(events: Sequence[m.Event]) -> Notice | None:
+    """The newest of what a server tells of leases, and how many others there are."""
+    if not events:
+        return None
+    newest, others = events[-1], len(events) - 1
+    text, _, advice = newest.text.partition("; ")
+    more = f" (and {others} more: server.sessions() lists them)" if others else ""
+    rests = newest.session is not None and newest.session.dormant
+    return Notice(
+        level="info" if rests else "warning",
+        code="Lease",
+        text=text + more,
+        advice=f"{advice[:1].upper()}{advice[1:]}.",
+    )
+
+
 def not_connected() -> Notice:
     """No server yet."""
     return Notice(

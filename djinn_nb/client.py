@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from djinn_nb.leases import Leases
 from djinn_nb.progress import Progress
 from djinn_nb.restarts import Durability, identity, wait_until_ready
 from djinn_nb.swaps import Swaps
@@ -50,6 +51,7 @@ class Client:
         self._name = name
         self._texts: dict[int, str] = {}
         self.durability = Durability()
+        self.leases = Leases()
         #: the server that answers now goes on with the sessions of the one before
         self.restarted = False
         self.initialized = self.initialize()
@@ -78,6 +80,7 @@ class Client:
         opens: takes note of the transfer that the answer opens, even if nobody waits for it.
         """
         payload = codec.encode(message)
+        self.leases.asked(message)
         told = None if opens is None else opens.answered
         channel: Any = "bulk" if bulk else "control"
         while True:
@@ -88,7 +91,9 @@ class Client:
             # a server that was restarted has its sessions, and computes them when asked
             if not wait_until_ready(self, answer.error):
                 codec.raise_error(answer.error)
-        self.durability.warn()
+        if not threading.current_thread().name.startswith("djinn-"):  # where nobody would see it
+            self.durability.warn()
+            self.leases.warn()
         if not isinstance(answer, reply):
             raise BadMessage(
                 f"the server answered {type(message).__name__} with {type(answer).__name__}:"
@@ -125,6 +130,7 @@ class Client:
         if answer.server_id != self.initialized.server_id:
             # its events are numbered from the start; its sessions are others, or described anew
             self.mirror.forget_sessions()
+            self.leases.forget()
             self.restarted = identity(answer) == self.identity
             self.initialized = answer
             self.durability.take(answer.not_durable)
@@ -289,6 +295,7 @@ class Client:
             if event.kind == "durability":
                 self.durability.take(event.text)
             else:
+                self.leases.take(event)
                 self.mirror.take(event)
         return reply.last_seq
 
@@ -423,7 +430,7 @@ class Mirror:
                     self.ended_here.add(event.session_id)
         if event.kind == "progress":
             self._progress[event.session_id] = event
-        elif event.kind not in ("changed", "swapped"):
+        elif event.kind not in ("changed", "swapped", "lease"):
             self._progress.pop(event.session_id, None)
         self.swaps.take(event, time.time())
         self._wake(event.session_id, event)

@@ -88,7 +88,7 @@ def compose(bench: Workbench, before: Snapshot) -> Snapshot:
         said = bench.notice
         if trouble is not None and said is not None and said.level == "info":
             said = None  # a remark stands behind what has to be dealt with
-        notice = said or bench.denied or trouble
+        notice = said or bench.denied or trouble or briefs.leases(client.leases.standing)
     running = here if here is not None and here.status == "running" else None
     return Snapshot(
         rev=before.rev,

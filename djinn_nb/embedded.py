@@ -64,6 +64,7 @@ OPTIONS: dict[str, tuple[str, type]] = {
     "host_memory": ("--host-memory", str),
     "idle_after": ("--idle-after", float),
     "kv_memory": ("--kv-memory", str),
+    "lease": ("--lease", str),
     "linger_s": ("--linger-s", float),
     "prefill_chunk": ("--prefill-chunk", int),
     "seed": ("--seed", int),

@@ -357,6 +357,8 @@ def _note(info: m.SessionInfo) -> str:
     notes = ["inexact"] * info.inexact
     if info.refused is not None:
         notes.append(info.refused)
+    elif info.lease_ended:
+        notes.append("at rest on disk, its lease ended: computed again when it is needed")
     elif info.dormant:
         notes.append("came back after a restart: computed again when it is needed")
     return "; ".join(notes)

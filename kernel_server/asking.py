@@ -70,8 +70,10 @@ class Asking:
         lines += ["memory"]
         lines += [f"  {kind:<22} {size / 2**20:>10.1f} MiB  {note}" for kind, size, note in rows]
         sessions = self.ask(m.ListSessions()).sessions
-        back = sum(session.dormant for session in sessions)
+        rest = sum(session.lease_ended for session in sessions)
+        back = sum(session.dormant for session in sessions) - rest
         note = f", {back} came back after a restart" if back else ""
+        note += f", {rest} at rest on disk since their lease ended" if rest else ""
         lines.append(f"sessions  {len(sessions)}{note}")
         return [*lines, f"NOT DURABLE: {hello.not_durable}"] if hello.not_durable else lines
 
@@ -107,6 +109,7 @@ def _came_back(session: m.SessionInfo) -> str:
         word
         for word, holds in (
             ("dormant", session.dormant),
+            ("its lease ended", session.lease_ended),
             ("refused", session.refused is not None),
             ("inexact", session.inexact),
         )

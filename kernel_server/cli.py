@@ -17,6 +17,7 @@ from kernel_server.config import (
     Quotas,
     ServerConfig,
 )
+from kernel_server.protocol.durations import parse_seconds
 from kernel_server.protocol.errors import BadArgument, DjinnError
 from kernel_server.protocol.sizes import parse_bytes
 
@@ -61,11 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--disk-path", type=Path, metavar="FOLDER", help="where their file is")
     serve.add_argument(
         "--idle-after",
-        type=float,
-        metavar="SECONDS",
-        default=30.0,
-        help="a session left alone so long leaves the device (default 30; 0: never for that)",
+        metavar="DURATION",
+        default="30s",
+        help="a session left alone so long leaves the device (default 30s; 0: never for that)",
     )
+    serve.add_argument(
+        "--lease", metavar="DURATION",
+        help="a session not used for so long, such as 8h or 90min, is put to rest on disk: it is"
+        " warned of at nine tenths, listed as before, and computed again, bit for bit, when it is"
+        " next needed; pinned ones stay (default: all stay)",
+    )  # fmt: skip
     serve.add_argument("--prefill-chunk", type=int, metavar="TOKENS", help="default 512")
     serve.add_argument(
         "--decode-bucket", type=int, default=1, metavar="SESSIONS",
@@ -225,7 +231,8 @@ def _serve(options: argparse.Namespace) -> int:
         host_memory_bytes=parse_bytes(options.host_memory) if options.host_memory else 0,
         disk_memory_bytes=parse_bytes(options.disk_memory) if options.disk_memory else 0,
         disk_path=options.disk_path,
-        idle_after_s=_idle_after(options.idle_after),
+        idle_after_s=parse_seconds(options.idle_after) or None,
+        lease_s=parse_seconds(options.lease) if options.lease is not None else None,
         prefill_chunk=options.prefill_chunk,
         cuda_graphs=not options.no_cuda_graphs,
         state_dir=options.state_dir,
@@ -327,9 +334,3 @@ def _bandwidth(options: argparse.Namespace) -> int:
     else:
         print("\n".join(table(found)))
     return 0
-
-
-def _idle_after(seconds: float) -> float | None:
-    if not 0 <= seconds < float("inf"):
-        raise BadArgument(f"--idle-after is {seconds}: give seconds, or 0 for never")
-    return seconds or None

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kernel_server.protocol.errors import BadArgument
+
 DEFAULT_PORT = 5556
 DEFAULT_HOST = "127.0.0.1"
+#: Shortest lease, seconds: the clock is looked at twice in it.
+LEAST_LEASE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,8 @@ class ServerConfig:
     disk_path: Path | None = None
     #: a session left alone so long leaves the device; None: only when others need its room
     idle_after_s: float | None = 30.0
+    #: a session not used for so long is put to rest on disk, after a warning; None: never
+    lease_s: float | None = None
     prefill_chunk: int | None = None
     #: run layers of a decode as CUDA graphs, on a GPU and where they give the same bits
     cuda_graphs: bool = True
@@ -83,3 +89,22 @@ class ServerConfig:
     linger_s: float | None = None
     check: bool = False
     debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lease_s is None:
+            return
+        if not self.lease_s >= LEAST_LEASE_S:
+            raise BadArgument(
+                f"--lease is {self.lease_s:g} s: give at least {LEAST_LEASE_S:g} s, such as 8h or"
+                " 90min, or leave it out, and sessions stay"
+            )
+        if not self.journal:
+            raise no_lease()
+
+
+def no_lease() -> BadArgument:
+    """Says why there is no lease without a journal."""
+    return BadArgument(
+        "--lease needs a journal: at its end a session is in no other place, and would be lost;"
+        " leave out --no-journal, or leave out --lease, and sessions stay in memory"
+    )

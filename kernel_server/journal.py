@@ -146,10 +146,15 @@ class Journal:
         """Size of its file."""
         return self._end
 
-    def write(self, instruction: WriteJournal) -> None:
-        """Have a session's state written; `after` says when it is on disk."""
+    def write(self, instruction: WriteJournal, told: Callable[[str], None] | None = None) -> None:
+        """Have a session's state written; `after` says when it is on disk.
+
+        told: called on the journal's thread once that was tried, with why it is not, or ''."""
         with self._wake:
             self._queue.append(instruction)
+            if told is not None:
+                session_id = instruction.session_id
+                self._queue.append(lambda: told(self._lacks(session_id)))
             self._wake.notify_all()
 
     def after(self, action: Action) -> None:
@@ -220,6 +225,12 @@ class Journal:
                 self._begin_anew()
             except OSError as error:
                 log.warning("the journal could not be compacted, and is gone on with: %s", error)
+
+    def _lacks(self, session_id: str) -> str:
+        """Why the newest state of a session is not on disk; empty: it is."""
+        if session_id in self._behind:
+            return self._trouble
+        return self._unwritable.get(session_id, "")
 
     def _report(self, text: str) -> None:
         if text == self._trouble:

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import kernel_server.version as version
-from kernel_server.config import Quotas, ServerConfig
+from kernel_server.config import Quotas, ServerConfig, no_lease
 from kernel_server.engine.engine import Engine
 from kernel_server.engine.loading import Served as Ready
 from kernel_server.engine.loading import serve
@@ -35,6 +35,7 @@ from kernel_server.models.vocabulary import Vocabulary
 from kernel_server.protocol.messages import ModelInfo
 from kernel_server.state.events import DurabilityChanged, JournalRead, Ticked
 from kernel_server.state.server_state import ServerState
+from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, device_rows, host_rows, untouched_bytes
 from kernel_server.tiers import Tiers
@@ -73,7 +74,8 @@ class Kernel:
     owners: how many there are; one alone may fill the page pool. journal: sessions are made durable
     there, and those it holds come back.
 
-    Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory.
+    Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory, BadArgument for a
+    lease without a journal.
 
         kernel = Kernel(load(config, print), config).start()
         answer = kernel.gateway.handle("me", "here", request_bytes)
@@ -89,6 +91,8 @@ class Kernel:
         owners: int = 1,
         journal: Journal | None = None,
     ) -> None:
+        if config.lease_s is not None and journal is None:
+            raise no_lease()
         self.loaded = loaded
         self.config = config
         self.gateway = gateway or Gateway(
@@ -115,6 +119,7 @@ class Kernel:
         limits = dataclasses.replace(
             _limits(config.quotas, shape, owners),
             idle_after_s=config.idle_after_s,
+            lease_s=config.lease_s,
             owners=owners,
         )
         self.state = ServerState(
@@ -186,8 +191,9 @@ class Kernel:
     def has_unfinished_sessions(self) -> bool:
         """Whether somebody may want to come back to a session."""
         sessions = list(self.state.sessions.values())
-        # those that came back and that nobody has asked for are safe on disk
-        statuses = [s.status for s in sessions if not (s.branch or s.dormant)]
+        # those that came back or rest, and that nobody has asked for, are safe on disk; records of
+        # logpoints are not
+        statuses = [s.status for s in sessions if not (s.branch or _is_on_disk(s))]
         return any(status in ("waiting", "running", "stopped") for status in statuses)
 
     def memory(self) -> tuple[Row, ...]:
@@ -230,6 +236,11 @@ class Kernel:
     def _offer(self, owner: str, source: TensorSource) -> str:
         """Open a download for an owner."""
         return self.gateway.transfers.offer(owner, source)
+
+
+def _is_on_disk(session: Session) -> bool:
+    """Whether all of a session is in the journal."""
+    return session.dormant and not session.breakpoints.log_bytes()
 
 
 def _limits(quotas: Quotas, shape: ModelShape, owners: int) -> Limits:

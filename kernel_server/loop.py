@@ -23,6 +23,7 @@ from kernel_server.protocol.messages import ErrorReply, error_info
 from kernel_server.state.events import (
     EditsApplied,
     EditsFailed,
+    Recorded,
     Requested,
     StateEvent,
     StretchDone,
@@ -48,7 +49,9 @@ class Worker(Protocol):
 class Durable(Protocol):
     """What the loop asks of a journal."""
 
-    def write(self, instruction: WriteJournal) -> None: ...
+    def write(
+        self, instruction: WriteJournal, told: Callable[[str], None] | None = None
+    ) -> None: ...
 
     def after(self, action: Callable[[], None]) -> None: ...
 
@@ -121,12 +124,24 @@ class Loop:
                 owner, event = instruction.owner, instruction.event
                 self._tell(lambda: self.events.append(owner, event))
             case WriteJournal():
-                if self._journal is not None:
-                    self._journal.write(instruction)
+                self._write(instruction)
             case Interrupt():
                 self.engine.interrupt(instruction.session_id)
             case _:
                 self.engine.submit(instruction)
+
+    def _write(self, instruction: WriteJournal) -> None:
+        session_id, ticket = instruction.session_id, instruction.ticket
+        if self._journal is None:
+            return
+        if ticket is None:
+            self._journal.write(instruction)
+            return
+
+        def told(lacks: str) -> None:
+            self.dispatch(Recorded(session_id=session_id, ticket=ticket, lacks=lacks))
+
+        self._journal.write(instruction, told)
 
     def _tell(self, action: Callable[[], None]) -> None:
         """Tell something when what it rests on is on disk; nothing waits for that here."""

@@ -183,7 +183,9 @@ class Engine:
                     for node in errand.nodes:
                         self._sessions[errand.session_id].stops.pop(node, None)
             case DropTensors():
-                self._sessions.pop(errand.session_id, None)
+                gone = self._sessions.pop(errand.session_id, None)
+                if errand.but_logs and gone is not None and gone.logs:
+                    self._sessions[errand.session_id] = SessionTensors(logs=gone.logs)
             case DropLog():
                 if errand.session_id in self._sessions:
                     self._sessions[errand.session_id].logs.pop(errand.breakpoint_id, None)
@@ -204,6 +206,9 @@ class Engine:
         else:
             child = parent.fork()
             child.stops = {node: parent.stops[node] for node in errand.nodes}
+        before = self._sessions.get(errand.child_id)
+        if before is not None:
+            child.logs = before.logs  # all that was left of it while it was dormant
         self._sessions[errand.child_id] = child
 
     def _restore(self, errand: RestoreTensors) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
 from kernel_server.state.events import Requested
+from kernel_server.state.leasing import Leasing
 from kernel_server.state.residency import Tier
-from kernel_server.state.residing import Residing
 
 _FLAGS = {"device": "--kv-memory", "host": "--host-memory", "disk": "--disk-memory"}
 
 
-class Budgets(Residing):
+class Budgets(Leasing):
     """Takes requests about budgets."""
 
     def set_budget(self, event: Requested, request: m.SetBudget) -> None:

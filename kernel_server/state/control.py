@@ -57,6 +57,7 @@ class Control(Running):
             # no randomness here: the number of the session is as good a seed, and reproducible
             seed=number if request.seed is None else request.seed,
             tables=[()] * self.shape.num_groups,
+            touched=self.now,
             fingerprint=self.fingerprint,
         )
         self.sessions[session.id] = session
@@ -185,6 +186,7 @@ class Control(Running):
             stop=parent.stop,
             finish_reason=parent.finish_reason,
             error=parent.error,
+            touched=self.now,
             breakpoints=parent.breakpoints.copy(),
             edits=parent.edits.copy(),
             tree=parent.tree.of_fork((request.seed, request.temperature, request.top_p)),

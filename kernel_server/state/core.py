@@ -38,7 +38,7 @@ from kernel_server.state.story import Story
 
 EventKind = Literal[
     "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed",
-    "swapped", "durability",
+    "swapped", "durability", "lease",
 ]  # fmt: skip
 
 
@@ -136,14 +136,21 @@ class Core:
         self._out.append(Reply(request_id=request_id, message=message))
 
     def publish(
-        self, session: Session, kind: EventKind, *, done: int = 0, total: int = 0, text: str = ""
+        self,
+        session: Session,
+        kind: EventKind,
+        *,
+        done: int = 0,
+        total: int = 0,
+        text: str = "",
+        remaining_s: float | None = None,
     ) -> None:
         """Append an event to the owner's log; it carries the session unless that has no news."""
         if session.scratch:
             return
         if kind == "progress":
             self.advanced[session.id] = None
-        elif kind not in ("continued", "swapped"):
+        elif kind not in ("continued", "swapped", "lease"):
             self.changed[session.id] = None
         seq = self.event_seq.get(session.owner, 0) + 1
         self.event_seq[session.owner] = seq
@@ -157,6 +164,7 @@ class Core:
             done=done,
             total=total,
             text=text,
+            remaining_s=remaining_s,
         )
         self._out.append(Publish(owner=session.owner, event=event))
 
@@ -274,6 +282,7 @@ class Core:
 
     def _rest(self, session: Session) -> None:
         session.stop_number += 1
+        session.touched = self.now
         self.to_clean[session.id] = None
         session.target = None
         session.pausing = False
@@ -362,9 +371,9 @@ class Core:
                 session.tables[group] = table[:keep]
                 self.release(table[keep:])
 
-    def free(self, session: Session) -> None:
-        """Give back all pages and tensors of a session."""
+    def free(self, session: Session, *, but_logs: bool = False) -> None:
+        """Give back all pages and tensors of a session. but_logs: not the records of logpoints."""
         pages = [page for table in session.tables for page in table]
         session.tables = [()] * self.shape.num_groups
-        self.emit(DropTensors(session_id=session.id))
+        self.emit(DropTensors(session_id=session.id, but_logs=but_logs))
         self.release(pages)

@@ -155,6 +155,15 @@ class DurabilityChanged:
     text: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """The record of a session that was waited for is on disk; `lacks`: it is not, and why."""
+
+    session_id: str
+    ticket: int
+    lacks: str = ""
+
+
 StateEvent = (
     Requested
     | StretchDone
@@ -167,4 +176,5 @@ StateEvent = (
     | PoolGrown
     | JournalRead
     | DurabilityChanged
+    | Recorded
 )

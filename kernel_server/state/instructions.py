@@ -198,7 +198,10 @@ class DropNodes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DropTensors:
+    """Let go what is held of a session. but_logs: the records of its logpoints stay."""
+
     session_id: str
+    but_logs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,13 +257,15 @@ class ReadTensors:
 class WriteJournal:
     """Make a session durable as it is now, before anything that follows is told to anyone.
 
-    record: None when it has ended. number: of the newest session ever made.
+    record: None when it has ended. number: of the newest session ever made. ticket: answered by
+    `Recorded` when it is on disk, or cannot be.
     """
 
     session_id: str
     number: int
     record: SessionRecord | None
     arrays: tuple[Array, ...] = ()
+    ticket: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Sessions that outlive their server: what is recorded of them and when, and how they come back.
 
-A session that came back from a journal is *dormant*: all that determines it is here, its pages and
+A session that came back from a journal, or whose lease ended (`leasing`), is *dormant*: all that determines it is here, its pages and
 tensors are not. The first request that needs them is refused with `NotRebuilt` and starts a hidden
 *builder*: a run of the same prompt from its start, with the edits that were made in each forward,
 fed with the tokens that were drawn, one decode for each, and without breakpoints. Where it arrives
@@ -53,6 +53,8 @@ class Rebuilding(Comparing):
         self.builders: dict[str, str] = {}
         #: sessions of a journal that could not be taken up: their owners, and why
         self.unread: dict[str, tuple[str, ErrorInfo]] = {}
+        #: sessions of which somebody waits until they are recorded, with the number of his wait
+        self.awaited: dict[str, int] = {}
 
     # -- recording ------------------------------------------------------------------------------
 
@@ -73,12 +75,16 @@ class Rebuilding(Comparing):
         self.changed |= self.advanced
 
     def _write(self, session_id: str) -> WriteJournal:
-        session = self.sessions.get(session_id)
+        session, ticket = self.sessions.get(session_id), self.awaited.pop(session_id, None)
         if session is None:
             return WriteJournal(session_id=session_id, number=self.num_made, record=None)
         record, arrays = to_record(session, self.sessions, self.shape)
         return WriteJournal(
-            session_id=session_id, number=self.num_made, record=record, arrays=arrays
+            session_id=session_id,
+            number=self.num_made,
+            record=record,
+            arrays=arrays,
+            ticket=ticket,
         )
 
     def durability_changed(self, event: DurabilityChanged) -> None:
@@ -222,9 +228,10 @@ class Rebuilding(Comparing):
             done = 0
         else:
             done = self.sessions[builder].forward
+        why = "rested on disk" if shown.lease_ended else "came back after a restart"
         raise NotRebuilt(
-            f"session {shown.id} came back after a restart and is computed again, forward {done} of"
-            f" {session.forward}: ask again when it is there",
+            f"session {shown.id} {why} and is computed again, forward {done} of {session.forward}:"
+            " ask again when it is there",
             session_id=shown.id,
             forward=done,
             forwards=session.forward,
@@ -284,12 +291,13 @@ class Rebuilding(Comparing):
         assert builder.tokens == session.tokens, f"{session.id} was rebuilt with other tokens"
         del self.sessions[builder.id]
         session.tables, builder.tables = builder.tables, [()] * self.shape.num_groups
-        session.dormant = False
+        session.dormant = session.lease_ended = False
         self.emit(ForkTensors(parent_id=builder.id, child_id=session.id))
         self.emit(DropTensors(session_id=builder.id))
         self._story.end(builder.id)
         self.to_clean[session.id] = None
         shown = self._shown(session)
+        shown.touched = self.now
         self.note(shown, "rebuilt")
         self.publish(shown, "changed")
 
@@ -399,6 +407,7 @@ class Rebuilding(Comparing):
         """Refuse what is about another session too, while that one is dormant."""
         other = self.sessions.get(other_id)
         if other is not None and other.owner == owner and not other.scratch:
+            other.touched, other.idled = self.now, False
             self.require_built(other)
 
     def check_builders(self) -> None:

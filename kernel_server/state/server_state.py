@@ -22,6 +22,7 @@ from kernel_server.state.events import (
     EditsFailed,
     JournalRead,
     PoolGrown,
+    Recorded,
     Requested,
     StateEvent,
     StretchAdvanced,
@@ -39,10 +40,13 @@ __all__ = ["Limits", "ModelShape", "ServerState"]
 #: Requests that are answered even while edits of their session are being applied.
 _AT_ONCE = (m.Describe, m.ReadStory, m.Pause)
 
+#: Requests that notebooks make by themselves: nobody uses the session by them.
+_UNASKED = (m.ListBranches,)
+
 #: Requests that need no tensors, so that a dormant session answers them as it is.
 _WITHOUT_TENSORS = (
     m.Describe, m.ReadStory, m.Pause, m.Accept, m.Terminate, m.ListBranches,
-    m.ReadRecord, m.Hint, m.Pin,
+    m.ReadRecord, m.ReadLog, m.Hint, m.Pin,
     m.SetBreakpoint, m.EnableBreakpoint, m.RemoveBreakpoint,
 )  # fmt: skip
 
@@ -152,6 +156,8 @@ class ServerState(Budgets):
                 self.journal_read(event)
             case DurabilityChanged():
                 self.durability_changed(event)
+            case Recorded():
+                self.recorded(event)
             case _:
                 raise TypeError(f"{type(event).__name__} is not an event of the state machine")
         self.dispatch()
@@ -193,7 +199,8 @@ class ServerState(Budgets):
             answer(event, message)
             return
         session = self.own(event.owner, message.session_id)
-        session.touched, session.idled = self.now, False
+        if not isinstance(message, _UNASKED):
+            session.touched, session.idled = self.now, False
         if session.pending is not None and not isinstance(message, _AT_ONCE):
             self._defer(event, session)
             return
@@ -264,6 +271,7 @@ class ServerState(Budgets):
         assert set(queued) <= set(self.sessions), "a session that is gone is queued"
         assert self.slot is not None or not queued, "the engine idles beside a runnable session"
         self.check_builders()
+        self.check_leases()
         self._check_slot()
 
     def _check_slot(self) -> None:

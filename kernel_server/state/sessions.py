@@ -99,7 +99,7 @@ class Session:
     error: ErrorInfo | None = None
     target: Target | None = None
     pausing: bool = False
-    #: seconds of the server's clock: when it was last asked for, and is said to go on
+    #: seconds of the server's clock: when it was last asked for or came to rest, and is said to go on
     touched: float = 0.0
     resumes_at: float | None = None
     #: by group, the page table and its device slots, as they were in this epoch
@@ -115,8 +115,11 @@ class Session:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     #: it has gone on under another fingerprint than its own
     inexact: bool = False
-    #: it came back from a journal: its pages and tensors are computed when they are needed
+    #: it came back from a journal, or its lease ended: its pages and tensors are computed when they
+    #: are needed
     dormant: bool = False
+    #: it is dormant because its lease ended
+    lease_ended: bool = False
     #: why it may not be rebuilt here, unless that is accepted
     refused: str | None = None
     #: computed again, the first forward whose token came out otherwise
@@ -243,6 +246,7 @@ class Session:
             breakpoints=self.breakpoints.info(),
             edits=self.edit_infos(shape.num_layers),
             dormant=self.dormant,
+            lease_ended=self.lease_ended,
             inexact=self.inexact,
             refused=self.refused,
             differs_from=self.differs_from,

@@ -145,6 +145,8 @@ class Limits:
     owners: int = 1
     #: a session left alone for so long leaves the device, seconds; None: never for that
     idle_after_s: float | None = 30.0
+    #: a session not used for so long is put to rest on disk, seconds; None: never
+    lease_s: float | None = None
     #: of the places where a session stood: those listed, branches, and of how many, and how many
     #: bytes, the tensors are kept; the others are run to again
     nodes_per_session: int = 4096

@@ -128,6 +128,7 @@ def local_kernel(
     host_memory_bytes: int = 0,
     disk_memory_bytes: int = 0,
     idle_after_s: float | None = None,
+    lease_s: float | None = None,
     sessions: int = 64,
     check: bool = True,
     cuda_graphs: bool = True,
@@ -138,7 +139,7 @@ def local_kernel(
     model: a folder. geometry: random weights at a known geometry. Neither: the bundled model.
     sessions: how many there may be. check: judge every invariant of the state at every event;
     benchmarks do without. Named vectors are kept as long as the kernel. state_dir: of
-    a journal, from which sessions come back; None: there is none.
+    a journal, from which sessions come back; None: there is none. lease_s: needs one.
 
         with local_kernel(dtype="float32", device="cpu", prefill_chunk=16) as local:
             session = local.server.launch("When Mary and John", max_new_tokens=4)
@@ -157,6 +158,7 @@ def local_kernel(
         disk_memory_bytes=disk_memory_bytes,
         idle_after_s=idle_after_s,
         cuda_graphs=cuda_graphs,
+        lease_s=lease_s,
         quotas=Quotas(sessions=sessions),
         check=check,
     )

@@ -25,6 +25,7 @@ from kernel_server.state.events import (
     EditsFailed,
     JournalRead,
     LogResult,
+    Recorded,
     Requested,
     StretchDone,
     StretchFailed,
@@ -200,7 +201,7 @@ class Engine:
             case DropNodes():
                 for node in errand.nodes:
                     del self.sessions[errand.session_id].stops[node]
-            case DropTensors():
+            case DropTensors():  # records of logpoints are not kept here at all
                 self.sessions.pop(errand.session_id, None)
             case PoisonPages():
                 for page in errand.pages:
@@ -269,6 +270,11 @@ class World:
         self.events: dict[str, list[m.Event]] = {}
         self.reads: list[ReadTensors] = []
         self.errands: deque[ApplyEdits] = deque()
+        #: records that are waited for; False: until `tell_recorded` is called
+        self.records: deque[WriteJournal] = deque()
+        self.prompt_records = True
+        #: why the journal cannot be written; empty: it can
+        self.disk = ""
         #: False: edits wait until `apply_edits` is called
         self.prompt_edits = True
         #: which positions a condition holds at
@@ -426,7 +432,15 @@ class World:
             self._carry_out(instruction)
         while self.prompt_edits and self.errands:
             self.apply_edits()
+        while self.prompt_records and self.records:
+            self.tell_recorded()
         return instructions
+
+    def tell_recorded(self) -> None:
+        """Tell that the oldest record that is waited for is on disk, or why it is not."""
+        written = self.records.popleft()
+        assert written.ticket is not None
+        self.handle(Recorded(session_id=written.session_id, ticket=written.ticket, lacks=self.disk))
 
     def _carry_out(self, instruction: Any) -> None:
         match instruction:
@@ -456,6 +470,10 @@ class World:
                 self.engine.errand(instruction)
 
     def _record(self, written: WriteJournal) -> None:
+        if written.ticket is not None:
+            self.records.append(written)
+        if self.disk:
+            return
         self.number = written.number
         self.journal.pop(written.session_id, None)
         if written.record is not None:

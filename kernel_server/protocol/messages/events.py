@@ -12,13 +12,15 @@ from kernel_server.protocol.messages.parts import SessionInfo
 class Event:
     """Something that happened to a session. `session` is None for progress and for terminated.
 
+    `lease` warns that the session's lease ends in `remaining_s` seconds; at 0 it has ended: the
+    session is `dormant` then, or `text` says why it cannot be.
     `durability` is about no session: `text` says why nothing is made durable, empty: it is again.
     """
 
     seq: int
     kind: Literal[
         "launched", "continued", "progress", "stopped", "finished", "failed", "terminated",
-        "changed", "swapped", "durability",
+        "changed", "swapped", "durability", "lease",
     ]  # fmt: skip
     session_id: str
     session: SessionInfo | None = None
@@ -26,3 +28,5 @@ class Event:
     done: int = 0
     total: int = 0
     text: str = ""
+    #: of a lease: seconds
+    remaining_s: float | None = None

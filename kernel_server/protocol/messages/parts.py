@@ -233,8 +233,11 @@ class SessionInfo:
     disk_pages: int = 0
     #: its pages never leave the device
     pinned: bool = False
-    #: it came back after a restart: its tensors are computed again when they are needed
+    #: it came back after a restart, or its lease ended: its tensors are computed again when they
+    #: are needed
     dormant: bool = False
+    #: it is dormant because its lease ended
+    lease_ended: bool = False
     #: it has gone on under another execution fingerprint than its own
     inexact: bool = False
     #: why it may not go on here, unless that is accepted; None: it may
