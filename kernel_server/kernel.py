@@ -74,8 +74,8 @@ class Kernel:
     owners: how many there are; one alone may fill the page pool. journal: sessions are made durable
     there, and those it holds come back.
 
-    Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory, BadArgument for a
-    lease without a journal.
+    Raises UnsupportedModel when the model fails the load check, OutOfDeviceMemory, and BadArgument
+    for a lease without a journal.
 
         kernel = Kernel(load(config, print), config).start()
         answer = kernel.gateway.handle("me", "here", request_bytes)

@@ -108,7 +108,7 @@ class Leasing(Residing):
 
     # -- the end of a lease ---------------------------------------------------------------------
 
-    def recorded(self, event: Recorded) -> None:
+    def session_recorded(self, event: Recorded) -> None:
         """Its record is on disk, or is not: put it to rest, unless somebody was faster."""
         session, lease = self.sessions.get(event.session_id), self.leases.get(event.session_id)
         if session is None or lease is None or lease.ticket != event.ticket:

@@ -1,11 +1,11 @@
 """Sessions that outlive their server: what is recorded of them and when, and how they come back.
 
-A session that came back from a journal, or whose lease ended (`leasing`), is *dormant*: all that determines it is here, its pages and
-tensors are not. The first request that needs them is refused with `NotRebuilt` and starts a hidden
-*builder*: a run of the same prompt from its start, with the edits that were made in each forward,
-fed with the tokens that were drawn, one decode for each, and without breakpoints. Where it arrives
-the session takes over its pages and tensors, and has moved not at all. Which form a record has is
-decided in `record`; where records lie, by the server.
+A session that came back from a journal, or whose lease ended (`leasing`), is *dormant*: all that
+determines it is here, its pages and tensors are not. The first request that needs them is refused
+with `NotRebuilt` and starts a hidden *builder*: a run of the same prompt from its start, with the
+edits that were made in each forward, fed with the tokens that were drawn, one decode for each, and
+without breakpoints. Where it arrives the session takes over its pages and tensors, and has moved
+not at all. Which form a record has is decided in `record`; where records lie, by the server.
 """
 
 from __future__ import annotations

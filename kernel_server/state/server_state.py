@@ -157,7 +157,7 @@ class ServerState(Budgets):
             case DurabilityChanged():
                 self.durability_changed(event)
             case Recorded():
-                self.recorded(event)
+                self.session_recorded(event)
             case _:
                 raise TypeError(f"{type(event).__name__} is not an event of the state machine")
         self.dispatch()

@@ -99,7 +99,8 @@ class Session:
     error: ErrorInfo | None = None
     target: Target | None = None
     pausing: bool = False
-    #: seconds of the server's clock: when it was last asked for or came to rest, and is said to go on
+    #: seconds of the server's clock: when it was last asked for or came to rest, and when it is to
+    #: go on
     touched: float = 0.0
     resumes_at: float | None = None
     #: by group, the page table and its device slots, as they were in this epoch
