@@ -167,9 +167,9 @@ class Leasing(Residing):
             "lease",
             remaining_s=left_s,
             text=f"session {_named(session)} has not been used for"
-            f" {in_words(lease_s - left_s)}: in {in_words(left_s)} the lease of {in_words(lease_s)}"
-            " that this server gives ends, and it will rest on disk and be computed again when it"
-            f" is next needed; {_KEEP}",
+            f" {in_words(lease_s - left_s)}: in {in_words(left_s)} its lease, {in_words(lease_s)}"
+            " on this server, ends, and it is put to rest on disk, to be computed again, bit for bit,"
+            f" when it is next needed; {_KEEP}",
         )
 
     def _warn_of_record(self, session: Session, lacks: str) -> None:

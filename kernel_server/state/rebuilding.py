@@ -297,7 +297,6 @@ class Rebuilding(Comparing):
         self._story.end(builder.id)
         self.to_clean[session.id] = None
         shown = self._shown(session)
-        shown.touched = self.now
         self.note(shown, "rebuilt")
         self.publish(shown, "changed")
 

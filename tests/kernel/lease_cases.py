@@ -111,7 +111,7 @@ def a_client_is_told(local: Local) -> None:
     told = local.server.client.leases
     pass_time(local, 0.95 * LEASE_S)
     wait_for(lambda: len(told.standing) == 2)
-    with pytest.warns(UserWarning, match=f"session {other.id} .* in 6 min the lease of 60 min"):
+    with pytest.warns(UserWarning, match=f"session {other.id} .* in 6 min its lease, 60 min on"):
         session.refresh()
     assert [event.session_id for event in told.standing] == [other.id]
     with warnings.catch_warnings():

@@ -97,3 +97,36 @@ def test_every_quota_of_an_owner_has_a_flag() -> None:
 def test_a_quota_that_is_none_is_refused(flag: str, value: str) -> None:
     with pytest.raises(BadArgument):
         _quotas(f"{flag}={value}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--lease", "8h", "--no-journal"), ("--lease needs a journal", "would be lost")),
+        (("--lease", "soon"), ("'soon' is no duration", "8h, 90min, 30s")),
+        (("--lease", "-8h"), ()),
+        (("--lease", "0.5s"), ("at least 1 s", "90min")),
+        (("--idle-after", "a while"), ("'a while' is no duration",)),
+    ],
+)
+def test_a_lease_that_is_none_is_refused_with_what_to_do(
+    flags: tuple[str, ...], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["serve", *flags])
+    except SystemExit as ended:  # one that looks like a flag is for the parser
+        assert ended.code == 2 and not words
+        return
+
+    assert status == 2
+    error = _one_line(capsys)
+    assert error.startswith("BadArgument: ")
+    assert not [word for word in words if word not in error], error
+
+
+def test_serve_tells_of_the_lease(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--lease DURATION" in told and "warned of at nine tenths" in told
