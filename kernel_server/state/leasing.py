@@ -168,8 +168,8 @@ class Leasing(Residing):
             remaining_s=left_s,
             text=f"session {_named(session)} has not been used for"
             f" {in_words(lease_s - left_s)}: in {in_words(left_s)} its lease, {in_words(lease_s)}"
-            " on this server, ends, and it is put to rest on disk, to be computed again, bit for bit,"
-            f" when it is next needed; {_KEEP}",
+            " on this server, ends, and it is put to rest on disk, to be computed again, bit for"
+            f" bit, when it is next needed; {_KEEP}",
         )
 
     def _warn_of_record(self, session: Session, lacks: str) -> None:
