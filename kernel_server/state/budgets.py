@@ -39,6 +39,7 @@ class Budgets(Leasing):
         if (over := self.residency.slots[tier].used - pages) > 0:
             self._require_somewhere(tier, over, pages)
         self.residency.slots[tier].limit(pages)
+        self.forgive(tier)
         slots = self.residency.slots[tier]
         self.reply(
             event.request_id,
@@ -61,8 +62,7 @@ class Budgets(Leasing):
         """Refuse unless so many pages can leave a tier."""
         if tier == "device":
             found = self._leavers()
-            below = self.host_room() + self.residency.reclaimable_host()
-            can = len(found.droppable) + found.coming + min(len(found.copyable), below)
+            can = len(found.droppable) + found.coming + min(len(found.copyable), self.room_below())
         else:
             all_pages = self.residency.pages()
             spare = sum(self.residency.is_spare(page, tier) for page in all_pages)
@@ -70,8 +70,12 @@ class Budgets(Leasing):
         if over > can:
             raise OutOfPages(
                 f"{over} pages would have to leave the {tier} for a budget of {pages}, and {can}"
-                " can: terminate or unpin a session, or give the tiers below more room first",
+                " can"
+                + self._what_next(
+                    "terminate or unpin a session, or give the tiers below more room first"
+                ),
                 needed=over,
                 free=can,
                 total=self.residency.slots[tier].capacity,
+                **self._why_refused(),
             )

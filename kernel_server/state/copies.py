@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kernel_server.protocol.messages import ErrorInfo
 from kernel_server.state.core import Core
 from kernel_server.state.events import CopiesDone
 from kernel_server.state.instructions import CopyPages
@@ -29,6 +30,13 @@ class Copying:
     #: whose pages they are; None where nobody is told
     session_id: str | None
     reason: str
+
+    @property
+    def what(self) -> str:
+        """In words: how many pages, from where to where."""
+        count, first = len(self.moves), self.moves[0]
+        pages = "1 page" if count == 1 else f"{count} pages"
+        return f"{pages} {first.source} to {first.target}"
 
 
 class Copies(Core):
@@ -71,19 +79,20 @@ class Copies(Core):
         if session is None or session.scratch:
             return
         self.note(session, "swapped", (copying.reason, event.ticket, event.nbytes))
-        rate = event.nbytes / event.seconds / 1e9 if event.seconds > 0 else 0.0
-        move = copying.moves[0]
-        count = len(copying.moves)
-        pages = "1 page" if count == 1 else f"{count} pages"
-        what = f"{pages} {move.source} to {move.target}"
         if event.error is not None:
-            what += f" failed: {event.error.message}"
+            self.publish(session, "swapped", text=self.failure_text(copying, event.error))
+            return
+        rate = event.nbytes / event.seconds / 1e9 if event.seconds > 0 else 0.0
         self.publish(
             session,
             "swapped",
             done=event.nbytes,
-            text=f"{what}, {rate:.1f} GB/s: {copying.reason}",
+            text=f"{copying.what}, {rate:.1f} GB/s: {copying.reason}",
         )
+
+    def failure_text(self, copying: Copying, error: ErrorInfo) -> str:
+        """What is told of a copy that was not made."""
+        return f"{copying.what} failed ({error.message}): {copying.reason}"
 
 
 def by_session(pages: Iterable[tuple[int, Session]]) -> list[tuple[Session, list[int]]]:

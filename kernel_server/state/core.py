@@ -30,7 +30,7 @@ from kernel_server.state.instructions import (
     Reply,
 )
 from kernel_server.state.pages import PagePool
-from kernel_server.state.residency import Residency
+from kernel_server.state.residency import Residency, Tier
 from kernel_server.state.scheduler import Scheduler
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
@@ -112,8 +112,11 @@ class Core:
         #: the session for which pages change places, while there is no room below for others
         self.exchanging: str | None = None
         self._tickets_made = 0
-        #: pages that could not be read back, and why
-        self.lost: dict[int, str] = {}
+        #: tiers that refuse, or did and have not taken a page since
+        self.refusals: dict[Tier, Any] = {}
+        #: how often each page could not be read back, and those that are given up, with why
+        self.failed_reads: dict[int, int] = {}
+        self.lost: dict[int, ErrorInfo] = {}
         #: sessions at rest whose pages are to be copied down
         self.to_clean: dict[str, None] = {}
         #: so much of the device cannot leave at once that the host gives to the disk
@@ -330,6 +333,7 @@ class Core:
         slots = []
         for page in self.pool.release(pages):
             slots.append(self.residency.forget(page))
+            self.failed_reads.pop(page, None)
             self.lost.pop(page, None)
         self._poison([slot for slot in slots if slot is not None])
 

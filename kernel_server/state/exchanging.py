@@ -30,6 +30,8 @@ class Exchanging(Leaving):
         self._add_own(found, session, needed)
         lacking = len(absent) + fresh - self.residency.slots["device"].room
         going = max(0, lacking - len(found.droppable) - found.coming)
+        if self.refuses("host") and (going or self._deep(absent)):
+            return False
         leaving = {page for page, _ in (*found.droppable, *found.copyable)}
         staying = {p for p in self.residency.pages() if p in needed or p not in leaving}
         if not (self._fits_below(found, going, staying) and self._can_begin(found, staying)):
@@ -66,8 +68,8 @@ class Exchanging(Leaving):
         still = [page for page in absent if not place(page).moving]
         above = [page for page in still if place(page).host is not None]
         self._copy(session, above[: free("device")], "host", "device", "needed")
-        deep = [page for page in still if place(page).host is None][: free("device")]
-        if deep:
+        deep = self._deep(still)[: free("device")]
+        if deep and not self.refuses("host"):
             self._give_up_copies(staying, len(deep))
             if (lacking := len(deep) - self.residency.slots["host"].room) > 0:
                 self._free_host(lacking, staying)
@@ -76,6 +78,11 @@ class Exchanging(Leaving):
                     self._let_copies_go("host", lacking)
             self._copy(session, deep[: free("host")], "disk", "host", "needed")
         return any(page not in self.inbound for page in absent)
+
+    def _deep(self, pages: Sequence[int]) -> list[int]:
+        """Those that the disk alone has: they come through the host."""
+        places = {page: self.residency.place(page) for page in pages}
+        return [p for p, place in places.items() if place.host is None and place.device is None]
 
     def _give_up_copies(self, staying: Set[int], count: int) -> None:
         """Free slots of the host, and of the disk, that hold what stays on the device."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 from kernel_server.protocol.errors import OutOfPages
 from kernel_server.protocol.location import layers_executed
-from kernel_server.state.copies import RUN, WRITE_BEHIND, Copies, by_session
+from kernel_server.state.copies import RUN, WRITE_BEHIND, by_session
 from kernel_server.state.eviction import Resting, eviction_order
+from kernel_server.state.refusing import Refusing
 from kernel_server.state.residency import Tier
 from kernel_server.state.sessions import Session
 
@@ -36,7 +37,7 @@ class Leavers:
     coming: int = 0
 
 
-class Leaving(Copies):
+class Leaving(Refusing):
     """Decides what leaves the device, the host and the disk."""
 
     @property
@@ -72,7 +73,7 @@ class Leaving(Copies):
         """
         found = self._leavers(needed, whom)
         lacking = count - len(found.droppable)
-        below = self.host_room() + self.residency.reclaimable_host(needed)
+        below = self.room_below(needed)
         if lacking > found.coming + min(len(found.copyable), below):
             raise self._out_of_pages(count, len(found.droppable))
         self._drop_all(found.droppable[:count], f"room for session {whom.id}")
@@ -89,11 +90,14 @@ class Leaving(Copies):
             f"needs {count} more pages on the device, and {droppable} of"
             f" {have['device'].capacity} can leave it (host: {have['host'].num_free} of"
             f" {have['host'].capacity} free, disk: {have['disk'].num_free} of"
-            f" {have['disk'].capacity}): terminate a session, or start the server with more"
-            " --kv-memory or --host-memory",
+            f" {have['disk'].capacity})"
+            + self._what_next(
+                "terminate a session, or start the server with more --kv-memory or --host-memory"
+            ),
             needed=count,
             free=droppable,
             total=have["device"].capacity,
+            **self._why_refused(),
         )
 
     def _by_expendability(self, whom: Session | None) -> Iterator[tuple[int, Session]]:
@@ -150,6 +154,8 @@ class Leaving(Copies):
 
         needed: pages that are not to go deeper for it.
         """
+        if self.refuses("host"):
+            return 0  # to free slots of it would be in vain
         lacking = len(pages) - self.residency.slots["host"].room + self._passage
         if lacking > 0:
             self._free_host(lacking, needed)
@@ -169,6 +175,15 @@ class Leaving(Copies):
     def host_room(self) -> int:
         """Slots of the host that pages going down may take."""
         return max(0, self.residency.slots["host"].room - self._passage)
+
+    def room_below(self, keep: Set[int] = frozenset()) -> int:
+        """The same, with the slots that come free once others have gone to the disk.
+
+        keep: pages that are not to go there.
+        """
+        if self.refuses("host"):
+            return 0
+        return self.host_room() + self.residency.reclaimable_host(keep)
 
     def _free_host(self, count: int, needed: Set[int] = frozenset()) -> None:
         """Free slots of the host at once, where the disk has a copy; have others copied there."""
@@ -199,7 +214,7 @@ class Leaving(Copies):
         if not host.capacity or self.exchange is not None:
             return
         self._watch_marks()
-        room = self.limits.copies_in_flight - len(self.copying)
+        room = (1 if "host" in self.refusals else self.limits.copies_in_flight) - len(self.copying)
         while room > 0 and self.to_clean:
             if not self.host_room() and not (self.pressing and self._press()):
                 return
@@ -220,6 +235,8 @@ class Leaving(Copies):
 
     def _press(self) -> bool:
         """Have the host give to the disk; True when it has room at once."""
+        if self.refuses("host"):
+            return False
         if not any(copying.reason == _HOST_ROOM for copying in self.copying.values()):
             self._free_host(RUN)
         return self.host_room() > 0
@@ -266,6 +283,3 @@ class Leaving(Copies):
             if page in self.residency.dirty:
                 # nothing else would have it copied again once there is room
                 self.to_clean.update(dict.fromkeys(self._owners(page)))
-
-    def _owners(self, page: int) -> list[str]:
-        return [s.id for s in self.sessions.values() if any(page in t for t in s.tables)]

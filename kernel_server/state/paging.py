@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kernel_server.protocol.errors import OutOfPages, SessionFailed
+from kernel_server.protocol.errors import DjinnError, NotStopped, OutOfPages, SessionFailed
 from kernel_server.protocol.location import Point, layers_begun, layers_executed
 from kernel_server.state.events import CopiesDone
 from kernel_server.state.exchanging import Exchanging
@@ -69,10 +69,8 @@ class Paging(Exchanging):
             self._exchanged(session)
             return self._tickets(session, until)  # every decode that fits
         room = self.room_for(session, until, plan)
-        lost = [p for pages in room.absent.values() for p in pages if p in self.lost]
-        if lost:
-            error = self.lost[lost[0]]
-            raise SessionFailed(f"{len(lost)} pages of session {session.id} are lost: {error}")
+        if loss := self.loss(session, (p for pages in room.absent.values() for p in pages)):
+            raise loss
         lacking = room.total - self.residency.slots["device"].room if room.total else 0
         waits = self.exchange not in (None, session.id) and lacking > 0 and bool(self.copying)
         if waits or self._must_wait(session, room, lacking, until):
@@ -138,13 +136,13 @@ class Paging(Exchanging):
         """Count what arrived, and let those that waited for it go on."""
         copying = self.copying.pop(event.ticket)
         for move in copying.moves:
-            self.inbound.pop(move.page, None)
-            if event.error is None:
-                self.residency.done(move)
-                continue
-            self.residency.failed(move)
-            if move.source == "disk" and event.error.code == "TornPage":
-                self.lost[move.page] = event.error.message
+            # the page of this number may be another one by now, on its way by another copy
+            if self.inbound.get(move.page) == event.ticket:
+                del self.inbound[move.page]
+        if event.error is None:
+            self._made(copying.moves)
+        else:
+            self._not_made(copying, event.error)
         self._tell(copying, event)
         for session_id in list(self.arriving):
             del self.arriving[session_id]
@@ -156,17 +154,32 @@ class Paging(Exchanging):
     # -- asked for ------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Answer those whose pages are where they wanted them; push on with the others."""
+        """Answer those whose pages are where they wanted them, or cannot come there; push on with
+        the others."""
         for session_id in list(self.settling):
-            session = self.sessions.get(session_id)
-            if session is None or self._settled(session, self.settling[session_id]):
-                settling = self.settling.pop(session_id)
-                self.settled(settling.request_id, session)
+            session, error = self.sessions.get(session_id), None
+            try:
+                if session is not None and not self._settled(session, self.settling[session_id]):
+                    continue
+            except (OutOfPages, SessionFailed, NotStopped) as found:
+                error = found
+            settling = self.settling.pop(session_id)
+            self.settled(settling.request_id, session, error)
 
     def _settled(self, session: Session, settling: Settling) -> bool:
-        """Take the next step towards having all the session's pages in a tier; True: they are."""
+        """Take the next step towards having all the session's pages in a tier; True: they are.
+
+        Raises OutOfPages where a tier on the way refuses, SessionFailed where a page is lost,
+        NotStopped where the session went on and its pages were to leave.
+        """
         tier, reason = settling.tier, settling.reason
-        pages = list(dict.fromkeys(p for table in session.tables for p in table))
+        if tier != "device" and session.status == "running":
+            raise NotStopped(
+                f"session {session.id} went on while its pages were leaving: pause it, then repeat",
+                status=session.status,
+            )
+        self.require_way(session, tier)
+        pages = _pages_of(session)
         places = {p: self.residency.place(p) for p in pages}
         if any(place.moving for place in places.values()):
             return False
@@ -200,6 +213,38 @@ class Paging(Exchanging):
         self._drop_all(leaving, reason)
         return True
 
+    def require_way(self, session: Session, tier: Tier) -> None:
+        """Raise unless the session's pages can go to a tier, as far as what failed tells.
+
+        Raises SessionFailed for pages that are lost, OutOfPages where a tier on the way refuses.
+        """
+        residency = self.residency
+        places = [(page, residency.place(page)) for page in _pages_of(session)]
+        if tier == "device":
+            absent = [page for page, place in places if place.device is None]
+            if loss := self.loss(session, absent):
+                raise loss
+            stuck = len(self._deep(absent)) if self.refuses("host") else 0
+        else:
+            still = [
+                (page, place)
+                for page, place in places
+                if not place.moving and not self._used_by_others(page, session)
+            ]
+            stuck = 0
+            if self.refuses("host"):
+                stuck = sum(place.device is not None and not place.clean for _, place in still)
+            if tier == "disk" and self.refuses("disk") and not stuck:
+                stuck = sum(place.disk is None for _, place in still)
+        if stuck:
+            pages = "1 page" if stuck == 1 else f"{stuck} pages"
+            raise OutOfPages(
+                f"{pages} of session {session.id} cannot go to the {tier}" + self._what_next(""),
+                needed=stuck,
+                free=0,
+                **self._why_refused(),
+            )
+
     def _used_by_others(self, page: int, session: Session) -> bool:
         """Whether a session that runs needs this page, which it shares, on the device."""
         if self.slot is not None and page in self.slot.sources:
@@ -210,6 +255,13 @@ class Paging(Exchanging):
             if other is not session
         )
 
-    def settled(self, request_id: int | None, session: Session | None) -> None:
+    def settled(
+        self, request_id: int | None, session: Session | None, error: DjinnError | None
+    ) -> None:
         """Answer a request about residency; defined by who takes requests."""
         raise NotImplementedError
+
+
+def _pages_of(session: Session) -> list[int]:
+    """Its pages, each once."""
+    return list(dict.fromkeys(page for table in session.tables for page in table))

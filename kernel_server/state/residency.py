@@ -30,10 +30,12 @@ class Slots:
     """The slots of one tier: free ones on a stack, lowest on top.
 
     capacity: those that may be used. budget: no more than so many, however many there are.
+    refusal: why none can be taken now, because writing to the tier failed.
     """
 
     capacity: int
     budget: int | None = None
+    refusal: str | None = None
     _free: list[int] = field(default_factory=list)
     _taken: set[int] = field(default_factory=set)
     _made: int = 0
@@ -62,11 +64,13 @@ class Slots:
     @property
     def room(self) -> int:
         """Slots that may be taken; negative while more are taken than the budget allows."""
-        return self.capacity - self.used
+        room = self.capacity - self.used
+        return room if self.refusal is None else min(room, 0)
 
     @property
     def num_free(self) -> int:
-        """Slots that may be taken: fewer than are empty when the capacity was lowered."""
+        """Slots that may be taken: fewer than are empty when the capacity was lowered, and none
+        while the tier refuses."""
         return max(0, self.room)
 
     def take(self) -> int:
@@ -76,10 +80,11 @@ class Slots:
         self.changes += 1
         return slot
 
-    def give_back(self, slot: int) -> None:
+    def give_back(self, slot: int, *, last: bool = False) -> None:
+        """last: the slot is to be taken after all others, since it may be the one at fault."""
         assert slot in self._taken, f"slot {slot} is free already"
         self._taken.remove(slot)
-        self._free.append(slot)
+        self._free.insert(0 if last else len(self._free), slot)
         self.changes += 1
 
 
@@ -269,21 +274,23 @@ class Residency:
         self._sort(move.page, place)
         return good
 
-    def failed(self, move: Move) -> None:
-        """The copy was not made: its slot is free again, the page is where it was."""
+    def failed(self, move: Move) -> bool:
+        """The copy was not made: its slot is free again, the page is where it was; False when the
+        page was forgotten meanwhile."""
         place = self._found(move)
         place.moving -= 1
         if move.page not in self._places or self._places[move.page] is not place:
             self._bury(place)
-            return
+            return False
         setattr(place, move.target, None)
-        self.slots[move.target].give_back(move.target_slot)
+        self.slots[move.target].give_back(move.target_slot, last=True)
         if move.target == "device":
             self.epoch += 1
             self.num_absent += 1
         if place.version != move.version and not place.moving:
             self._let_copies_go(place)
         self._sort(move.page, place)
+        return True
 
     def drop(self, page: int, tier: Tier) -> None:
         """Give up the page's slot in one tier; a good copy must remain in another."""

@@ -10,7 +10,13 @@ from __future__ import annotations
 import math
 
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import BadArgument, NotStopped, NotSupported, OutOfPages
+from kernel_server.protocol.errors import (
+    BadArgument,
+    DjinnError,
+    NotStopped,
+    NotSupported,
+    OutOfPages,
+)
 from kernel_server.state.events import PoolGrown, Requested, Ticked
 from kernel_server.state.paging import Settling
 from kernel_server.state.residency import Tier
@@ -38,6 +44,7 @@ class Residing(Saving):
         if request.to == "disk" and not self.residency.slots["host"].capacity:
             raise NotSupported("pages reach the disk through the host: start with --host-memory")
         self._require_below(session)
+        self.require_way(session, request.to)
         for line in session.tree.lines:
             if line not in self.settling:
                 self._ask_for(None, self.sessions[line], request.to, "asked for")
@@ -45,6 +52,7 @@ class Residing(Saving):
 
     def restore(self, event: Requested, request: m.Restore, session: Session) -> None:
         self._require_still(session)
+        self.require_way(session, "device")
         absent = len(self._absent(session))
         if not self._room_from_others(session, absent):
             free = self.residency.free("device")
@@ -74,11 +82,18 @@ class Residing(Saving):
         self.reply(event.request_id, m.SessionReply(session=self.info(session)))
         self._come_back_in_time(session)
 
-    def settled(self, request_id: int | None, session: Session | None) -> None:
-        if request_id is None:
-            return
+    def settled(
+        self, request_id: int | None, session: Session | None, error: DjinnError | None
+    ) -> None:
         if session is None:
             error = NotStopped("the session was terminated while its pages moved")
+        elif error is not None:
+            self.note(session, "not settled", f"{error.code}: {error.message}")
+            session.idled = False  # it may be tried again
+        if request_id is None:
+            return
+        if session is None or error is not None:
+            assert error is not None
             self.reply(request_id, m.ErrorReply(error=m.error_info(error)))
             return
         self.reply(request_id, m.SessionReply(session=self.info(session)))
@@ -97,13 +112,16 @@ class Residing(Saving):
         dirty = len(self._dirty(session))
         if not dirty:
             return
-        room = self.host_room() + self.residency.reclaimable_host()
+        room = self.room_below()
         if dirty > room:
             raise OutOfPages(
-                f"{dirty} pages of session {session.id} are to go down, and {room} fit there:"
-                " terminate a session, or start the server with more --host-memory",
+                f"{dirty} pages of session {session.id} are to go down, and {room} fit there"
+                + self._what_next(
+                    "terminate a session, or start the server with more --host-memory"
+                ),
                 needed=dirty,
                 free=room,
+                **self._why_refused(),
             )
 
     def _ask_for(self, request_id: int | None, session: Session, tier: Tier, reason: str) -> None:
@@ -153,20 +171,27 @@ class Residing(Saving):
         below = self.residency.slots["host"].capacity
         if session.pinned or not on_device or not below or session.idled:
             return
+        if (
+            self._dirty(session)
+            and "host" in self.refusals
+            and (self.refuses("host") or self.copying)
+        ):
+            return  # its turn comes when the host takes pages again
         session.idled = True
-        room = self.host_room() + self.residency.reclaimable_host()
-        if len(self._dirty(session)) <= room:
+        if len(self._dirty(session)) <= self.room_below():
             idle_s = self.now - session.touched
             self.note(session, "idle", idle_s)
             self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
 
     def _come_back_in_time(self, session: Session) -> None:
-        absent = len(self._absent(session))
+        absent = self._absent(session)
         if session.resumes_at is None or not absent or session.id in self.settling:
             return
+        if self.loss(session, absent) or (self.refuses("host") and self._deep(list(absent))):
+            return
         left_s = session.resumes_at - self.now
-        lead_s = _LEAD_S + absent * self.shape.page_bytes / _LEAD_BYTES_PER_S
-        if left_s <= lead_s and self._room_from_others(session, absent, max(left_s, _LEAD_S)):
+        lead_s = _LEAD_S + len(absent) * self.shape.page_bytes / _LEAD_BYTES_PER_S
+        if left_s <= lead_s and self._room_from_others(session, len(absent), max(left_s, _LEAD_S)):
             self._ask_for(None, session, "device", "its hint says that it goes on soon")
 
     def pool_grown(self, event: PoolGrown) -> None:

@@ -132,6 +132,7 @@ class ServerState(Budgets):
                 self.stretch_done(event)
             case Requested():
                 self.now = max(self.now, event.now)
+                self.end_refusals()
                 self._requested(event)
             case StretchAdvanced():
                 self.stretch_advanced(event)
@@ -148,6 +149,7 @@ class ServerState(Budgets):
                 self.copies_done(event)
             case Ticked():
                 self.now = max(self.now, event.now)
+                self.end_refusals()
                 self.ticked(event)
                 self.record_advanced()
             case PoolGrown():
@@ -258,6 +260,7 @@ class ServerState(Budgets):
         self.pool.check(held)
         self.residency.check(page for page in range(self.pool.num_pages) if self.pool.owners(page))
         assert self.copying or not self.arriving, "sessions wait for copies that nobody makes"
+        assert self.copying or not self.settling, "requests wait for copies that nobody makes"
         self.scheduler.check()
         queued = self.scheduler.queued()
         in_engine = self.slot.session.id if self.slot and not self.slot.ended else None
