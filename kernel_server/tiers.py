@@ -16,8 +16,8 @@ from pathlib import Path
 from kernel_server.config import ServerConfig
 from kernel_server.engine.kv_cache import KVCache
 from kernel_server.engine.tiers import Copier, CopyDone, DiskPool, HostPool
-from kernel_server.protocol.errors import BadArgument
-from kernel_server.protocol.messages import error_info
+from kernel_server.protocol.errors import BadArgument, DjinnError
+from kernel_server.protocol.messages import ErrorInfo, error_info
 from kernel_server.state.events import CopiesDone, PoolGrown, StateEvent, Ticked
 from kernel_server.state.residency import Slots
 from kernel_server.state.shape import ModelShape
@@ -82,7 +82,7 @@ class Tiers:
                     ticket=done.ticket,
                     nbytes=done.nbytes,
                     seconds=done.seconds,
-                    error=None if done.error is None else error_info(done.error),
+                    error=None if done.error is None else _why(done.error),
                 )
             )
 
@@ -117,7 +117,7 @@ class Tiers:
         return [
             ("KV pages in use (host)", used * page,
              f"{used} of {count} pages; {absent} pages of sessions are not on the device"),
-            ("KV pages free (host)", free * page, f"budget {slots.capacity} pages"),
+            ("KV pages free (host)", free * page, _free_note(slots)),
         ]  # fmt: skip
 
     def disk_rows(self, slots: Slots) -> list[Row]:
@@ -129,7 +129,7 @@ class Tiers:
         free = (count - slots.used) * page
         return [
             ("KV pages in use (disk)", slots.used * page, note),
-            ("KV pages free (disk)", free, f"budget {slots.capacity} pages"),
+            ("KV pages free (disk)", free, _free_note(slots)),
         ]
 
     def untouched_bytes(self) -> int:
@@ -145,6 +145,22 @@ class Tiers:
             self._disk.close()
         if self._host is not None:
             self._host.close()
+
+
+def _free_note(slots: Slots) -> str:
+    refusal = "" if slots.refusal is None else f"; refuses pages for now: {slots.refusal}"
+    return f"budget {slots.capacity} pages{refusal}"
+
+
+def _why(error: Exception) -> ErrorInfo:
+    """Why a copy was not made, in words that end up in a message to a person."""
+    info = error_info(error)
+    if isinstance(error, DjinnError):
+        return info
+    text = error.strerror if isinstance(error, OSError) and error.strerror else None
+    first = (str(error).splitlines() or [""])[0]
+    message = text or f"{type(error).__name__}: {first}".rstrip(": ")
+    return dataclasses.replace(info, message=message)
 
 
 def _pages(flag: str, nbytes: int, page: int) -> int:

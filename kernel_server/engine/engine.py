@@ -220,10 +220,10 @@ class Engine:
             found = held.at_start(errand.forward, source)
         self._sessions[errand.session_id] = found
 
-    def await_copy(self, ticket: int) -> None:
-        """Order what is computed next after a copy to the device."""
+    def await_copy(self, ticket: int) -> bool:
+        """Order what is computed next after a copy to the device; False if it was not made."""
         assert self._copier is not None
-        self._copier.wait(ticket)
+        return self._copier.wait(ticket)
 
     # -- stretches ----------------------------------------------------------------------------
 
@@ -359,8 +359,8 @@ class _Stretch:
 
     def go(self) -> StretchDone:
         stretch, held, engine = self.stretch, self.held, self.engine
-        first = layer_of(max(stretch.point, EMBEDDING))
-        self.await_pages(engine.num_layers if stretch.copies else first)
+        if not self.await_pages(layer_of(max(stretch.point, EMBEDDING))):
+            return self.done(stretch.point, layers_run=0)
         for source, target in stretch.copies:
             engine.cache.copy_page(source, target)
         if stretch.point == NOT_STARTED:
@@ -385,20 +385,27 @@ class _Stretch:
             token = sample(logits, stretch.sampling)
             held.finish(logits)
             point = stretch.until
+        return self.done(point, token=token, layers_run=forward.layer_runs - runs)
+
+    def done(self, point: Point, *, layers_run: int, token: int | None = None) -> StretchDone:
+        """What is answered where the stretch ends, at its end or before it."""
         return StretchDone(
-            session_id=stretch.session_id,
+            session_id=self.stretch.session_id,
             point=point,
             held=self.hits,
             edits=tuple(self.results),
             logs=self.logs.finish(),
             token=token,
-            layers_run=forward.layer_runs - runs,
+            layers_run=layers_run,
         )
 
-    def await_pages(self, layer: int) -> None:
-        """Let the layers up to this one find their pages, which may still be under way."""
+    def await_pages(self, layer: int) -> bool:
+        """Let the layers up to this one find their pages, which may still be under way; False if
+        some do not come: then the stretch ends here, as if it had been interrupted."""
         while self.arrivals and self.arrivals[0][0] <= layer:
-            self.engine.await_copy(self.arrivals.pop(0)[1])
+            if not self.engine.await_copy(self.arrivals.pop(0)[1]):
+                return False
+        return True
 
     def on_point(self, point: Point, forward: ForwardState) -> bool:
         """Called at each point reached; True stops there."""
@@ -407,8 +414,6 @@ class _Stretch:
             engine._do_errands()
         if time.monotonic() - self.told_at > PROGRESS_S:
             self._tell(point)
-        if self.arrivals:
-            self.await_pages(layer_of(point))
         held.arrive()
         marked, full = point in self.marked, False
         if marked and (edits := self.edits.get(point)):
@@ -419,6 +424,8 @@ class _Stretch:
         # an interrupt sent for an earlier stretch of this session was cleared when this one came
         interrupted = engine._interrupted == self.stretch.session_id or engine._closing
         self.halted = full or interrupted or bool(self.hits)
+        if self.arrivals and not self.halted:
+            self.halted = not self.await_pages(layer_of(point))
         return self.halted
 
     def _look(self, point: Point, forward: ForwardState) -> bool:

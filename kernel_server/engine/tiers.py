@@ -193,19 +193,21 @@ class Copier:
             arrival = self._arrivals[copy.ticket] = _Arrival()
         self._queues[copy.way].put((copy, after, arrival))
 
-    def wait(self, ticket: int) -> None:
-        """Let what is computed next find the pages of this copy; raises what went wrong with it.
+    def wait(self, ticket: int) -> bool:
+        """Let what is computed next find the pages of this copy; False if it was not made, and
+        then that has been told.
 
         On a GPU the device waits, not the thread, once the copy has been given to it.
         """
-        arrival = self._arrivals.pop(ticket, None)
+        arrival = self._arrivals.get(ticket)
         if arrival is None:
-            return  # made long ago
+            return True  # made long ago
         arrival.given.wait()
-        if arrival.error is not None:
-            raise arrival.error
+        if arrival.failed:
+            return False
         if arrival.event is not None:
             torch.cuda.current_stream().wait_event(arrival.event)
+        return True
 
     def close(self) -> None:
         """End the threads once what was begun is done."""
@@ -243,14 +245,23 @@ class Copier:
             self._carry_out(made, after)
         except Exception as found:
             made.error = found
+            if self._cuda:
+                # what was given to the device before that still uses its slots
+                with contextlib.suppress(Exception):
+                    self._streams[copy.way].synchronize()
         if arrival is not None:
-            arrival.error, arrival.event = made.error, made.end
+            if made.error is not None:
+                # told first: whoever goes on without the pages must find that they are not there
+                self._tell(made)
+                arrival.failed = True
+            arrival.event = made.end
             arrival.given.set()
         return made
 
     def _finish(self, made: _Begun) -> None:
-        """Wait for a copy that was begun, and tell of it."""
-        copy = made.copy
+        """Wait for a copy that was begun, and tell of it unless that was done."""
+        if made.arrival is not None and made.arrival.failed:
+            return
         if made.error is None and made.end is not None:
             try:
                 made.end.synchronize()
@@ -258,9 +269,12 @@ class Copier:
             except Exception as found:
                 made.error = found
         if made.error is None and made.arrival is not None:
-            self._arrivals.pop(copy.ticket, None)
-        nbytes = 0 if made.error else len(copy.moves) * self._device.shape[1]
-        self._told(CopyDone(copy.ticket, nbytes, made.seconds, made.error))
+            self._arrivals.pop(made.copy.ticket, None)
+        self._tell(made)
+
+    def _tell(self, made: _Begun) -> None:
+        nbytes = 0 if made.error else len(made.copy.moves) * self._device.shape[1]
+        self._told(CopyDone(made.copy.ticket, nbytes, made.seconds, made.error))
 
     def _carry_out(self, made: _Begun, after: Any) -> None:
         copy = made.copy
@@ -317,12 +331,12 @@ class _Begun:
 class _Arrival:
     """What whoever needs arriving pages waits for."""
 
-    __slots__ = ("error", "event", "given")
+    __slots__ = ("event", "failed", "given")
 
     def __init__(self) -> None:
         self.given = threading.Event()
         self.event: Any = None
-        self.error: Exception | None = None
+        self.failed = False
 
 
 def _touch(part: Tensor, threads: int = 4) -> None:

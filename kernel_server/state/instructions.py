@@ -122,7 +122,8 @@ class RunStretch:
     copies: tuple[tuple[int, int], ...]
     sampling: Sampling
     captures: Captures | None = None
-    #: copies to wait for before a page group is used: (group, ticket)
+    #: copies to wait for before a page group is used: (group, ticket), all that bring pages of it;
+    #: none where there are `copies`
     arrivals: tuple[tuple[int, int], ...] = ()
     logs: tuple[LogPlan, ...] = ()
     #: how much all logs together may note in this stretch

@@ -59,15 +59,16 @@ class Paging(Exchanging):
                 room.absent[group] = absent
         return room
 
-    def bring(self, session: Session, until: Point, plan: WritePlan) -> dict[int, int] | None:
-        """Have the session's pages brought; the ticket to wait for, by group.
+    def bring(
+        self, session: Session, until: Point, plan: WritePlan
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Have the session's pages brought; (group, ticket) of each copy to wait for.
 
         None: they cannot come yet, and the session waits in `arriving`. Raises OutOfPages when
         they can never come as things are, and changes nothing then.
         """
         if not self.residency.num_absent and plan.num_pages <= self.residency.free("device"):
-            self._exchanged(session)
-            return self._tickets(session, until)  # every decode that fits
+            return self._tickets(session, until, plan)  # every decode that fits
         room = self.room_for(session, until, plan)
         if loss := self.loss(session, (p for pages in room.absent.values() for p in pages)):
             raise loss
@@ -79,8 +80,7 @@ class Paging(Exchanging):
                 raise self._out_of_pages(room.total, 0)
             self.arriving[session.id] = None
             return None
-        self._exchanged(session)
-        return self._tickets(session, until)
+        return self._tickets(session, until, plan)
 
     def _exchanged(self, session: Session) -> None:
         """Its exchange, if it was for this session, has come to its end."""
@@ -102,15 +102,24 @@ class Paging(Exchanging):
                 return True
         return bool(absent) and self._let_come(session, absent, needed)
 
-    def _tickets(self, session: Session, until: Point) -> dict[int, int]:
-        """The newest copy that a group of the session waits for."""
-        found: dict[int, int] = {}
+    def _tickets(
+        self, session: Session, until: Point, plan: WritePlan
+    ) -> tuple[tuple[int, int], ...] | None:
+        """The copies that each group of the session waits for; None, and the session waits in
+        `arriving`, where pages that are still to come would be copied first."""
+        found: list[tuple[int, int]] = []
         if self.inbound:
             for group in self._groups(session.point, until):
-                under_way = [self.inbound[p] for p in session.tables[group] if p in self.inbound]
-                if under_way:
-                    found[group] = max(under_way)
-        return found
+                table = session.tables[group]
+                # each of them: one may fail although a later one is made
+                under_way = {self.inbound[page] for page in table if page in self.inbound}
+                found += [(group, ticket) for ticket in sorted(under_way)]
+        if found and plan.shared:
+            # a copy that fails would leave a fresh page without what was to be in it
+            self.arriving[session.id] = None
+            return None
+        self._exchanged(session)
+        return tuple(found)
 
     def _needed(self, session: Session, until: Point) -> set[int]:
         return {p for g in self._groups(session.point, until) for p in session.tables[g]}

@@ -287,7 +287,9 @@ class Residency:
         if move.target == "device":
             self.epoch += 1
             self.num_absent += 1
-        if place.version != move.version and not place.moving:
+            # who was to write it waited for it in vain: what lies below is as good as it was
+            place.clean = True
+        elif place.version != move.version and not place.moving:
             self._let_copies_go(place)
         self._sort(move.page, place)
         return True

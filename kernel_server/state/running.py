@@ -127,7 +127,7 @@ class Running(Paging):
             copies=tuple((slot(source), slot(target)) for source, target in copies),
             sampling=session.sampling(),
             captures=session.captures,
-            arrivals=tuple(arrivals.items()),
+            arrivals=arrivals,
             logs=logs,
             log_room_bytes=self.log_room(session.owner) if logs else 0,
             reads=reads,

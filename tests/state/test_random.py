@@ -295,7 +295,8 @@ class Clients(RuleBasedStateMachine):
     @rule(how_far=st.integers(0, 9), holds=st.booleans())
     def be_cut_short(self, how_far: int, holds: bool) -> None:
         stretch = self.world.stretch
-        logs, point = noted(stretch, min(stretch.point + how_far, stretch.until))
+        reach = min(stretch.until, self.world.engine.reach(stretch))
+        logs, point = noted(stretch, min(stretch.point + how_far, reach))
         reached = [c for c in stretch.checks if c.point == point] if how_far else []
         self.count_turn()
         token = self.world.token() if point == SAMPLED else None
@@ -320,7 +321,8 @@ class Clients(RuleBasedStateMachine):
         if really < 3:
             self.world.done()
         else:
-            point = min(stretch.point + how_far, stretch.until, SAMPLED - 1)
+            reach = self.world.engine.reach(stretch)
+            point = min(stretch.point + how_far, stretch.until, reach, SAMPLED - 1)
             self.world.fail(point, fatal=fatal == 4)
 
     @precondition(lambda self: self.world.errands)
@@ -393,11 +395,8 @@ class TieredClients(Clients):
         """A copy arrives, in any order; now and then one fails."""
         tickets = sorted(self.world.engine.copies)
         ticket = tickets[which % len(tickets)]
-        used = self.world.engine.stretch is not None and any(
-            ticket == awaited for _, awaited in self.world.stretch.arrivals
-        )
         error = None
-        if not fails and not used:
+        if not fails:
             error = m.ErrorInfo(code="OutOfDeviceMemory", message="no space left")
         self.world.land(ticket, error)
 

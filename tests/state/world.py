@@ -116,6 +116,8 @@ class Engine:
         #: copies that were begun and not told done, and those whose bytes have arrived
         self.copies: dict[int, CopyPages] = {}
         self.arrived: set[int] = set()
+        #: copies to the device that were not made
+        self.failed: set[int] = set()
         self.stretch: RunStretch | None = None
         self.interrupted = False
 
@@ -147,16 +149,26 @@ class Engine:
         for a, b in copy.moves:
             target[b] = dict(source[a])
 
+    def reach(self, stretch: RunStretch) -> Point:
+        """How far it comes: up to the first layer whose pages do not come."""
+        groups = [group for group, ticket in stretch.arrivals if ticket in self.failed]
+        if not groups:
+            return stretch.until
+        layer = min(groups) * self.shape.layers_per_group
+        return max(stretch.point, layer) if layer else stretch.point
+
     def answer(self, point: int) -> None:
         """Run the layers up to `point`."""
         assert self.stretch is not None
         held = self.sessions[self.stretch.session_id]
         num_layers = self.shape.num_layers
-        newest = max((ticket for _, ticket in self.stretch.arrivals), default=0)
-        for ticket, copy in sorted(self.copies.items()):
-            # copies one way are made in the order they were begun
-            if ticket <= newest and copy.way == "host-device":
-                self.move(copy)
+        reached = layers_begun(point, num_layers)
+        for group, ticket in sorted(self.stretch.arrivals):
+            if group * self.shape.layers_per_group < reached:
+                # nothing is computed before they are there
+                assert ticket not in self.failed, "computed on pages that did not come"
+                if ticket in self.copies:
+                    self.move(self.copies[ticket])
         for source, target in self.stretch.copies:
             self.pages[target] = dict(self.pages[source])
         begun = layers_executed(held.point, num_layers)
@@ -279,6 +291,8 @@ class World:
         self.prompt_edits = True
         #: which positions a condition holds at
         self.judge: Callable[[Check], tuple[int, ...]] = lambda check: ()
+        #: what copies fail with, by way
+        self.broken: dict[str, m.ErrorInfo] = {}
         #: the token a forward draws, by position
         self.draw: Callable[[int], int] = lambda position: 7
 
@@ -350,18 +364,26 @@ class World:
 
     def work(self) -> None:
         """Let the engine run whatever it is given, until it is given nothing."""
-        while self.engine.stretch is not None or self.engine.copies:
+        for _ in range(10_000):
             if self.engine.stretch is not None:
                 self.done()
-            else:
+            elif self.engine.copies:
                 self.land()
+            else:
+                return
+        raise AssertionError("the engine never comes to rest")
 
     def land(self, ticket: int | None = None, error: m.ErrorInfo | None = None) -> None:
         """Tell of a copy, the oldest unless it is named, that it was made or why not."""
         ticket = min(self.engine.copies) if ticket is None else ticket
         copy = self.engine.copies[ticket]
+        error = error or self.broken.get(copy.way)
+        if copy.way == "host-device" and ticket in self.engine.arrived:
+            error = None  # a stretch has computed on what it brought
         if error is None:
             self.engine.move(copy)
+        elif copy.way == "host-device":
+            self.engine.failed.add(ticket)
         del self.engine.copies[ticket]
         self.engine.arrived.discard(ticket)
         nbytes = 0 if error else len(copy.moves) * self.shape.page_bytes
@@ -372,6 +394,7 @@ class World:
         stretch = self.stretch
         if point is None:
             point = stretch.until
+        point = min(point, self.engine.reach(stretch))
         holding: list[tuple[Check, tuple[int, ...]]] = []
         for check in stretch.checks:
             if check.point <= point and (positions := self.judge(check)):
