@@ -392,6 +392,10 @@ class World:
     def done(self, point: int | None = None) -> None:
         """Let the engine come to its end, a check that holds, or `point` when interrupted."""
         stretch = self.stretch
+        for _, ticket in stretch.arrivals:
+            copy = self.engine.copies.get(ticket)
+            if copy is not None and copy.way in self.broken and ticket not in self.engine.arrived:
+                self.land(ticket)  # what the engine waits for is told before it learns of it
         if point is None:
             point = stretch.until
         point = min(point, self.engine.reach(stretch))
