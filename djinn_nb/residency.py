@@ -86,7 +86,8 @@ class Moving:
 
         to: "host" or "disk". Going on brings them back by itself. Pages that a running fork shares
         stay. Raises NotStopped while it runs, NotSupported without that tier or while it is pinned,
-        OutOfPages when there is no room below.
+        OutOfPages when there is no room below, or when it cannot be written there (a full disk; then
+        `details["refused"]` says why): the session stays as it was.
 
             session.evict(to="disk")
             session.continue_()
@@ -98,7 +99,8 @@ class Moving:
     def restore(self) -> Residency:
         """Have its pages come to the device, so that going on finds them there.
 
-        Raises NotStopped while it runs, OutOfPages when the device has no room for them.
+        Raises NotStopped while it runs, OutOfPages when the device has no room for them,
+        SessionFailed or TornPage when they cannot be read back.
         """
         return self._have_moved(m.Restore(session_id=self.id))
 

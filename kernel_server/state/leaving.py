@@ -214,7 +214,9 @@ class Leaving(Refusing):
         if not host.capacity or self.exchange is not None:
             return
         self._watch_marks()
-        room = (1 if "host" in self.refusals else self.limits.copies_in_flight) - len(self.copying)
+        room = self.limits.copies_in_flight - len(self.copying)
+        if "host" in self.refusals:
+            room = min(room, 1 - len(self.copying))
         while room > 0 and self.to_clean:
             if not self.host_room() and not (self.pressing and self._press()):
                 return

@@ -56,6 +56,14 @@ def test_the_host_pool_is_pinned_beside_everything_else(local: Local) -> None:
     assert host.slot(0).is_pinned() and host.slot(host.num_slots - 1).is_pinned()
 
 
+def test_a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
+    tier_cases.a_full_disk_is_told_and_loses_nothing(local)
+
+
+def test_a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
+    tier_cases.a_copy_that_brings_nothing_is_made_again(local)
+
+
 @pytest.mark.parametrize("to", ["host", "disk"])
 def test_an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
     tier_cases.an_evicted_session_goes_on_bit_for_bit(local, to)

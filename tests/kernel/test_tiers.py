@@ -59,5 +59,13 @@ def test_copies_that_are_late_take_no_old_bytes_for_new(local: Local) -> None:
     tier_cases.copies_that_are_late_take_no_old_bytes_for_new(local)
 
 
+def test_a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
+    tier_cases.a_full_disk_is_told_and_loses_nothing(local)
+
+
+def test_a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
+    tier_cases.a_copy_that_brings_nothing_is_made_again(local)
+
+
 def test_what_follows_pressure_is_as_before(local: Local) -> None:
     tier_cases.what_follows_pressure_is_as_before(local)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import threading
 import time
 from typing import Any
 
-from djinn_nb import Finished, Session, Stopped
+import pytest
+
+from djinn_nb import Finished, Session, Stopped, errors
+from kernel_server.loop import REPLY_DEADLINE_S
 from kernel_server.protocol import messages as m
+from kernel_server.state.refusing import READS
 from notebooks.harness.exactness import Trace, different, reference_run, watching
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
@@ -154,6 +160,99 @@ def pages_change_places(local: Local, spare: int) -> None:
         session.terminate()
     settled(local)
     budgets(local, **before)
+
+
+def a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
+    """Nothing can be written to the disk for a while: who asks for it is told at once, others go
+    on, one that finds no room waits, and afterwards all of them end as if left alone."""
+    prompts = [prompt_of(local, 1.4, new_tokens=18, seed=40 + i) for i in range(2)]
+    crowd = [prompt_of(local, 2.5, new_tokens=3, seed=50 + i) for i in range(64)]
+    with watching(local) as watch:
+        references = [reference_run(local, watch, prompt) for prompt in prompts]
+        last = reference_run(local, watch, crowd[0])
+    settled(local)
+    state, attempts = local.kernel.state, 0
+    disk = local.kernel.tiers._disk
+    assert disk is not None
+    pwrite = os.pwrite
+
+    def full(file: int, content: Any, offset: int) -> int:
+        nonlocal attempts
+        if file != disk._file:
+            return pwrite(file, content, offset)
+        attempts += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    session = prompts[0].launch(local)
+    session.run_to("logits")
+    waiting: list[Session] = []
+    with instead(os, "pwrite", full):
+        began = time.monotonic()
+        with pytest.raises(errors.OutOfPages, match="No space left on device") as caught:
+            ask(session, m.Evict, to="disk")
+        assert time.monotonic() - began < REPLY_DEADLINE_S / 4, "the call was left to its deadline"
+        assert caught.value.details["refused"] == {"disk": "No space left on device"}
+        info = session.refresh()
+        assert info.device_pages == info.num_pages > 0 and info.status == "stopped"
+        other = prompts[1].launch(local)
+        assert isinstance(other.continue_(), Finished)
+        assert tuple(other.tokens[len(prompts[1].ids) :]) == references[1].tokens
+        assert different(other.logits, references[1].last) == 0
+        other.terminate()
+        for prompt in crowd:
+            waiting.append(prompt.launch(local))
+            try:
+                waiting[-1].run_to("logits")
+            except errors.OutOfPages as found:
+                assert "No space left on device" in found.message
+                break
+        else:
+            raise AssertionError("there was room for all: nothing was tested")
+        assert waiting[-1].refresh().status == "waiting"
+        assert 0 < attempts < 200, "it was tried again and again"
+    # a budget, even the same one, has the tier tried at once
+    budgets(local, disk=state.shape.num_disk_pages)
+    waiting[-1].run_to("logits")
+    assert ask(session, m.Evict, to="disk").session.disk_pages == info.num_pages
+    assert isinstance(session.continue_(), Finished)
+    assert tuple(session.tokens[len(prompts[0].ids) :]) == references[0].tokens
+    assert len(references[0].tokens) > 16
+    assert different(session.logits, references[0].last) == 0
+    for one in waiting:
+        assert isinstance(one.continue_(), Finished)
+    assert tuple(waiting[0].tokens[len(crowd[0].ids) :]) == last.tokens
+    assert different(waiting[0].logits, last.last) == 0
+    for one in (session, *waiting):
+        one.terminate()
+    settled(local)
+
+
+def a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
+    """A copy to the device fails while a stretch waits for it: the pages come a moment later, and
+    nothing was computed without them."""
+    prompt = prompt_of(local, 2.6, new_tokens=18)
+    with watching(local) as watch:
+        reference = reference_run(local, watch, prompt)
+    session = prompt.launch(local)
+    session.run_to("logits")
+    ask(session, m.Evict)
+    copier = local.kernel.engine._copier
+    assert copier is not None
+    carry_out, broken = copier._carry_out, []
+
+    def fails(copy: Any, *rest: Any) -> None:
+        if copy.way == "host-device" and len(broken) < READS - 1:
+            broken.append(copy)
+            raise RuntimeError("CUDA error: invalid argument")
+        carry_out(copy, *rest)
+
+    with instead(copier, "_carry_out", fails):
+        assert isinstance(session.continue_(), Finished)
+    assert len(broken) == READS - 1
+    assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
+    assert different(session.logits, reference.last) == 0
+    session.terminate()
+    settled(local)
 
 
 def budgets(local: Local, **pages: int) -> None:

@@ -88,7 +88,9 @@ def test_an_evict_whose_copy_fails_is_answered_at_once_and_changes_nothing() -> 
         "6 pages device to host failed (No space left on device): asked for"
     ]
     mend(world)
-    assert world.ask(m.Evict(session_id=session)).session.device_pages == 0
+    request = world.send(m.Evict(session_id=session))
+    world.work()
+    assert world.answer_to(request).session.device_pages == 0
     ends_well(world, session)
 
 
@@ -187,6 +189,28 @@ def test_the_host_does_not_press_a_full_disk() -> None:
     mend(world)
     assert not world.state.pressing
     ends_well(world, *sessions)
+
+
+def test_a_budget_that_is_to_be_kept_frees_no_slots_of_a_host_that_refuses() -> None:
+    limits = Limits(high_mark=1.0, copies_in_flight=0)
+    sizes = {"device": 2 * PAGES, "host": PAGES + 1, "disk": 2 * PAGES}
+    world = broken("device-host", limits=limits, **sizes)
+    world.broken.clear()
+    first = evicted(world, "host")
+    second = stopped(world)
+    world.broken["device-host"] = FULL
+    budget(world, "device", 3)
+    world.work()
+    assert world.state.refuses("host") and world.begun["host-disk"] == 1
+    begun, used = dict(world.begun), world.state.residency.slots["host"].used
+    for _ in range(9):
+        wait(world, 0.5)
+    assert world.begun == begun and world.state.residency.slots["host"].used == used
+
+    mend(world)
+    assert device_pages(world, second) == 3, "the budget is kept after all"
+    budget(world, "device", 2 * PAGES)
+    ends_well(world, first, second)
 
 
 # -- a session that needs room ------------------------------------------------------------------
