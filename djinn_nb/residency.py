@@ -86,7 +86,7 @@ class Moving:
 
         to: "host" or "disk". Going on brings them back by itself. Pages that a running fork shares
         stay. Raises NotStopped while it runs, NotSupported without that tier or while it is pinned,
-        OutOfPages when there is no room below, or when it cannot be written there (a full disk; then
+        OutOfPages when there is no room below, or nothing can be written there (a full disk; then
         `details["refused"]` says why): the session stays as it was.
 
             session.evict(to="disk")

@@ -227,7 +227,10 @@ class Paging(Exchanging):
 
         Raises SessionFailed for pages that are lost, OutOfPages where a tier on the way refuses.
         """
-        residency = self.residency
+        barred = self.refuses("host") or (tier == "disk" and self.refuses("disk"))
+        if not barred and not (self.lost and tier == "device"):
+            return
+        residency, owners = self.residency, self.pool.owners
         places = [(page, residency.place(page)) for page in _pages_of(session)]
         if tier == "device":
             absent = [page for page, place in places if place.device is None]
@@ -238,7 +241,8 @@ class Paging(Exchanging):
             still = [
                 (page, place)
                 for page, place in places
-                if not place.moving and not self._used_by_others(page, session)
+                if not place.moving
+                and (owners(page) == 1 or not self._used_by_others(page, session))
             ]
             stuck = 0
             if self.refuses("host"):
