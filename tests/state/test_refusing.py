@@ -454,7 +454,8 @@ def test_any_copies_may_fail_at_any_time(seed: int) -> None:
     refused = failed = 0
     for step in range(2500):
         choice = any_.randrange(12)
-        rests = [s for s in live if world.session(s).status in ("waiting", "stopped")]
+        found = world.state.sessions
+        rests = [s for s in live if found[s].status in ("waiting", "stopped")]
         if choice == 0 and len(live) < 8:
             live.append(world.launch(max_new_tokens=any_.randint(3, 6)))
         elif choice in (1, 2, 3) and rests:
@@ -463,7 +464,7 @@ def test_any_copies_may_fail_at_any_time(seed: int) -> None:
             request = world.send(
                 kind(
                     session_id=(one := any_.choice(rests)),
-                    seen=world.session(one).stop_number,
+                    seen=found[one].stop_number,
                     **options,
                 )
             )
