@@ -240,11 +240,11 @@ def a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
     assert copier is not None
     carry_out, broken = copier._carry_out, []
 
-    def fails(copy: Any, *rest: Any) -> None:
-        if copy.way == "host-device" and len(broken) < READS - 1:
-            broken.append(copy)
+    def fails(made: Any, *rest: Any) -> None:
+        if made.copy.way == "host-device" and len(broken) < READS - 1:
+            broken.append(made)
             raise RuntimeError("CUDA error: invalid argument")
-        carry_out(copy, *rest)
+        carry_out(made, *rest)
 
     with instead(copier, "_carry_out", fails):
         assert isinstance(session.continue_(), Finished)
