@@ -60,8 +60,9 @@ def test_a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
     tier_cases.a_full_disk_is_told_and_loses_nothing(local)
 
 
-def test_a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
-    tier_cases.a_copy_that_brings_nothing_is_made_again(local)
+@pytest.mark.parametrize("group", [0, -1])
+def test_a_copy_that_brings_nothing_is_made_again(local: Local, group: int) -> None:
+    tier_cases.a_copy_that_brings_nothing_is_made_again(local, group)
 
 
 @pytest.mark.parametrize("to", ["host", "disk"])

@@ -14,6 +14,7 @@ import pytest
 from djinn_nb import Finished, Session, Stopped, errors
 from kernel_server.loop import REPLY_DEADLINE_S
 from kernel_server.protocol import messages as m
+from kernel_server.state import copies
 from kernel_server.state.refusing import READS
 from notebooks.harness.exactness import Trace, different, reference_run, watching
 from notebooks.harness.faults import instead
@@ -227,26 +228,29 @@ def a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
     settled(local)
 
 
-def a_copy_that_brings_nothing_is_made_again(local: Local) -> None:
-    """A copy to the device fails while a stretch waits for it: the pages come a moment later, and
-    nothing was computed without them."""
+def a_copy_that_brings_nothing_is_made_again(local: Local, group: int) -> None:
+    """The copy of a page of this group fails while a stretch waits for it, and those after it are
+    made: the page comes a moment later, and nothing was computed without it."""
     prompt = prompt_of(local, 2.6, new_tokens=18)
     with watching(local) as watch:
         reference = reference_run(local, watch, prompt)
     session = prompt.launch(local)
     session.run_to("logits")
     ask(session, m.Evict)
-    copier = local.kernel.engine._copier
+    copier, state = local.kernel.engine._copier, local.kernel.state
     assert copier is not None
     carry_out, broken = copier._carry_out, []
+    page = state.sessions[session.id].tables[group][0]
 
     def fails(made: Any, *rest: Any) -> None:
-        if made.copy.way == "host-device" and len(broken) < READS - 1:
+        moves = state.copying[made.copy.ticket].moves
+        up = made.copy.way == "host-device" and any(move.page == page for move in moves)
+        if up and len(broken) < READS - 1:
             broken.append(made)
             raise RuntimeError("CUDA error: invalid argument")
         carry_out(made, *rest)
 
-    with instead(copier, "_carry_out", fails):
+    with instead(copier, "_carry_out", fails), instead(copies, "RUN", 1):
         assert isinstance(session.continue_(), Finished)
     assert len(broken) == READS - 1
     assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens

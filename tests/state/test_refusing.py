@@ -9,6 +9,7 @@ import pytest
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import NotStopped, OutOfPages, SessionFailed, TornPage
+from kernel_server.state import copies
 from kernel_server.state.events import Ticked
 from kernel_server.state.instructions import CopyPages
 from kernel_server.state.refusing import READS, REFUSES_S
@@ -389,6 +390,28 @@ def test_a_stretch_ends_before_the_pages_that_do_not_come(which: int, reached: i
 
     assert world.stretch.point == reached, "it went on where it had come to"
     assert world.begun["host-device"] == 3
+    world.work()
+    ends_well(world, session)
+
+
+def test_a_group_waits_for_each_of_its_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them does not come although a later one does."""
+    monkeypatch.setattr(copies, "RUN", 1)
+    world = tiers(device=2 * PAGES, host=2 * PAGES)
+    session = stopped(world, max_new_tokens=4)
+    world.work()
+    request = world.send(m.Evict(session_id=session))
+    world.work()
+    assert world.answer_to(request).session.device_pages == 0
+    world.go(session)
+    world.done()
+    tickets = [ticket for group, ticket in world.stretch.arrivals if group == 2]
+    assert len(tickets) == 2
+    world.land(tickets[0], UNREADABLE)
+    world.land(tickets[1])
+    world.done()
+
+    assert world.state.sessions[session].point == 4, "the last group begins with layer 4"
     world.work()
     ends_well(world, session)
 
