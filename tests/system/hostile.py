@@ -193,6 +193,10 @@ def _strangers(target: Target) -> list[Callable[[], None]]:
 def _reads(target: Target) -> list[Callable[[], None]]:
     """Has the engine read whatever it can of a session of their own."""
     with target.log_in() as sock:
+        had = target.ask(sock, m.ListSessions())  # of those that were killed before: they add up
+        assert isinstance(had, m.Sessions), had
+        for info in had.sessions:
+            target.ask(sock, m.Terminate(session_id=info.id))
         launched = target.ask(
             sock, m.Launch(token_ids=PROMPT, max_new_tokens=1, stop_on_entry=True)
         )

@@ -48,8 +48,9 @@ ANN, EVE = "the-token-of-ann-who-is-honest", "the-token-of-eve-who-is-hostile"
 PROMPT = list(range(5, 25))
 #: Turns of each arm, and calls of each kind in one turn: 240 of each.
 ROUNDS, CALLS = 8, 30
-#: Where the rounds seem to say more than what is allowed, so many are asked before that is said.
-MOST_ROUNDS = 32
+#: Where the rounds seem to say more than what is allowed, so many are asked before that is said,
+#: as long as it takes no longer than that, seconds.
+MOST_ROUNDS, MOST_S = 32, 300.0
 #: What a hostile client may cost, times.
 MOST = 3.0
 #: How much of the processors others may use, a share of all, in a round that counts against us.
@@ -275,8 +276,11 @@ def measured(
         share = hostile.share_of_a_core()
         with burner(share) as harmless:
             arms = {"quiet": None, "hostile": hostile, "harmless": harmless}
+            began = time.monotonic()
             while len(rounds) < ROUNDS or (
-                len(rounds) < most_rounds and max(least_ratios(rounds).values()) > MOST
+                len(rounds) < most_rounds
+                and time.monotonic() - began < MOST_S
+                and max(least_ratios(rounds).values()) > MOST
             ):
                 rounds.append(one_round(where, arms))
     quiet, beside = (ratios(rounds, base) for base in ("quiet", "harmless"))
@@ -310,9 +314,10 @@ def test_a_hostile_client_costs_others_little(attack: str, where: Arena) -> None
     rounds = measured(where, attack)
 
     if max(least_ratios(rounds).values()) > MOST:
-        rounds = [each for each in rounds if each.others <= OTHERS_MOST]
-        if len(rounds) < ROUNDS:
-            pytest.skip(f"others left room in {len(rounds)} of {MOST_ROUNDS} rounds only")
+        calm = [each for each in rounds if each.others <= OTHERS_MOST]
+        if len(calm) < ROUNDS:
+            pytest.skip(f"others left room in {len(calm)} of {len(rounds)} rounds only")
+        rounds = calm
     found = least_ratios(rounds)
     assert max(found.values()) <= MOST, found
 
