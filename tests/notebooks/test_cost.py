@@ -53,10 +53,14 @@ def test_copies_both_ways_are_under_way_at_the_same_time(local, references):
         time.sleep(0.2)
         carry_out(*given)
 
+    # each takes 0.2 s, and one request waits for neither; one after the other they overlap never,
+    # and on a busy machine one of them may begin late now and then
+    overlaps: list[float] = []
     with instead(copier, "_carry_out", slowly):
-        found = changed_places(local, references)
+        while len(overlaps) < 6 and max(overlaps, default=0.0) <= 0.5:
+            overlaps += changed_places(local, references).overlap
 
-    assert found.overlap[0] > 0.5  # each takes 0.2 s, and one request waits for neither
+    assert max(overlaps) > 0.5
 
 
 def test_spans_of_both_ways_are_counted_from_the_first_begin_to_the_last_end():
