@@ -99,13 +99,20 @@ class Moving:
     def restore(self) -> Residency:
         """Have its pages come to the device, so that going on finds them there.
 
+        One that rests on disk, because its lease ended or its server did, is computed again.
         Raises NotStopped while it runs, OutOfPages when the device has no room for them,
         SessionFailed or TornPage when they cannot be read back.
         """
         return self._have_moved(m.Restore(session_id=self.id))
 
     def pin(self, pinned: bool = True) -> None:
-        """Keep its pages on the device whoever needs the room, or no longer with `False`."""
+        """Keep its pages on the device whoever needs the room, or no longer with `False`.
+
+        A pinned session has no lease, where the server sets one.
+
+            session.pin()
+            session.pin(False)
+        """
         self.client.control(m.Pin(session_id=self.id, pinned=flag(pinned, "pinned")))
 
     def hint(self, *, resume_in_s: float | None) -> None:
