@@ -48,7 +48,13 @@ def encode(message: Any) -> bytes:
     return b"".join([_HEAD.pack(MAGIC, len(header)), header, *buffers])
 
 
-def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
+def plain(message: Any) -> Any:
+    """A registered message that holds no array as plain JSON, its lists written out."""
+    return {"type": type(message).__name__, "body": _dump(message, None, 0)}
+
+
+def _dump(value: Any, buffers: list[bytes | memoryview] | None, depth: int) -> Any:
+    """buffers: take what crosses as bytes; None: nothing may."""
     if depth > MAX_DEPTH:
         raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
     if value is None or isinstance(value, (bool, str)):
@@ -58,13 +64,15 @@ def _dump(value: Any, buffers: list[bytes | memoryview], depth: int) -> Any:
     if isinstance(value, int):
         return _checked_int(int(value), "a whole number")
     if isinstance(value, Array):
+        if buffers is None:
+            raise TypeError("an array is no plain JSON")
         buffers.append(value.data)
         return {"$array": value.dtype, "shape": list(value.shape)}
     if type(value) in _MESSAGE_TYPES():
         return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         if value and set(map(type, value)) == {int}:
-            if len(value) >= _LONG:  # token ids: the common long case
+            if buffers is not None and len(value) >= _LONG:  # token ids: the common long case
                 with contextlib.suppress(OverflowError):
                     buffers.append(_packed(value))
                     return {"$ints": len(value)}

@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.codec import MAX_DEPTH, decode, encode, raise_error, rebuild_error
+from kernel_server.protocol.codec import (
+    MAX_DEPTH,
+    decode,
+    encode,
+    plain,
+    raise_error,
+    rebuild_error,
+)
 from kernel_server.protocol.errors import BadMessage, OutOfPages, ServerFault
 from kernel_server.protocol.messages import MESSAGES, ErrorInfo
 from tests.protocol.instances import any_message, instances, same
@@ -312,3 +319,12 @@ def test_whole_numbers_that_did_not_come_are_refused(announced: Any):
     body = {"token_ids": {"$ints": announced}, "joined": False}
     with pytest.raises(BadMessage):
         decode(framed({"type": "TokenTexts", "body": body}, bytes(8 * 64)))
+
+
+def test_a_plain_message_is_json_alone_however_long_its_lists_are():
+    message = m.TokenTexts(token_ids=tuple(range(5000)))
+    tree = plain(message)
+    assert json.loads(json.dumps(tree)) == tree
+    assert decode(framed(tree)) == message
+    with pytest.raises(TypeError, match="no plain JSON"):
+        plain(m.Chunk(offset=0, data=Array("uint8", (1,), b"x")))
