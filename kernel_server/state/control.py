@@ -143,12 +143,14 @@ class Control(Running):
             )
 
     def _check_quota(self, owner: str) -> None:
+        most = self.limits.sessions_per_owner
+        if len(self.sessions) < most:
+            return
         # what finished before a restart holds nothing, and may be many
         have = sum(
             s.owner == owner and not s.scratch and not (s.dormant and s.status == "finished")
             for s in self.sessions.values()
         )
-        most = self.limits.sessions_per_owner
         if have >= most:
             raise QuotaExceeded(
                 f"you have {have} sessions, the limit is {most}: terminate one first",

@@ -23,6 +23,16 @@ WRITE_BEHIND = "write-behind"
 
 
 @dataclass(slots=True)
+class Swap:
+    """Copies that were begun together, of which one event tells when the last is made."""
+
+    left: int
+    pages: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class Copying:
     """One copy under way."""
 
@@ -30,13 +40,12 @@ class Copying:
     #: whose pages they are; None where nobody is told
     session_id: str | None
     reason: str
+    swap: Swap
 
-    @property
-    def what(self) -> str:
-        """In words: how many pages, from where to where."""
-        count, first = len(self.moves), self.moves[0]
+    def what(self, count: int) -> str:
+        """In words: so many pages, from where to where."""
         pages = "1 page" if count == 1 else f"{count} pages"
-        return f"{pages} {first.source} to {first.target}"
+        return f"{pages} {self.moves[0].source} to {self.moves[0].target}"
 
 
 class Copies(Core):
@@ -46,13 +55,14 @@ class Copies(Core):
         self, session: Session | None, pages: list[int], source: Tier, target: Tier, reason: str
     ) -> None:
         """Begin copies in runs of a few pages."""
+        swap = Swap(left=-(-len(pages) // RUN))
         for start in range(0, len(pages), RUN):
             run = pages[start : start + RUN]
             moves = tuple(self.residency.begin(page, source, target) for page in run)
             self._tickets_made += 1
             ticket = self._tickets_made
             owner = None if session is None or reason == WRITE_BEHIND else session.id
-            self.copying[ticket] = Copying(moves, owner, reason)
+            self.copying[ticket] = Copying(moves, owner, reason, swap)
             if target == "device":
                 for page in run:
                     self.inbound[page] = ticket
@@ -75,24 +85,33 @@ class Copies(Core):
             )
 
     def _tell(self, copying: Copying, event: CopiesDone) -> None:
+        """Tell of copies that were begun together once all are made: an event each, with all that
+        is known of the session, took more of the host's time than the copies take of the bus."""
+        swap = copying.swap
+        swap.left -= 1
+        if event.error is None:
+            swap.pages += len(copying.moves)
+            swap.nbytes += event.nbytes
+            swap.seconds += event.seconds
         session = self.sessions.get(copying.session_id or "")
         if session is None or session.scratch:
             return
-        self.note(session, "swapped", (copying.reason, event.ticket, event.nbytes))
         if event.error is not None:
             self.publish(session, "swapped", text=self.failure_text(copying, event.error))
+        if swap.left or not swap.pages:
             return
-        rate = event.nbytes / event.seconds / 1e9 if event.seconds > 0 else 0.0
+        self.note(session, "swapped", (copying.reason, event.ticket, swap.nbytes))
+        rate = swap.nbytes / swap.seconds / 1e9 if swap.seconds > 0 else 0.0
         self.publish(
             session,
             "swapped",
-            done=event.nbytes,
-            text=f"{copying.what}, {rate:.1f} GB/s: {copying.reason}",
+            done=swap.nbytes,
+            text=f"{copying.what(swap.pages)}, {rate:.1f} GB/s: {copying.reason}",
         )
 
     def failure_text(self, copying: Copying, error: ErrorInfo) -> str:
         """What is told of a copy that was not made."""
-        return f"{copying.what} failed ({error.message}): {copying.reason}"
+        return f"{copying.what(len(copying.moves))} failed ({error.message}): {copying.reason}"
 
 
 def by_session(pages: Iterable[tuple[int, Session]]) -> list[tuple[Session, list[int]]]:

@@ -46,7 +46,8 @@ def stop_at(local: Local, prompt: Prompt, layer: int, forward: int) -> Session:
     session = prompt.launch(local)
     session.break_at(layer, ignore=forward, once=True)
     stop = session.continue_()
-    assert isinstance(stop, Stopped) and stop.forward == forward, stop
+    assert isinstance(stop, Stopped) and stop.reason == "breakpoint", stop
+    assert stop.forward == forward, stop
     return session
 
 

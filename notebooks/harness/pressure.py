@@ -112,7 +112,8 @@ def hold(local: Local, prompt: Prompt, reference: Trace, layer: int, forward: in
     session = prompt.launch(local)
     session.break_at(layer, ignore=forward, once=True)
     stop = session.continue_()
-    assert isinstance(stop, Stopped) and stop.forward == forward, stop
+    assert isinstance(stop, Stopped) and stop.reason == "breakpoint", stop
+    assert stop.forward == forward, stop
     info = session.refresh()
     extent = extent_of(info)
     sums = checksums(local, session.id, extent)

@@ -12,7 +12,7 @@ import torch
 
 from kernel_server.engine import tiers as tiers_module
 from kernel_server.engine.kv_cache import KVCache, LayerKV, PageShape
-from kernel_server.engine.tiers import Copier, Copy, CopyDone, DiskPool, HostPool
+from kernel_server.engine.tiers import Copier, Copy, CopyDone, DiskPool, HostPool, neighbours
 from kernel_server.protocol.errors import TornPage
 
 SHAPE = PageShape(4, 2, (LayerKV(2, 8, 2, 8),) * 4, torch.float32)
@@ -92,7 +92,7 @@ def test_who_waits_for_pages_that_could_not_come_learns_it_after_it_was_told(tie
     tiers.copier.begin(Copy(9, "host-device", ((0, 99),)))
 
     assert not tiers.copier.wait(9)
-    assert isinstance(tiers.told.get_nowait().error, IndexError)
+    assert isinstance(tiers.told.get_nowait().error, (IndexError, RuntimeError))
     assert not tiers.copier.wait(9), "the second time it counts as made"
 
 
@@ -101,6 +101,16 @@ def test_the_file_of_pages_is_private_and_goes_with_the_pool(tmp_path: Path):
     assert pool.path.stat().st_mode & 0o077 == 0
     pool.close()
     assert not pool.path.exists()
+
+
+def test_slots_in_a_row_are_one_copy_within_a_pinned_piece():
+    moves = [(5, 20), (4, 19), (6, 21), (9, 3), (10, 2), (0, 7)]
+    found = neighbours(moves, per_piece=100)
+    assert found == [(0, 7, 1), (4, 19, 3), (9, 3, 1), (10, 2, 1)]
+    assert neighbours(moves, per_piece=20) == [
+        (0, 7, 1), (4, 19, 1), (5, 20, 2), (9, 3, 1), (10, 2, 1),
+    ]  # fmt: skip
+    assert neighbours([(5, 20), (6, 21)], per_piece=6) == [(5, 20, 1), (6, 21, 1)]
 
 
 @pytest.mark.parametrize("page_bytes", [1000, 4096, 6000, 6553600])
