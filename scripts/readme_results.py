@@ -24,6 +24,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "notebooks" / "results"
+#: Longer tables of what was met are folded; what was missed is always in sight.
+MOST_ROWS = 16
+_TABLE = ("| criterion | value | must be |", "| --- | ---: | ---: |")
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
@@ -66,18 +69,28 @@ def evaluation(summary: dict[str, Any]) -> list[str]:
             f" {entry['claim'].rstrip('.')}."
             f" {caught} of {len(controls)} planted faults caught.",
             "",
-            "| criterion | value | must be |",
-            "| --- | ---: | ---: |",
         ]
-        lines += [
-            f"| {item['name']} | {with_unit(number(item['value']), item)} | {bound(item)} |"
-            for item in entry["criteria"]
-        ]
-        lines += [
+        missed, met = [], []
+        for item in entry["criteria"]:
+            value, aim = with_unit(number(item["value"]), item), bound(item)
+            if item["passed"]:
+                met.append(f"| {item['name']} | {value} | {aim} |")
+            else:
+                missed.append(f"| {item['name']} | {value} | {aim} (missed) |")
+        met += [
             f"| {item['name']} | {item['outcome']}: {item['why']} | – |"
             for item in entry.get("unjudged", ())
         ]
-        lines.append("")
+        if missed:
+            lines += [*_TABLE, *missed, ""]
+        folded = len(met) > MOST_ROWS
+        if folded:
+            lines += [
+                f"<details><summary>{len(met)} {'other ' if missed else ''}criteria</summary>",
+                "",
+            ]
+        lines += [*_TABLE, *met, ""] if met else []
+        lines += ["</details>", ""] if folded else []
     return lines
 
 

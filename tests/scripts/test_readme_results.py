@@ -66,6 +66,21 @@ def test_what_was_not_judged_is_shown_with_the_reason_and_not_as_passed(tmp_path
 
 
 @pytest.mark.parametrize(("passed", "aim"), [(True, "≤ 1.15 |"), (False, "≤ 1.15 (missed) |")])
+def test_long_tables_are_folded_but_for_what_was_missed(tmp_path: Path):
+    summary = _summary()
+    lines = [Criterion(f"met {n}", n, ">=", 0).line() for n in range(20)]
+    late = Criterion("copies", 0.5, ">=", 0.95).line()
+    summary["notebooks"]["01_resume_is_exact"]["criteria"] = [_bare(line) for line in lines]
+    _write(tmp_path / "cpu", "summary.json", summary)
+    assert "<details><summary>20 criteria</summary>" in section(tmp_path)
+    summary["notebooks"]["01_resume_is_exact"]["criteria"].append(_bare(late))
+    _write(tmp_path / "cpu", "summary.json", summary)
+
+    shown, _, folded = section(tmp_path).partition("<details><summary>20 other criteria</summary>")
+    assert "| copies | 0.5 | ≥ 0.95 (missed) |" in shown and "copies" not in folded
+    assert "| met 19 | 19 | ≥ 0 |" in folded and "met" not in shown.partition("| --- |")[2]
+
+
 def test_a_benchmark_is_shown_with_its_spread_and_whether_it_missed(
     tmp_path: Path, passed: bool, aim: str
 ):
