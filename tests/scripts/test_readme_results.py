@@ -65,7 +65,6 @@ def test_what_was_not_judged_is_shown_with_the_reason_and_not_as_passed(tmp_path
     assert "| pageable memory is slower | not applicable: there is no GPU | – |" in text
 
 
-@pytest.mark.parametrize(("passed", "aim"), [(True, "≤ 1.15 |"), (False, "≤ 1.15 (missed) |")])
 def test_long_tables_are_folded_but_for_what_was_missed(tmp_path: Path):
     summary = _summary()
     lines = [Criterion(f"met {n}", n, ">=", 0).line() for n in range(20)]
@@ -77,10 +76,11 @@ def test_long_tables_are_folded_but_for_what_was_missed(tmp_path: Path):
     _write(tmp_path / "cpu", "summary.json", summary)
 
     shown, _, folded = section(tmp_path).partition("<details><summary>20 other criteria</summary>")
-    assert "| copies | 0.5 | ≥ 0.95 (missed) |" in shown and "copies" not in folded
-    assert "| met 19 | 19 | ≥ 0 |" in folded and "met" not in shown.partition("| --- |")[2]
+    assert "| copies | 0.5 | ≥ 0.95 (missed) |" in shown and "| copies" not in folded
+    assert "| met 19 | 19 | ≥ 0 |" in folded and "| met" not in shown
 
 
+@pytest.mark.parametrize(("passed", "aim"), [(True, "≤ 1.15 |"), (False, "≤ 1.15 (missed) |")])
 def test_a_benchmark_is_shown_with_its_spread_and_whether_it_missed(
     tmp_path: Path, passed: bool, aim: str
 ):
