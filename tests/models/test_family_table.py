@@ -79,6 +79,7 @@ def test_a_row_is_what_the_load_check_finds_now(name: str) -> None:
 
 @same_version
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # every family, one after the other
 def test_the_whole_table_is_what_the_load_check_finds_now() -> None:
     assert families.table() == TEXT
 
