@@ -63,6 +63,7 @@ OPTIONS: dict[str, tuple[str, type]] = {
     "gpu": ("--gpu", int),
     "host_memory": ("--host-memory", str),
     "idle_after": ("--idle-after", float),
+    "kept_memory": ("--kept-memory", str),
     "kv_memory": ("--kv-memory", str),
     "lease": ("--lease", str),
     "linger_s": ("--linger-s", float),

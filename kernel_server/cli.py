@@ -53,8 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_address(serve)
     serve.add_argument("--kv-memory", metavar="SIZE", help="KV page pool, e.g. 2GiB")
     serve.add_argument(
-        "--device-memory", metavar="SIZE", help="a cap over weights, workspace and KV page pool"
+        "--device-memory",
+        metavar="SIZE",
+        help="a cap over weights, workspace, KV page pool and tensors of stops",
     )
+    serve.add_argument(
+        "--kept-memory", metavar="SIZE",
+        help="tensors of stops: --device-memory leaves so much for them, and those of stops that"
+        " sessions left take no more; others are computed again (default: 1GiB, at most a sixteenth"
+        " of --device-memory)",
+    )  # fmt: skip
     serve.add_argument(
         "--host-memory", metavar="SIZE", help="KV pages of sessions that left the device"
     )
@@ -228,6 +236,7 @@ def _serve(options: argparse.Namespace) -> int:
         socket=options.socket,
         kv_memory_bytes=parse_bytes(options.kv_memory) if options.kv_memory else None,
         device_memory_bytes=parse_bytes(options.device_memory) if options.device_memory else None,
+        kept_memory_bytes=parse_bytes(options.kept_memory) if options.kept_memory else None,
         host_memory_bytes=parse_bytes(options.host_memory) if options.host_memory else 0,
         disk_memory_bytes=parse_bytes(options.disk_memory) if options.disk_memory else 0,
         disk_path=options.disk_path,

@@ -61,8 +61,11 @@ class ServerConfig:
     socket: Path | None = None
     #: KV page pool; None: chosen for the device
     kv_memory_bytes: int | None = None
-    #: a cap over weights, workspace and pages on the device; None: none
+    #: a cap over weights, workspace, pages and tensors of stops on the device; None: none
     device_memory_bytes: int | None = None
+    #: tensors of stops: so much is left for them under that cap, and those that sessions left take
+    #: no more; None: 1 GiB, and under a cap at most a sixteenth of it
+    kept_memory_bytes: int | None = None
     #: KV pages of sessions that left the device: in the host's memory, and in a file
     host_memory_bytes: int = 0
     disk_memory_bytes: int = 0

@@ -25,6 +25,7 @@ from kernel_server.engine.engine import Engine
 from kernel_server.engine.loading import Served as Ready
 from kernel_server.engine.loading import serve
 from kernel_server.engine.reads import TensorSource
+from kernel_server.engine.segments import KEPT_MASK_BYTES
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway, Served
 from kernel_server.journal import Journal
@@ -52,6 +53,8 @@ GPU_PREFILL_CHUNK = 2048
 #: engine gives it away at every operation of torch and, at Python's own 5 ms, gets it back so late
 #: that a decode of 13 ms took 60 beside a client that swaps another session without a pause.
 SWITCH_INTERVAL_S = 1e-4
+#: For tensors of stops, unless something else is said: this much, or one part of a cap in so many.
+_KEPT_BYTES, _KEPT_PART = 1 << 30, 16
 
 
 def load(config: ServerConfig, progress: Progress) -> LoadedModel:
@@ -107,10 +110,12 @@ class Kernel:
             progress("comparing with stock transformers", 0.92)
         default = GPU_PREFILL_CHUNK if loaded.device.type == "cuda" else CPU_PREFILL_CHUNK
         chunk = config.prefill_chunk or default
+        kept = _kept_bytes(config)
         self.ready: Ready = serve(
             loaded.model,
             kv_memory_bytes=config.kv_memory_bytes,
             device_memory_bytes=config.device_memory_bytes,
+            kept_memory_bytes=kept,
             prefill_chunk=chunk,
             cuda_graphs=config.cuda_graphs,
         )
@@ -125,6 +130,8 @@ class Kernel:
             _limits(config.quotas, shape, owners),
             idle_after_s=config.idle_after_s,
             lease_s=config.lease_s,
+            kept_bytes=kept,
+            tensor_bytes=self.ready.tensor_bytes,
             owners=owners,
         )
         self.state = ServerState(
@@ -209,6 +216,8 @@ class Kernel:
         used, page = slots["device"].used, cache.page_bytes
         clean = used - len(self.state.residency.dirty)
         weights = sum(p.nbytes for p in self.loaded.model.parameters())
+        standing, kept = self.engine.nbytes()
+        limits = self.state.limits
         device: list[Row] = [
             ("weights", weights, info.name + " · random weights" * info.random_weights),
             (
@@ -216,7 +225,11 @@ class Kernel:
                 f"{used} of {cache.num_pages} pages, {clean} with a copy below",
             ),
             ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
-            ("activations", self.engine.nbytes(), "held by stopped and running sessions"),
+            ("activations", standing, self._standing_note()),
+            (
+                "kept stops", kept,
+                f"of stops that sessions left; {limits.kept_bytes:,} bytes at most",
+            ),
         ]  # fmt: skip
         logs = sum(s.breakpoints.log_bytes() for s in list(self.state.sessions.values()))
         transfers = self.gateway.transfers.bytes_open()
@@ -234,6 +247,13 @@ class Kernel:
             rows = host_rows([*device, *host], untouched)
         return (*rows, *self.tiers.disk_rows(slots["disk"]), *self._journal_rows())
 
+    def _standing_note(self) -> str:
+        most = self.state.limits.tensor_bytes
+        if most is None:
+            return "held by stopped and running sessions"
+        need = self.state.standing_bytes()
+        return f"held by sessions, which may come to {need:,} of {most:,} bytes as they go on"
+
     def _journal_rows(self) -> list[Row]:
         if self.journal is None:
             return []
@@ -247,6 +267,14 @@ class Kernel:
 def _is_on_disk(session: Session) -> bool:
     """Whether all of a session is in the journal."""
     return session.dormant and not session.breakpoints.log_bytes()
+
+
+def _kept_bytes(config: ServerConfig) -> int:
+    """What tensors of stops may take."""
+    if config.kept_memory_bytes is not None:
+        return config.kept_memory_bytes
+    cap = config.device_memory_bytes
+    return _KEPT_BYTES if cap is None else min(_KEPT_BYTES, cap // _KEPT_PART)
 
 
 def _limits(quotas: Quotas, shape: ModelShape, owners: int) -> Limits:
@@ -336,6 +364,11 @@ def _shape(info: ModelInfo, ready: Ready) -> ModelShape:
         max_prompt=info.max_prompt,
         eos_token_ids=info.eos_token_ids,
         prefill_chunk=ready.segments.prefill_chunk,
+        element_bytes=ready.model.dtype.itemsize,
+        recorded_token_bytes=ready.model.token_bytes[0],
+        embedded_token_bytes=ready.model.token_bytes[1],
+        pair_bytes=ready.model.pair_bytes,
+        kept_mask_bytes=KEPT_MASK_BYTES,
         sites=info.sites,
         sites_off=info.sites_off,
     )

@@ -7,6 +7,7 @@ before and after edits, what was captured on the way, and the last logits.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -30,6 +31,7 @@ from kernel_server.engine.segments import ForwardState, Segments
 from kernel_server.engine.tensor_edits import apply_edits
 from kernel_server.engine.tiers import Copier, Copy
 from kernel_server.engine.variables import summarize
+from kernel_server.models.recording import storages
 from kernel_server.protocol.errors import (
     DjinnError,
     OutOfDeviceMemory,
@@ -134,9 +136,17 @@ class Engine:
             self._closing = True
             self._wake.notify()
 
-    def nbytes(self) -> int:
-        """Bytes of the activations held for all sessions."""
-        return sum(held.nbytes for held in list(self._sessions.values()))
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the tensors that sessions stand or run with, and of those that are kept besides
+        of stops they have left; what several share counts once."""
+        sessions = list(self._sessions.values())
+        stops = {id(stop): stop for held in sessions for stop in list(held.stops.values())}
+        # a recorded call may hand a layer one of the model's own tensors
+        weights = self.segments.model.weights
+        found = storages(itertools.chain(*(held.tensors() for held in sessions)), weights)
+        there = itertools.chain(*(held.tensors() for held in stops.values()))
+        kept = storages(there, {*weights, *found})
+        return sum(found.values()), sum(kept.values())
 
     # -- the engine thread --------------------------------------------------------------------
 
@@ -213,10 +223,10 @@ class Engine:
 
     def _restore(self, errand: RestoreTensors) -> None:
         held = self._sessions.setdefault(errand.session_id, SessionTensors())
+        source = self._sessions.get(errand.source_id, held)
         if errand.node is not None:
-            found = held.at_stop(errand.node)
+            found = held.at_stop(errand.node, source)
         else:
-            source = self._sessions.get(errand.source_id, held)
             found = held.at_start(errand.forward, source)
         self._sessions[errand.session_id] = found
 

@@ -66,7 +66,8 @@ class ForwardState:
     def tensors(self) -> list[Tensor]:
         """The tensors that cannot be computed again, some of them twice."""
         kept = [*self.residual, *self.final_norm, self.logits, *(self.site_value or [])]
-        kept += [*(self.unedited or []), *(c for put in self.injected.values() for c in put)]
+        put = list(self.injected.values())
+        kept += [*(self.unedited or []), *(chunk for chunks in put for chunk in chunks)]
         return [tensor for tensor in kept if tensor is not None]
 
     def arrive(self, point: Point, value: list[Tensor]) -> None:

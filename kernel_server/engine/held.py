@@ -5,6 +5,7 @@ All tensors are immutable by convention (an edit makes new ones), so a fork shar
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from kernel_server.engine.comparing import Stream
 from kernel_server.engine.lens_values import LensValues
 from kernel_server.engine.logs import Log
 from kernel_server.engine.segments import ForwardState
+from kernel_server.models.recording import tensors_in
 from kernel_server.protocol.errors import NotStopped
 from kernel_server.protocol.location import Point, is_inner
 
@@ -90,6 +92,9 @@ class SessionTensors:
     streams: dict[tuple[int, Point], Stream] = field(default_factory=dict)
     #: what was held at stops that the session has left
     stops: dict[int, SessionTensors] = field(default_factory=dict)
+    #: of a stop that was left: how many forwards were finished; the figures of those are the
+    #: session's, or its branch's
+    num_finished: int = 0
 
     def standing(self) -> ForwardState:
         """The forward the session stands in, or `NotStopped`."""
@@ -170,24 +175,39 @@ class SessionTensors:
         self._unedited = None
         self._kept, self._reduced, self._last_rows = [], [], []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the forwards it stands in, or stood in at kept stops, and their last logits."""
-        held = (self, *list(self.stops.values()))
-        tensors = {id(tensor): tensor for one in held for tensor in one._tensors()}
-        return sum(tensor.nbytes for tensor in tensors.values())
-
-    def _tensors(self) -> list[Tensor]:
-        forward = [] if self.forward is None else self.forward.tensors()
-        return forward if self.last_logits is None else [*forward, self.last_logits]
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them but those of kept stops, some twice. Other threads may ask."""
+        if (forward := self.forward) is not None:
+            yield from forward.tensors()
+            if (recording := forward.recording) is not None:
+                yield from recording.tensors()
+        yield from self._unedited or ()
+        yield from (chunk for chunks in list(self._kept) for chunk in chunks)
+        for captured in (*list(self._reduced), *self.history):
+            yield from (captured.norm, captured.largest, captured.num_nan)
+        yield from list(self._last_rows)
+        if self.last_logits is not None:
+            yield self.last_logits
+        for read in list(self.lens_before.values()):
+            yield from read.chunks
+        yield from tensors_in(list(self.caught.values()))
+        for stream in list(self.streams.values()):
+            yield from stream.chunks
 
     def keep(self, node: int) -> None:
-        """Keep what is held at this stop."""
-        self.stops[node] = self.fork()
+        """Keep what is held at this stop, but for what is held elsewhere or recorded again."""
+        kept = self.fork()
+        kept.num_finished, kept.history = len(self.history), []
+        if kept.forward is not None:
+            kept.forward.drop_cache()
+        self.stops[node] = kept
 
-    def at_stop(self, node: int) -> SessionTensors:
-        """What was held at a stop; this session's logs and kept stops go along."""
-        found = self.stops[node].fork()
+    def at_stop(self, node: int, source: SessionTensors) -> SessionTensors:
+        """What was held at a stop, with the figures of the forwards before it as `source` has them;
+        this session's logs and kept stops go along."""
+        kept = self.stops[node]
+        found = kept.fork()
+        found.history = source.history[: kept.num_finished]
         found.logs, found.stops = self.logs, self.stops
         return found
 

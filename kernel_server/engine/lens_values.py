@@ -46,6 +46,11 @@ class LensValues:
         self._found: dict[int, dict[Any, Any]] = {}
         self._tops: dict[int, int] = {}
 
+    @property
+    def chunks(self) -> Sequence[Tensor]:
+        """The tensor it reads."""
+        return self._chunks
+
     def edited(self, chunks: Sequence[Tensor]) -> LensValues:
         """The same place with other values; nothing of them is computed yet."""
         return LensValues(self.point, chunks, self._head, first_row=self._first_row)

@@ -54,6 +54,8 @@ class Served:
     segments: Segments
     cache: KVCache
     report: LoadReport
+    #: what a cap over the device leaves for tensors beside pages; None: there is no cap
+    tensor_bytes: int | None = None
 
     @property
     def sites(self) -> tuple[tuple[SiteLayout, ...], ...]:
@@ -73,6 +75,7 @@ def serve(
     *,
     kv_memory_bytes: int | None = None,
     device_memory_bytes: int | None = None,
+    kept_memory_bytes: int = 0,
     prefill_chunk: int = 512,
     page_tokens: int | None = None,
     group_layers: int | None = None,
@@ -81,7 +84,9 @@ def serve(
     """Make a stock model resumable, check it against transformers, and give it a page pool.
 
     kv_memory_bytes: of the pool; without it 85 % of what is free, at most 1 GiB on the CPU.
-    device_memory_bytes: a cap over weights, pool and the workspace of a chunk, which is measured.
+    device_memory_bytes: a cap over weights, pool, the workspace of a chunk, which is measured, and
+        the tensors that sessions hold beside their pages.
+    kept_memory_bytes: what is left for those under that cap, at least.
     page_tokens, group_layers: T and G of a page, chosen for the geometry when not given.
     cuda_graphs: run layers of a decode as graphs, on a GPU and where they give the same bits.
 
@@ -95,9 +100,10 @@ def serve(
         report.notes.append(
             f"{graphs.num_recorded} of {resumable.num_layers} layers run as CUDA graphs in a decode"
         )
-    wanted = kv_memory_bytes
+    wanted, room = kv_memory_bytes, None
     if device_memory_bytes is not None:
-        room = _room_under(device_memory_bytes, resumable, shape, prefill_chunk, graphs)
+        cap, kept = device_memory_bytes, kept_memory_bytes
+        room = _room_under(cap, kept, resumable, shape, prefill_chunk, graphs)
         if wanted is not None and wanted > room.pages:
             raise BadArgument(f"--kv-memory of {wanted:,} bytes does not fit: {room.why}")
         wanted = room.pages if wanted is None else wanted
@@ -121,7 +127,8 @@ def serve(
             " less --kv-memory"
         ) from error
     segments = Segments(resumable, cache, prefill_chunk=prefill_chunk, graphs=graphs)
-    return Served(resumable, segments, cache, report)
+    beside = None if room is None else kept_memory_bytes + room.pages - cache.pool.nbytes
+    return Served(resumable, segments, cache, report, beside)
 
 
 def layer_graphs(model: ResumableModel, shape: PageShape) -> LayerGraphs | None:
@@ -338,7 +345,12 @@ class _Room:
 
 
 def _room_under(
-    cap: int, model: ResumableModel, shape: PageShape, chunk: int, graphs: LayerGraphs | None
+    cap: int,
+    kept: int,
+    model: ResumableModel,
+    shape: PageShape,
+    chunk: int,
+    graphs: LayerGraphs | None,
 ) -> _Room:
     stock = model.model
     weights = sum(t.nbytes for t in (*stock.parameters(), *stock.buffers()))
@@ -350,11 +362,12 @@ def _room_under(
         runner.run([0] * chunk, [0], chunk=chunk)
 
     used = measure_workspace(model.device, prefill, held)
-    pages = cap - weights - used
+    pages = cap - weights - used - kept
     return _Room(
         max(pages, 0),
-        f"--device-memory of {cap:,} leaves {pages:,} after {weights:,} of weights and {used:,} of"
-        f" workspace for a chunk of {chunk} tokens; give more, or a smaller --prefill-chunk",
+        f"--device-memory of {cap:,} leaves {pages:,} after {weights:,} of weights, {used:,} of"
+        f" workspace for a chunk of {chunk} tokens and {kept:,} for tensors of stops; give more,"
+        " or a smaller --prefill-chunk or --kept-memory",
     )
 
 

@@ -23,6 +23,7 @@ from kernel_server.models.recording import (
     pair_bytes,
     same_call,
     same_value,
+    token_bytes,
 )
 from kernel_server.models.site_learning import learn_sites
 
@@ -130,6 +131,7 @@ def _learn_axes(model: ResumableModel, short: Recording) -> None:
             model.refuse(f"{error}, so long prompts cannot be cut into chunks", "layer arguments")
     model.axes = axes
     model.pair_bytes = pair_bytes(later.calls, axes)
+    model.token_bytes = token_bytes(long, model.weights)
 
 
 def _check_memory(model: ResumableModel, before: Recording) -> None:

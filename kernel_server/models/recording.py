@@ -7,7 +7,7 @@ two lengths at two offsets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,6 +44,13 @@ class Recording:
         default_factory=dict, repr=False
     )
 
+    def tensors(self) -> list[Tensor]:
+        """All it holds; slices are views of the others."""
+        return [
+            *tensors_in([(call.rest, call.keywords) for call in self.calls]),
+            *tensors_in((self.token_ids, self.positions, self.embedding, dict(self.preamble))),
+        ]
+
     def forget_embedding(self) -> None:
         """Let go of what only the first layer and the norm of a single chunk need.
 
@@ -63,6 +70,11 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{path}[{index}]")
     else:
         yield path, value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor of nested tuples, lists and dicts."""
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
 def call_leaves(call: Call) -> dict[str, Any]:
@@ -164,6 +176,30 @@ def pair_bytes(calls: Sequence[Call], axes: Sequence[CallAxes]) -> float:
             pairs = tensor.shape[own.queries[path]] * tensor.shape[own.keys[path]]
             found[id(tensor)] = tensor.nbytes / pairs
     return sum(found.values())
+
+
+def storages(tensors: Iterable[Tensor], besides: Collection[int] = ()) -> dict[int, int]:
+    """Where the tensors are, and the bytes there: a view keeps all of what it is a view of."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in besides:
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def token_bytes(recording: Recording, weights: Collection[int]) -> tuple[int, int]:
+    """Bytes that a recording holds per token, rounded up: of positions and layer arguments; of the
+    embedding and what made it.
+
+    weights: where the model's own tensors are, which may be handed to layers.
+    """
+    count = recording.token_ids.numel()
+    calls = tensors_in([(call.rest, call.keywords) for call in recording.calls])
+    arguments = storages([recording.token_ids, recording.positions, *calls], weights)
+    first = tensors_in((recording.embedding, recording.preamble))
+    embedded = storages(first, {*weights, *arguments})
+    return -(-sum(arguments.values()) // count), -(-sum(embedded.values()) // count)
 
 
 def cut_call(

@@ -32,7 +32,7 @@ from kernel_server.models.anatomy import (
     view,
 )
 from kernel_server.models.learning import learn
-from kernel_server.models.recording import Call, CallAxes, Recording
+from kernel_server.models.recording import Call, CallAxes, Recording, storages
 from kernel_server.models.sites import AdditionsMode, LayerSites, SiteReached, Visit
 from kernel_server.protocol.errors import BadArgument, DjinnError, UnsupportedModel
 
@@ -229,6 +229,10 @@ class ResumableModel:
         self.sites: list[LayerSites] = []
         #: bytes of a prompt's recorded arguments for each pair of a query and a key (masks)
         self.pair_bytes = 0.0
+        #: where the model's own tensors are
+        self.weights = frozenset(storages((*model.parameters(), *model.buffers())))
+        #: likewise for each token: of the arguments, and of the embedding and what made it
+        self.token_bytes = (0, 0)
         #: what forwards are given as `past_key_values`
         self.cache = route.cache(self.num_layers)
         self.observer: Any = None

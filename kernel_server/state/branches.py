@@ -77,6 +77,19 @@ class Replay:
 
 
 @dataclass(slots=True)
+class KeptStop:
+    """Tensors kept of a stop that was left; forks of the session share them."""
+
+    #: of all that were ever kept
+    id: int
+    node: int
+    #: at most
+    nbytes: int
+    #: the sessions
+    holders: dict[str, None]
+
+
+@dataclass(slots=True)
 class Tree:
     """The nodes of one session."""
 
@@ -89,8 +102,8 @@ class Tree:
     away: dict[int, str] = field(default_factory=dict)
     #: branches, with the last node of each
     lines: dict[str, int] = field(default_factory=dict)
-    #: bytes at most of the tensors kept of nodes, oldest first
-    kept: dict[int, int] = field(default_factory=dict)
+    #: nodes whose tensors are kept, those left longest ago first
+    kept: dict[int, KeptStop] = field(default_factory=dict)
     #: nodes that are listed no more, because there were too many
     num_forgotten: int = 0
     lines_made: int = 0
@@ -156,7 +169,7 @@ class Tree:
         return Tree(
             nodes=dict(sorted(nodes.items())),
             current=self.current,
-            kept={number: size for number, size in self.kept.items() if number in nodes},
+            kept={number: kept for number, kept in self.kept.items() if number in nodes},
             num_forgotten=self.num_forgotten,
             sampled_from=self.sampled_from if same_sampler else self.here.cursor[0],
         )

@@ -33,7 +33,7 @@ from kernel_server.state.breakpoints import Breakpoint, Breakpoints
 from kernel_server.state.core import Slot
 from kernel_server.state.edits import Edit, Edits
 from kernel_server.state.events import EditResult, EditsApplied, Requested
-from kernel_server.state.instructions import DropNodes, ForkTensors, KeepTensors, RestoreTensors
+from kernel_server.state.instructions import ForkTensors, RestoreTensors
 from kernel_server.state.pages import PageTable
 from kernel_server.state.scratch import Scratching
 from kernel_server.state.sessions import Session
@@ -91,7 +91,7 @@ class Branching(Scratching):
         gone = tree.below(top.number)
         for number in gone:
             del tree.nodes[number], tree.away[number]
-        self._drop_kept(session, gone)
+        self.drop_kept(session, gone)
         self._tidy(session)
         self.changed[session.id] = None
         self.reply(event.request_id, self._listed(session))
@@ -147,6 +147,7 @@ class Branching(Scratching):
         start = base.cursor if base is not None else (max(place[0] - 1, 0), NOT_STARTED)
         anchor = base or next(n for n in way if n.cursor <= start)
         self._require_room(session, start, place, anchor)
+        self.require_place(session, start[0], place)
         self._keep_stop(session)
         host = session if node is None else self._host(session, node)
         known = next(n for n in way if n.cursor <= place)
@@ -191,7 +192,7 @@ class Branching(Scratching):
                 return None
             if found.number in session.tree.kept:
                 return found
-            if found.number == session.tree.current and self._can_keep(session):
+            if found.number == session.tree.current and self.can_keep(session):
                 return found
         return None
 
@@ -375,39 +376,21 @@ class Branching(Scratching):
         if node.edits is None:
             edits = session.edits.copy() if len(session.edits) else NO_EDITS
             tree.nodes[node.number] = replace(node, edits=edits, left_at=session.stop_number)
-        if node.number not in tree.kept and self._can_keep(session):
-            tree.kept[node.number] = self._size(session)
-            self.emit(KeepTensors(session_id=session.id, node=node.number))
-
-    def _can_keep(self, session: Session) -> bool:
-        """Those that wait stand in no forward that could be run again to them."""
-        most = self.limits.kept_bytes_per_session
-        return session.status == "waiting" or self._size(session) <= most
-
-    def _size(self, session: Session) -> int:
-        fed = session.end_token - session.first_token if session.status == "stopped" else 0
-        return self.shape.stop_bytes(fed)
+        if node.number in tree.kept or self.can_keep(session):
+            self.keep_stop(session, node.number)
 
     def _drop_oldest(self, session: Session) -> None:
-        """Let the oldest nodes lose their tensors, where too much is kept."""
+        """Let the nodes left longest ago lose their tensors, where too much is kept."""
         tree, limits = session.tree, self.limits
-        count, size = len(tree.kept), sum(tree.kept.values())
+        count, size = len(tree.kept), sum(kept.nbytes for kept in tree.kept.values())
         gone = set()
-        for number, nbytes in tree.kept.items():
+        for number, kept in tree.kept.items():
             if count <= limits.kept_stops_per_session and size <= limits.kept_bytes_per_session:
                 break
-            if tree.nodes[number].status == "waiting":
-                continue
             gone.add(number)
-            count, size = count - 1, size - nbytes
-        self._drop_kept(session, gone)
-
-    def _drop_kept(self, session: Session, numbers: set[int]) -> None:
-        gone = sorted(number for number in numbers if number in session.tree.kept)
-        for number in gone:
-            del session.tree.kept[number]
-        if gone:
-            self.emit(DropNodes(session_id=session.id, nodes=tuple(gone)))
+            count, size = count - 1, size - kept.nbytes
+        self.drop_kept(session, gone)
+        self.keep_to_room()
 
     def _forget_oldest(self, session: Session) -> None:
         """List no more nodes than the limit; the places of the others can still be rewound to."""
@@ -418,9 +401,7 @@ class Branching(Scratching):
             if number is None:
                 return
             tree.forget(number)
-            if number in tree.kept:
-                del tree.kept[number]
-                self.emit(DropNodes(session_id=session.id, nodes=(number,)))
+            self.drop_kept(session, (number,))
             self._tidy(session)
 
     def _arrived_at(self, session: Session) -> Node | None:
@@ -487,6 +468,7 @@ class Branching(Scratching):
         )
         if not session.scratch:
             self._rested(session, node)
+            self.keep_to_room()
 
     def wait(self, session: Session, error: ErrorInfo | None) -> None:
         node = None
@@ -518,7 +500,7 @@ class Branching(Scratching):
         session.tree.lines.clear()
         session.tree.nodes.clear()
         session.tree.away.clear()
-        session.tree.kept.clear()
+        self.forget_kept(session, tuple(session.tree.kept))
 
     def set_running(self, session: Session) -> None:
         if not session.scratch and session.replay is None:
@@ -597,6 +579,7 @@ class Branching(Scratching):
         )
         kept = tuple(entry for entry in before if entry[0].point != session.point)
         session.applied[session.forward] = kept + here
+        self.keep_to_room()
 
     def _edits_changed(self, request_id: int, session: Session, edit: Edit | None) -> None:
         if session.status != "running":

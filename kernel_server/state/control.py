@@ -14,7 +14,7 @@ from kernel_server.protocol.errors import (
     PromptTooLong,
     QuotaExceeded,
 )
-from kernel_server.protocol.location import NOT_STARTED
+from kernel_server.protocol.location import NOT_STARTED, is_inner
 from kernel_server.state.events import Requested
 from kernel_server.state.instructions import DropLog, ForkTensors, ReadTensors
 from kernel_server.state.running import Running
@@ -28,6 +28,7 @@ from kernel_server.state.stepping import (
     step_out_target,
 )
 from kernel_server.state.story import brief
+from kernel_server.state.tensor_bytes import history_bytes, session_bytes, standing_bytes
 
 MAX_SEED = 2**63
 
@@ -43,6 +44,8 @@ class Control(Running):
         self._check_seed(request.seed)
         self._check_name(request.name)
         self._check_quota(event.owner)
+        need = session_bytes(self.shape, len(prompt), request.max_new_tokens)
+        self.require_tensors(need, f"a prompt of {len(prompt)} tokens")
         number = self.num_made = self.num_made + 1
         session = Session(
             id=f"s{number}",
@@ -65,6 +68,7 @@ class Control(Running):
         if request.stop_on_entry:
             session.target = entry()
             self.set_running(session)
+        self.keep_to_room()
         self.publish(session, "launched")
         self.reply(event.request_id, m.SessionReply(session=self.info(session)))
 
@@ -167,6 +171,11 @@ class Control(Running):
         self._check_seed(request.seed)
         self._check_name(request.name)
         self._check_quota(event.owner)
+        # nothing now, since all is shared; but each of the two may go on
+        need = standing_bytes(self.shape, parent)
+        if max_new_tokens > parent.max_new_tokens:
+            need += history_bytes(self.shape, 1, max_new_tokens)
+        self.require_tensors(need, f"a fork of {parent.id}")
         number = self.num_made = self.num_made + 1
         child = Session(
             id=f"s{number}",
@@ -200,10 +209,12 @@ class Control(Running):
         for table in child.tables:
             self.pool.retain(table)
         self.sessions[child.id] = child
+        self.share_kept(child)
         self.note(parent, "Fork", f"to {child.id}")
         self.note(child, "Fork", f"of {parent.id}, {child.place(self.shape.num_layers)}")
         nodes = tuple(child.tree.kept)
         self.emit(ForkTensors(parent_id=parent.id, child_id=child.id, nodes=nodes))
+        self.keep_to_room()
         self.publish(child, "launched")
         self.reply(event.request_id, m.SessionReply(session=self.info(child)))
 
@@ -261,6 +272,8 @@ class Control(Running):
         # found out now, while it can still be refused
         pages = self.writes(session, self.until(session, target)).num_pages
         self.pool.require(pages, session.owner)
+        if target is not None and is_inner(target.point):
+            self.require_place(session, session.forward, (target.forward, target.point))
         session.target = target
         self.set_running(session)
         self.publish(session, "continued")

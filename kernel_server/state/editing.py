@@ -36,6 +36,7 @@ from kernel_server.state.instructions import ApplyEdits, ReadTensors
 from kernel_server.state.quotas import require_room
 from kernel_server.state.selectors import TokenSelector, count_heads, resolve_elements
 from kernel_server.state.sessions import PendingEdits, Session
+from kernel_server.state.tensor_bytes import value_bytes
 
 #: Most entries per row a lens answers.
 MAX_TOP_K = 1000
@@ -168,6 +169,10 @@ class Editing(Control):
         """Ask the engine for the value with the edits as they would be after `action`."""
         stand = session.standing()
         logits = self.shape.logits
+        if not any(made.point == stand.point for made, _ in session.applied.get(stand.forward, ())):
+            # as it was before stays too
+            more = value_bytes(self.shape, stand.point, stand.first, stand.end)
+            self.require_tensors(more, f"an edit at {self.location(stand.point)}")
         remaining = [
             (found, positions)
             for found, positions in at_stop(session.edits, stand, logits)

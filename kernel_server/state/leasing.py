@@ -139,7 +139,7 @@ class Leasing(Residing):
         """Give back its pages in every tier and its tensors, those of its branches with them."""
         del self.leases[session.id]
         pages = 0
-        self._drop_kept(session, set(session.tree.kept))
+        self.drop_kept(session, session.tree.kept)
         for part in self._parts(session):
             if not _holds(part):
                 continue

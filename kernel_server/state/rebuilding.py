@@ -39,6 +39,7 @@ from kernel_server.state.instructions import DropTensors, ForkTensors, Publish, 
 from kernel_server.state.record import from_record, sizes_of, to_record
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import Target
+from kernel_server.state.tensor_bytes import forward_bytes, needed_at
 
 #: A sampler that drew no forward: every token is taken as it was recorded.
 _NEVER = 1 << 62
@@ -249,6 +250,8 @@ class Rebuilding(Comparing):
         shape, goal = self.shape, (session.forward, session.point)
         pages = shape.num_groups * shape.pages_for(session.end_token)
         self.pool.require(pages, session.owner)
+        need = max(forward_bytes(shape, len(session.prompt)), needed_at(shape, session, *goal))
+        self.require_tensors(need, f"computing session {session.id} again")
         inexact = session.inexact
         replay = Replay(
             node=None,
@@ -292,10 +295,12 @@ class Rebuilding(Comparing):
         del self.sessions[builder.id]
         session.tables, builder.tables = builder.tables, [()] * self.shape.num_groups
         session.dormant = session.lease_ended = False
-        self.emit(ForkTensors(parent_id=builder.id, child_id=session.id))
+        only = session.branch
+        self.emit(ForkTensors(parent_id=builder.id, child_id=session.id, history_only=only))
         self.emit(DropTensors(session_id=builder.id))
         self._story.end(builder.id)
         self.to_clean[session.id] = None
+        self.keep_to_room()
         shown = self._shown(session)
         self.note(shown, "rebuilt")
         self.publish(shown, "changed")

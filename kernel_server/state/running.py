@@ -29,14 +29,14 @@ from kernel_server.state.events import (
     StretchDone,
     StretchFailed,
 )
+from kernel_server.state.holding import Holding
 from kernel_server.state.instructions import DropLog, RunStretch
 from kernel_server.state.pages import WritePlan, plan_writes
-from kernel_server.state.paging import Paging
 from kernel_server.state.sessions import MOVES, Session
 from kernel_server.state.stepping import Target, furthest
 
 
-class Running(Paging):
+class Running(Holding):
     """Gives stretches to the engine and takes their results."""
 
     # -- giving ---------------------------------------------------------------------------------

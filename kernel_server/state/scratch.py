@@ -45,6 +45,7 @@ from kernel_server.state.instructions import (
 from kernel_server.state.selectors import TokenSelector, count_heads, resolve_elements
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import Target
+from kernel_server.state.tensor_bytes import standing_bytes
 
 #: Most rows of the residual stream that one lens map puts through the model's head (the engine does
 #: nothing else meanwhile), and most tokens it names.
@@ -335,6 +336,8 @@ class Scratching(Editing):
                 self.pool.require(pages, parent.owner)
             for fork in forks if pages is None else ():
                 self.pool.require(self.writes(fork, until).num_pages, parent.owner)
+            need = sum(standing_bytes(self.shape, fork) for fork in forks)
+            self.require_tensors(need, f"what is asked about {parent.id}")
         except DjinnError:
             for fork in forks:
                 for table in fork.tables:
@@ -359,6 +362,7 @@ class Scratching(Editing):
         for fork in forks:
             self.questions[fork.id] = question
         self.note(parent, "scratch", ", ".join(question.forks))
+        self.keep_to_room()
         return question
 
     def _run(self, fork: Session) -> None:

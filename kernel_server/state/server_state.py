@@ -275,6 +275,7 @@ class ServerState(Budgets):
         assert self.slot is not None or not queued, "the engine idles beside a runnable session"
         self.check_builders()
         self.check_leases()
+        self.check_kept()
         self._check_slot()
 
     def _check_slot(self) -> None:

@@ -39,6 +39,14 @@ class ModelShape:
     eos_token_ids: tuple[int, ...] = ()
     #: tokens of a prompt that pass a layer together
     prefill_chunk: int = 512
+    #: bytes of one number of the residual stream
+    element_bytes: int = 4
+    #: of what is recorded of a forward's calls: bytes per token; likewise of the embedding, which a
+    #: prompt of one chunk keeps; bytes per pair of tokens (masks), and up to how many those stay
+    recorded_token_bytes: int = 0
+    embedded_token_bytes: int = 0
+    pair_bytes: float = 0.0
+    kept_mask_bytes: int = 0
     #: of the pages, how many can lie in the host's memory and on the disk only
     num_host_pages: int = 0
     num_disk_pages: int = 0
@@ -108,12 +116,6 @@ class ModelShape:
         """Pages of one group that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_tokens)
 
-    def stop_bytes(self, num_fed: int) -> int:
-        """Bytes at most of the tensors of a stop in a forward of `num_fed` tokens, as float32."""
-        few = min(num_fed, 16) * self.num_layers
-        rows = 2 * num_fed + few + self.num_layers
-        return 4 * (rows * self.hidden_size + 2 * self.vocab_size)
-
     def groups_begun(self, num_layers: int) -> int:
         """Groups of which at least one of the first `num_layers` layers is part."""
         return -(-num_layers // self.layers_per_group)
@@ -153,6 +155,11 @@ class Limits:
     branches_per_session: int = 64
     kept_stops_per_session: int = 256
     kept_bytes_per_session: int = 256 << 20
+    #: likewise of all sessions together
+    kept_bytes: int = 1 << 30
+    #: what tensors of all sessions may come to beside pages, those of kept stops included; None: as
+    #: much as the device has
+    tensor_bytes: int | None = None
     #: questions about stops that are being computed
     scratch_per_owner: int = 4
     #: of one capture, in float32

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from djinn_nb import Finished, Session, Stopped
 from kernel_server.protocol import messages as m
+from kernel_server.state import tensor_bytes
 from notebooks.harness.exactness import Prompt, Trace, Watch, different
 from notebooks.harness.inprocess import Local
 
@@ -165,6 +166,18 @@ def zero_host_page(local: Local, session: Session) -> int:
     changed = int((content != 0).sum())
     content.zero_()
     return changed
+
+
+def beside_bytes(local: Local, sessions: int, prompt: Prompt, *, in_prefill: bool) -> int:
+    """Bytes at most, as the kernel counts them, of the tensors that stopped sessions hold beside
+    their pages while one of them runs and keeps the stop that it left."""
+    shape = local.kernel.state.shape
+    points, tokens = shape.num_layers + 1, len(prompt.ids)
+    one = tensor_bytes.forward_bytes(shape, tokens if in_prefill else 1)
+    one += tensor_bytes.figures(points, tokens)
+    running = tensor_bytes.forward_bytes(shape, tokens)
+    running += prompt.new_tokens * tensor_bytes.figures(points, 1)
+    return sessions * one + 2 * running
 
 
 def pressure(sessions: Sequence[Held], local: Local) -> float:

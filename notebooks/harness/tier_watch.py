@@ -119,7 +119,7 @@ def sampling(local: Local, every_s: float = 0.05) -> Iterator[Samples]:
 
     On a GPU the memory is NVML's figure for the whole card, contexts and other processes included:
     no less than this process has. On the CPU nothing can be measured that is the pool's alone, and
-    the kernel's own table is summed: weights, pages in use, activations.
+    the kernel's own table is summed: weights, pages in use, activations, kept stops.
     """
     cuda = local.cache.device.type == "cuda"
     measure = card_bytes if cuda else lambda: _table_bytes(local)
@@ -161,7 +161,8 @@ def card_bytes() -> int:
 
 def _table_bytes(local: Local) -> int:
     rows = {kind: nbytes for kind, nbytes, _ in local.kernel.memory()}
-    return rows["weights"] + rows["KV pages in use"] + rows["activations"]
+    kinds = ("weights", "KV pages in use", "activations", "kept stops")
+    return sum(rows[kind] for kind in kinds)
 
 
 def wait_until_ready(local: Local, timeout_s: float = 300.0) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from kernel_server.engine.held import KEEP_ROWS, SessionTensors, reduce_points
 from kernel_server.engine.segments import ForwardState
+from kernel_server.state import tensor_bytes
 
 
 def _forward(tokens: int, point: int, chunk: int = 8) -> ForwardState:
@@ -23,6 +24,29 @@ def _forward(tokens: int, point: int, chunk: int = 8) -> ForwardState:
 def _reach(state: ForwardState, point: int) -> None:
     state.point = point
     state.residual = [torch.randn(1, b - a, 6) for a, b in state.bounds]
+
+
+def test_the_state_knows_which_forwards_are_kept_whole() -> None:
+    assert tensor_bytes.KEPT_ROWS == KEEP_ROWS
+
+
+def test_a_kept_stop_has_its_own_forward_and_the_figures_of_its_line() -> None:
+    held = SessionTensors()
+    for _ in range(2):
+        state = _forward(2, 0)
+        held.begin(state)
+        held.note_value(state, num_layers=4)
+        held.finish(torch.zeros(3))
+    held.begin(_forward(2, 0))
+    held.keep(7)
+    line = SessionTensors(history=[*held.history, held.history[0]])
+    here, kept = held.standing(), held.stops[7]
+
+    assert kept.history == [] and kept.num_finished == 2
+    found = held.at_stop(7, line)
+    assert all(a is b for a, b in zip(found.history, held.history, strict=True))
+    assert found.standing() is not here and found.standing().residual[0] is here.residual[0]
+    assert found.stops is held.stops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

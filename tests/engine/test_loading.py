@@ -48,5 +48,31 @@ def test_a_cap_over_the_device_leaves_the_rest_for_pages():
 
     assert 0 < served.cache.pool.nbytes <= (64 << 20) - weights
     assert served.cache.pool.nbytes > 32 << 20
-    with pytest.raises(BadArgument, match=r"leaves -[\d,]+ after .* of weights and"):
+    assert served.tensor_bytes is not None and served.tensor_bytes < served.cache.page_bytes
+    with pytest.raises(BadArgument, match=r"leaves -[\d,]+ after .* of weights, .* and 0 for"):
         serve(tiny.family("llama"), device_memory_bytes=weights - 1, prefill_chunk=64)
+
+
+def test_a_cap_leaves_what_is_asked_for_tensors_of_stops_and_what_pages_do_not_take():
+    cap, kept = 64 << 20, 8 << 20
+    alone = serve(tiny.family("llama"), device_memory_bytes=cap, prefill_chunk=64)
+    served = serve(
+        tiny.family("llama"), device_memory_bytes=cap, kept_memory_bytes=kept, prefill_chunk=64
+    )
+    small = serve(
+        tiny.family("llama"),
+        device_memory_bytes=cap,
+        kept_memory_bytes=kept,
+        kv_memory_bytes=1 << 20,
+        prefill_chunk=64,
+    )
+
+    assert served.tensor_bytes is not None and small.tensor_bytes is not None
+    assert kept <= served.tensor_bytes < kept + served.cache.page_bytes
+    # the workspace is measured anew each time
+    assert abs(alone.cache.pool.nbytes - served.cache.pool.nbytes - kept) < 4 << 20
+    assert small.tensor_bytes > 32 << 20, "a pool that is smaller leaves more"
+    with pytest.raises(BadArgument, match="8,388,608 for tensors of stops"):
+        serve(
+            tiny.family("llama"), device_memory_bytes=kept, kept_memory_bytes=kept, prefill_chunk=64
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from notebooks.harness.inprocess import Local, local_kernel
 from notebooks.harness.tiny import make_folder
@@ -47,3 +48,14 @@ def test_the_past_can_be_changed_and_returned_to(local: Local) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_returns_end_alike(local: Local, seed: int) -> None:
     branch_cases.random_returns_end_alike(local, seed)
+
+
+def test_what_is_kept_is_bounded_and_nothing_is_lost(local: Local) -> None:
+    before = torch.cuda.memory_allocated()
+    branch_cases.what_is_kept_is_bounded(local, steps=20)
+    branch_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
+    assert torch.cuda.memory_allocated() - before < 64 << 20
+
+
+def test_an_edited_past_comes_back_though_nothing_is_kept(local: Local) -> None:
+    branch_cases.edits_come_back(local)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
+from collections.abc import Callable
 
 import numpy as np
 
 from djinn_nb import Finished, Session, Stopped
 from kernel_server.protocol import messages as m
+from kernel_server.state import tensor_bytes
 from notebooks.harness.exactness import Prompt, Trace, different, reference_run, watching
 from notebooks.harness.inprocess import Local
 from tests.kernel.cases import prompt_of
@@ -30,7 +33,15 @@ def ends_as(session: Session, prompt: Prompt, reference: Trace) -> None:
     assert different(session.logits, reference.last) == 0
 
 
-def keep(local: Local, **limits: int) -> None:
+def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Wait for what the engine does by and by."""
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+
+
+def keep(local: Local, **limits: int | None) -> None:
     state = local.kernel.state
     state.limits = dataclasses.replace(state.limits, **limits)
 
@@ -59,6 +70,90 @@ def a_stop_returned_to_is_the_same(local: Local) -> None:
         ends_as(session, prompt, reference)
         session.terminate()
     keep(local, kept_stops_per_session=256)
+
+
+def what_is_kept_is_bounded(local: Local, steps: int = 50) -> None:
+    """Two sessions with a hundred stops hold no more of those they left than a budget of three
+    stops; going back to any of them, and comparing two, shows the same bits."""
+    prompts = [prompt_of(local, 1.4, new_tokens=steps, seed=40 + i) for i in range(2)]
+    references = references_of(local, prompts)
+    state, engine = local.kernel.state, local.kernel.engine
+    sessions = [prompt.launch(local) for prompt in prompts]
+    seen: list[list[tuple[Stopped, np.ndarray]]] = [[] for _ in sessions]
+    for session, stops in zip(sessions, seen, strict=True):
+        stop = session.next()
+        assert isinstance(stop, Stopped)
+        stops.append((stop, stop.value.numpy()))
+    inside = [state.sessions[session.id] for session in sessions]
+    budget = 3 * tensor_bytes.stop_bytes(state.shape, inside[0])
+    keep(local, kept_bytes=budget)
+    for _ in range(steps - 1):
+        for session, stops in zip(sessions, seen, strict=True):
+            stop = session.next()
+            assert isinstance(stop, Stopped)
+            stops.append((stop, stop.value.numpy()))
+            assert state.kept_bytes <= budget and engine.nbytes()[1] <= budget
+    rows = {kind: (nbytes, note) for kind, nbytes, note in local.kernel.memory()}
+    assert rows["kept stops"][0] <= budget and f"{budget:,}" in rows["kept stops"][1]
+    assert sum(map(len, seen)) == 2 * steps > 4 * sum(len(one.tree.kept) for one in inside)
+    for session, stops, prompt, reference in zip(sessions, seen, prompts, references, strict=True):
+        first, last = stops[0][0].number, stops[-1][0].number
+        compared = session.diff(first, last)
+        assert compared.first_divergence is None, "of one way there is no other"
+        for stop, value in (stops[0], stops[steps // 2], stops[-1], stops[3], stops[1]):
+            again = session.go_to(stop.number)
+            assert isinstance(again, Stopped) and different(again.value.numpy(), value) == 0
+            assert engine.nbytes()[1] <= budget
+        back = session.step_back()
+        assert isinstance(back, Stopped) and different(back.value.numpy(), stops[0][1]) == 0
+        session.rewind(0, "layers.0.output")
+        ends_as(session, prompt, reference)
+        session.terminate()
+    keep(local, kept_bytes=1 << 30)
+
+
+def edits_come_back(local: Local) -> None:
+    """An edit that was left is there again, can be undone there, and differs as it did, though no
+    tensor of a stop is kept."""
+    prompt = prompt_of(local, 1.4, new_tokens=4)
+    (reference,) = references_of(local, [prompt])
+    found = []
+    for budget in (1 << 30, 0):
+        keep(local, kept_bytes=budget)
+        session = prompt.launch(local)
+        plain = session.run_to("layers.1.output")
+        session.run_to("layers.3.output")
+        plain_end = session.continue_()
+        assert isinstance(plain, Stopped) and isinstance(plain_end, Finished)
+        plain_last = max(node.number for node in session.branches())
+        stop = session.go_to(plain.number)
+        assert isinstance(stop, Stopped)
+        stop.edit(scale=-3.0)
+        value = stop.value.numpy()
+        edited = stop.number
+        session.continue_()
+        tokens, last = session.tokens, session.logits
+        edited_last = max(node.number for node in session.branches())
+        compared = session.diff(plain_last, edited_last)
+        assert state_kept(local) <= budget
+        again = session.go_to(edited)
+        assert isinstance(again, Stopped) and different(again.value.numpy(), value) == 0
+        session.continue_()
+        assert session.tokens == tokens and different(session.logits, last) == 0
+        again = session.go_to(edited)
+        assert isinstance(again, Stopped)
+        again.undo()
+        ends_as(session, prompt, reference)
+        session.terminate()
+        found.append((compared.first_divergence, value, tokens))
+    assert found[0][0] == found[1][0] is not None
+    assert different(found[0][1], found[1][1]) == 0 and found[0][2] == found[1][2]
+    keep(local, kept_bytes=1 << 30)
+
+
+def state_kept(local: Local) -> int:
+    """Bytes that are kept of stops that were left."""
+    return local.kernel.engine.nbytes()[1]
 
 
 def the_past_can_be_changed_and_returned_to(local: Local) -> None:

@@ -7,6 +7,7 @@ Here: one answer per request, nothing changed by a refusal, nobody starved, noth
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
+from kernel_server.protocol.location import Point
 from kernel_server.state.events import StretchDone, Ticked
 from kernel_server.state.server_state import Limits, ServerState
 from tests.state.world import SAMPLED, SHAPE, World, noted, result_of, snapshot
@@ -25,6 +27,7 @@ POOL = dataclasses.replace(SHAPE, num_pages=22)
 LIMITS = Limits(
     sessions_per_owner=4, breakpoints_per_session=4, edits_per_session=4, deferred_per_session=3,
     nodes_per_session=9, branches_per_session=3, kept_stops_per_session=3,
+    kept_bytes=40_000, tensor_bytes=160_000,
 )  # fmt: skip
 OWNERS = ("ada", "bob", "cyd")
 
@@ -74,6 +77,11 @@ edits = st.builds(
     heads=st.sampled_from([m.ALL, m.ALL, m.Selector(kind="indices", indices=(1,))]),
     sticky=st.booleans(),
 )
+
+
+def boundary(point: Point, how_far: int) -> Point:
+    """Where an engine that is cut short stands: at a whole point, unless it did not move."""
+    return math.floor(point) + how_far if how_far else point
 
 
 class Clients(RuleBasedStateMachine):
@@ -296,7 +304,7 @@ class Clients(RuleBasedStateMachine):
     def be_cut_short(self, how_far: int, holds: bool) -> None:
         stretch = self.world.stretch
         reach = min(stretch.until, self.world.engine.reach(stretch))
-        logs, point = noted(stretch, min(stretch.point + how_far, reach))
+        logs, point = noted(stretch, min(boundary(stretch.point, how_far), reach))
         reached = [c for c in stretch.checks if c.point == point] if how_far else []
         self.count_turn()
         token = self.world.token() if point == SAMPLED else None
@@ -322,7 +330,8 @@ class Clients(RuleBasedStateMachine):
             self.world.done()
         else:
             reach = self.world.engine.reach(stretch)
-            point = min(stretch.point + how_far, stretch.until, reach, SAMPLED - 1)
+            whole = boundary(stretch.point, how_far)
+            point = min(whole, stretch.until, reach, SAMPLED - 1)
             self.world.fail(point, fatal=fatal == 4)
 
     @precondition(lambda self: self.world.errands)
