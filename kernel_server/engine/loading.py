@@ -95,7 +95,8 @@ def serve(
     >>> served = serve(stock_model, kv_memory_bytes=64 << 20)  # doctest: +SKIP
     """
     resumable, shape, report = resume(model, page_tokens=page_tokens, group_layers=group_layers)
-    graphs = layer_graphs(resumable, shape) if cuda_graphs else None
+    on_gpu = resumable.device.type == "cuda"
+    graphs = layer_graphs(resumable, shape) if cuda_graphs and on_gpu else None
     if graphs is not None:
         report.notes.append(
             f"{graphs.num_recorded} of {resumable.num_layers} layers run as CUDA graphs in a decode"
