@@ -18,6 +18,8 @@ from kernel_server.state.sessions import Session
 
 #: Pages in one copy: the first of them can be used before the last has come.
 RUN = 16
+#: Pages in one copy that nobody computes on meanwhile: each copy takes the host's time besides.
+LONG_RUN = 64
 #: Of copies that nobody is told of: they were made before anyone needed room.
 WRITE_BEHIND = "write-behind"
 
@@ -52,20 +54,27 @@ class Copies(Core):
     """Begins copies and tells of them."""
 
     def _copy(
-        self, session: Session | None, pages: list[int], source: Tier, target: Tier, reason: str
+        self,
+        session: Session | None,
+        pages: list[int],
+        source: Tier,
+        target: Tier,
+        reason: str,
+        *,
+        long: bool = False,
     ) -> None:
-        """Begin copies in runs of a few pages."""
-        swap = Swap(left=-(-len(pages) // RUN))
-        for start in range(0, len(pages), RUN):
-            run = pages[start : start + RUN]
-            moves = tuple(self.residency.begin(page, source, target) for page in run)
+        """Begin copies in runs of a few pages; of more where nobody waits for the first, `long`."""
+        run = LONG_RUN if long else RUN
+        swap = Swap(left=-(-len(pages) // run))
+        for start in range(0, len(pages), run):
+            some = pages[start : start + run]
+            moves = self.residency.begin_all(some, source, target)
             self._tickets_made += 1
             ticket = self._tickets_made
             owner = None if session is None or reason == WRITE_BEHIND else session.id
             self.copying[ticket] = Copying(moves, owner, reason, swap)
             if target == "device":
-                for page in run:
-                    self.inbound[page] = ticket
+                self.inbound.update(dict.fromkeys(some, ticket))
             self.emit(
                 CopyPages(
                     ticket=ticket,

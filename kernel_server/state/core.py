@@ -61,6 +61,8 @@ class Slot:
     interrupted: bool = False
     #: the session was terminated: free it when the engine answers
     ended: bool = False
+    #: a copy was begun beforehand beside it
+    wrote_behind: bool = False
 
 
 class Core:

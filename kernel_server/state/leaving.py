@@ -148,11 +148,16 @@ class Leaving(Refusing):
         return [(first + i) % count for i in range(count)][::-1]
 
     def _push_down(
-        self, pages: list[tuple[int, Session]], reason: str, needed: Set[int] = frozenset()
+        self,
+        pages: list[tuple[int, Session]],
+        reason: str,
+        needed: Set[int] = frozenset(),
+        *,
+        long: bool = False,
     ) -> int:
         """Copy pages to the host, as many as there is room for; returns how many.
 
-        needed: pages that are not to go deeper for it.
+        needed: pages that are not to go deeper for it. long: in long copies.
         """
         if self.refuses("host"):
             return 0  # to free slots of it would be in vain
@@ -160,8 +165,8 @@ class Leaving(Refusing):
         if lacking > 0:
             self._free_host(lacking, needed)
         going = pages[: self.host_room()]
-        for session, run in by_session(going):
-            self._copy(session, run, "device", "host", reason)
+        for session, some in by_session(going):
+            self._copy(session, some, "device", "host", reason, long=long)
         return len(going)
 
     # -- the host -----------------------------------------------------------------------------
@@ -214,7 +219,7 @@ class Leaving(Refusing):
         if not host.capacity or self.exchange is not None:
             return
         self._watch_marks()
-        room = self.limits.copies_in_flight - len(self.copying)
+        room = self._copies_beforehand() - len(self.copying)
         if "host" in self.refusals:
             room = min(room, 1 - len(self.copying))
         while room > 0 and self.to_clean:
@@ -227,6 +232,19 @@ class Leaving(Refusing):
             self.to_clean[session.id] = None
             self._copy(session, pages[: min(RUN, self.host_room())], "device", "host", WRITE_BEHIND)
             room -= 1
+            if self.slot is not None:
+                self.slot.wrote_behind = True
+
+    def _copies_beforehand(self) -> int:
+        """How many copies may be under way for some of them to be made beforehand.
+
+        A decode waits for the host at every layer, and beginning a copy takes the host's time too:
+        one copy beside each, unless room is short.
+        """
+        slot = self.slot
+        if slot is None or slot.long or self.pressing:
+            return self.limits.copies_in_flight
+        return 0 if slot.wrote_behind else 1
 
     def _watch_marks(self) -> None:
         capacity, stuck = self.residency.slots["device"].capacity, len(self.residency.dirty)

@@ -17,9 +17,9 @@ good copy remains.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
@@ -74,18 +74,35 @@ class Slots:
         return max(0, self.room)
 
     def take(self) -> int:
-        assert self.num_free > 0, "no slot is free"
-        slot = self._free.pop()
-        self._taken.add(slot)
-        self.changes += 1
-        return slot
+        return self.take_some(1)[0]
+
+    def take_some(self, count: int) -> list[int]:
+        """So many slots, the lowest first."""
+        assert 0 <= count <= self.num_free, "no slot is free"
+        left = len(self._free) - count
+        slots = self._free[left:][::-1]
+        del self._free[left:]
+        self._taken.update(slots)
+        self.changes += count
+        return slots
 
     def give_back(self, slot: int, *, last: bool = False) -> None:
         """last: the slot is to be taken after all others, since it may be the one at fault."""
+        if not last:
+            self.give_back_some((slot,))
+            return
         assert slot in self._taken, f"slot {slot} is free already"
         self._taken.remove(slot)
-        self._free.insert(0 if last else len(self._free), slot)
+        self._free.insert(0, slot)
         self.changes += 1
+
+    def give_back_some(self, slots: Sequence[int]) -> None:
+        """The last of them is taken first."""
+        given = set(slots)
+        assert len(given) == len(slots) and given <= self._taken, f"free already, of {slots}"
+        self._taken -= given
+        self._free += slots
+        self.changes += len(slots)
 
 
 @dataclass(slots=True)
@@ -107,8 +124,7 @@ class Place:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """One copy of one page under way."""
 
     page: int
@@ -241,22 +257,29 @@ class Residency:
 
     def begin(self, page: int, source: Tier, target: Tier) -> Move:
         """Take a slot in `target` for a copy from `source`; tell `done` or `failed` later."""
-        place = self._places[page]
-        slot = place.slot(source)
-        assert slot is not None, f"page {page} is not in {source}"
-        assert source == "device" or place.clean or place.device is None, "a stale copy is read"
-        there = place.slot(target)
-        if there is None:
-            there = self.slots[target].take()
-            setattr(place, target, there)
-            if target == "device":
-                self.epoch += 1
-                self.num_absent -= 1
-        else:
-            # only a copy to below that has gone stale is made again in its slot
-            assert source == "device" and not place.clean and not place.moving
-        place.moving += 1
-        return Move(page, source, target, slot, there, place.version)
+        return self.begin_all((page,), source, target)[0]
+
+    def begin_all(self, pages: Sequence[int], source: Tier, target: Tier) -> tuple[Move, ...]:
+        """What `begin` does for each page, in one go."""
+        places = [self._places[page] for page in pages]
+        fresh = self.slots[target].take_some(sum(place.slot(target) is None for place in places))
+        taken, moves = iter(fresh), list[Move]()
+        for page, place in zip(pages, places, strict=True):
+            slot, there = place.slot(source), place.slot(target)
+            assert slot is not None, f"page {page} is not in {source}"
+            assert source == "device" or place.clean or place.device is None, "a stale copy is read"
+            if there is None:
+                there = next(taken)
+                setattr(place, target, there)
+            else:
+                # only a copy to below that has gone stale is made again in its slot
+                assert source == "device" and not place.clean and not place.moving
+            place.moving += 1
+            moves.append(Move(page, source, target, slot, there, place.version))
+        if target == "device" and fresh:
+            self.epoch += 1
+            self.num_absent -= len(fresh)
+        return tuple(moves)
 
     def done(self, move: Move) -> bool:
         """The copy was made; False when it is worth nothing (written or forgotten meanwhile)."""
@@ -318,7 +341,7 @@ class Residency:
 
         What `drop` does for each, in one go: a clean session of hundreds of pages leaves at once.
         """
-        places, device, left = self._places, self.slots["device"], list[int]()
+        places, left = self._places, list[int]()
         for page in pages:
             place = places[page]
             slot = place.device
@@ -326,9 +349,9 @@ class Residency:
             assert slot is not None and not place.moving, f"page {page} cannot leave device"
             assert place.clean and below, f"page {page} would be lost"
             place.device = None
-            device.give_back(slot)
             left.append(slot)
         if left:
+            self.slots["device"].give_back_some(left)
             self.epoch += 1
             self.num_absent += len(left)
         return left
@@ -362,8 +385,11 @@ class Residency:
             self.dirty.discard(page)
 
     def _found(self, move: Move) -> Place:
-        for place in (self._places.get(move.page), *self._dying.values()):
-            if place is not None and place.slot(move.target) == move.target_slot:
+        place = self._places.get(move.page)
+        if place is not None and place.slot(move.target) == move.target_slot:
+            return place
+        for place in self._dying.values():
+            if place.slot(move.target) == move.target_slot:
                 return place
         raise AssertionError(f"no page has the slot of {move}")
 

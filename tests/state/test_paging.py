@@ -12,6 +12,8 @@ import pytest
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
+from kernel_server.state import copies
+from kernel_server.state.copies import RUN
 from kernel_server.state.events import Ticked
 from kernel_server.state.instructions import CopyPages
 from kernel_server.state.server_state import Limits
@@ -158,6 +160,93 @@ def test_a_copy_that_fails_leaves_the_page_where_it_was() -> None:
     assert device_pages(world, first) == PAGES
     world.run(first)
     assert world.session(first).status == "finished"
+
+
+# -- how many copies ----------------------------------------------------------------------------
+
+LONG_PROMPT = [7] * 60
+
+
+def pages_of(world: World, session_id: str) -> set[int]:
+    return {page for table in world.state.sessions[session_id].tables for page in table}
+
+
+def test_a_request_looks_at_its_pages_when_there_is_something_to_decide() -> None:
+    """Not at each copy: a swap of hundreds of pages took longer to decide than to carry out."""
+    world = tiers(device=100, host=100, limits=Limits(copies_in_flight=0))
+    session = stopped(world, prompt=LONG_PROMPT)
+    pages = len(pages_of(world, session))
+    looked, settled = [], world.state._settled
+
+    def note(*given: Any) -> bool:
+        looked.append(len(world.engine.copies))
+        return settled(*given)
+
+    world.state._settled = note
+    request = world.send(m.Evict(session_id=session))
+    assert [len(copy.moves) for copy in world.engine.copies.values()] == [pages]
+    world.work()
+    assert world.answer_to(request).session.device_pages == 0
+    request = world.send(m.Restore(session_id=session))
+    world.work()
+    assert world.answer_to(request).session.device_pages == pages
+
+    assert looked == [0, 0, 0, 0], "to begin the copies, and when all are made"
+    world.ask(m.Evict(session_id=session))
+    world.go(session)
+    world.done()
+    needed = [len(copy.moves) for copy in world.engine.copies.values()]
+    assert max(needed) == RUN < pages, "whoever computes meanwhile waits for a few at a time"
+    world.work()
+    assert world.session(session).status == "finished"
+    world.finish_checks()
+
+
+def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although others of the same request are under way."""
+    monkeypatch.setattr(copies, "LONG_RUN", 16)
+    world = tiers(device=100, host=100, limits=Limits(copies_in_flight=0))
+    session = stopped(world, prompt=LONG_PROMPT)
+    request = world.send(m.Evict(session_id=session))
+    assert len(world.engine.copies) == 3
+    assert world.state.settling[session].moving == pages_of(world, session)
+    world.land()
+    assert len(world.state.settling[session].moving) == len(pages_of(world, session)) - 16
+    world.land(error=m.ErrorInfo(code="OutOfDeviceMemory", message="no room"))
+    assert isinstance(world.replies[request], m.ErrorReply)
+    world.work()
+    assert device_pages(world, session) == len(pages_of(world, session))
+    world.finish_checks()
+
+
+def test_beside_a_decode_one_copy_is_made_beforehand() -> None:
+    """A decode waits for the host at every layer; a server at rest, and a prefill, do not."""
+    world = tiers(device=200, host=200, limits=Limits(copies_in_flight=2))
+    dirty, under_way = world.state.residency.dirty, world.engine.copies
+    waiting = stopped(world, prompt=LONG_PROMPT), stopped(world, prompt=LONG_PROMPT)
+    assert len(under_way) == 2
+    runner = world.launch(prompt=[3], max_new_tokens=20)
+    world.go(runner)
+    begun = []
+    while dirty & set().union(*(pages_of(world, session) for session in waiting)):
+        while under_way:
+            world.land()
+        begun.append(len(under_way))
+        world.done()
+        begun.append(len(under_way))
+    assert set(begun[:-1]) == {0, 1}
+    assert begun[:-1:2] == [0] * len(begun[:-1:2]), "a copy was begun when another was made"
+    world.work()
+
+    for session in waiting:
+        world.ask(m.Terminate(session_id=session))
+    stopped(world, prompt=LONG_PROMPT), stopped(world, prompt=LONG_PROMPT)
+    world.go(world.launch(prompt=LONG_PROMPT))
+    world.land()
+    world.land()
+    assert len(under_way) == 2, "beside a prefill fewer are made than at rest"
+    world.work()
+    world.finish_checks()
 
 
 # -- marks --------------------------------------------------------------------------------------
