@@ -45,6 +45,8 @@ class CommBridge:
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
         self._lock = threading.Lock()
+        #: held while a snapshot is looked up and told: nobody is told an older one after a newer
+        self._telling = threading.Lock()
         #: comm -> when it was last heard
         self._comms: dict[Any, float] = {}
         self._cell_since: float | None = None
@@ -83,9 +85,10 @@ class CommBridge:
         self._bench.changed()
 
     def _greet(self, comm: Any) -> None:
-        with self._lock:
-            self._comms[comm] = time.monotonic()
-        self._send(comm, {"type": "snapshot", "snapshot": as_json(self._bench.snapshot())})
+        with self._telling:
+            with self._lock:
+                self._comms[comm] = time.monotonic()
+            self._send(comm, {"type": "snapshot", "snapshot": as_json(self._bench.snapshot())})
 
     def insert_cell(self, code: str) -> bool:
         """Have the front end heard last insert a cell below the active one; False without one."""
@@ -133,8 +136,10 @@ class CommBridge:
                 for comm in [c for c, heard in self._comms.items() if now - heard > SILENCE_S]:
                     del self._comms[comm]
             comms = list(self._comms)
-        if comms:
-            data = {"type": "snapshot", "snapshot": as_json(snapshot)}
+        if not comms:
+            return
+        data = {"type": "snapshot", "snapshot": as_json(snapshot)}
+        with self._telling:
             for comm in comms:
                 self._send(comm, data)
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     from djinn_nb.workbench import Workbench
 
-NUM_LAYERS, HIDDEN, VOCABULARY, CONTEXT = 6, 32, 512, 8192
+NUM_LAYERS, HIDDEN, VOCABULARY, CONTEXT = 6, 32, 512, 32_768
+#: New tokens of a session that is to be met while it runs: it does for minutes, however long
+#: whoever wants to meet it is kept from that.
+LONG = 30_000
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 TEXT = [
     "When Mary and John went to the store, John gave a drink to Mary.",
@@ -136,8 +139,8 @@ def session(server: djinn.Server) -> djinn.Session:
 
 @pytest.fixture
 def long_session(server: djinn.Server) -> djinn.Session:
-    """One that runs for seconds."""
-    return server.launch(PROMPT, max_new_tokens=CONTEXT - 100)
+    """One that runs for minutes."""
+    return server.launch(PROMPT, max_new_tokens=LONG)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from djinn_nb.completion import Completer
 from djinn_nb.magics import DjinnMagics
 from djinn_nb.notebook import error_line, load_ipython_extension, unload_ipython_extension
 from kernel_server.protocol.location import INNER_SITES
-from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
+from tests.djinn_nb.conftest import LONG, NUM_LAYERS, PROMPT, Process
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_a_breakpoint_that_cannot_be_set_leaves_no_session(run, server):
 
 def test_a_timeout_leaves_the_session_running_and_pause_stops_it(run, shell, capsys):
     with pytest.raises(errors.StillRunning):
-        run("%%djinn_run --max-new-tokens 8000 --timeout 0.1\nMary")
+        run(f"%%djinn_run --max-new-tokens {LONG} --timeout 0.1\nMary")
 
     run("%djinn_pause")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import djinn_nb as djinn
-from tests.djinn_nb.conftest import PROMPT, Process
+from tests.djinn_nb.conftest import LONG, PROMPT, Process
 
 pytestmark = pytest.mark.notebook
 
@@ -96,7 +96,7 @@ def test_an_error_is_one_line_with_the_line_of_the_cell(kernel):
 
 
 def test_an_interrupted_cell_says_what_still_runs_and_can_wait_on(kernel, server, eventually):
-    sent = kernel.send("%%djinn_run --max-new-tokens 8000\nMary")
+    sent = kernel.send(f"%%djinn_run --max-new-tokens {LONG}\nMary")
     eventually(lambda: "running" in set(server.sessions().status))
     time.sleep(0.3)
 

@@ -10,7 +10,14 @@ import pytest
 
 import djinn_nb as djinn
 from djinn_nb import errors
-from tests.djinn_nb.conftest import HIDDEN, NUM_LAYERS, VOCABULARY, Process, make_model
+from tests.djinn_nb.conftest import (
+    HIDDEN,
+    LONG,
+    NUM_LAYERS,
+    VOCABULARY,
+    Process,
+    make_model,
+)
 
 
 def test_the_model_is_described_without_weights(server):
@@ -89,27 +96,34 @@ def test_a_closed_server_says_connect_again(process: Process):
     assert "disconnected" in repr(server)
 
 
-def test_no_threads_are_left_behind(process: Process):
-    before = threading.active_count()
-
-    djinn.connect(process.address).close()
-
-    assert threading.active_count() == before
+def _new_threads(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Those that have come since: others of before may be about to end."""
+    return set(threading.enumerate()) - before
 
 
-def test_a_connection_that_nobody_holds_any_more_is_closed(process: Process):
-    before = threading.active_count()
+def test_no_threads_are_left_behind(process: Process, eventually):
+    before = set(threading.enumerate())
+    server = djinn.connect(process.address)
+    assert _new_threads(before)
+
+    server.close()
+
+    eventually(lambda: not _new_threads(before))
+
+
+def test_a_connection_that_nobody_holds_any_more_is_closed(process: Process, eventually):
+    before = set(threading.enumerate())
     server = djinn.connect(process.address)
     session = server.launch([1], max_new_tokens=1)
     del server
     gc.collect()
     session.terminate()  # a session alone keeps its connection
-    assert threading.active_count() > before
+    assert _new_threads(before)
 
     del session
     gc.collect()
 
-    assert threading.active_count() == before
+    eventually(lambda: not _new_threads(before))
 
 
 @pytest.mark.parametrize(
@@ -176,12 +190,20 @@ def test_a_model_without_a_tokenizer_is_debugged_by_ids(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(model_folder, tmp_path):
+def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(
+    model_folder, tmp_path, eventually
+):
     process = Process(tmp_path / "run", "--no-journal", "--model", str(model_folder))
     try:
         server = process.connect()
-        session = server.launch([1, 2, 3], max_new_tokens=8000)
-        threading.Timer(0.3, process.process.kill).start()
+        session = server.launch([1, 2, 3], max_new_tokens=LONG)
+
+        def kill() -> None:
+            eventually(lambda: session.newest.status == "running")
+            process.process.kill()
+
+        killing = threading.Thread(target=kill)
+        killing.start()
         began = time.monotonic()
 
         with pytest.raises(errors.ConnectionFailed) as caught:
@@ -191,6 +213,7 @@ def test_a_server_that_dies_in_a_call_is_told_and_a_new_one_is_found(model_folde
         assert time.monotonic() - began < 60
         assert server.address in str(caught.value)
         assert session.id in repr(session)
+        killing.join()
         process.process.wait()
         again = Process(tmp_path / "run", "--no-journal", "--model", str(model_folder))
         try:

@@ -13,7 +13,7 @@ import djinn_nb as djinn
 from djinn_nb import errors
 from djinn_nb.planned import PLANNED
 from djinn_nb.waiting import Interrupted
-from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, VOCABULARY, Process
+from tests.djinn_nb.conftest import CONTEXT, NUM_LAYERS, PROMPT, VOCABULARY, Process
 
 
 def test_a_session_stops_where_it_was_told_and_finishes(server):
@@ -150,7 +150,10 @@ def test_waiting_for_a_session_that_was_never_started_is_refused(session):
         session.wait()
 
 
-def test_an_interrupt_ends_the_waiting_only(long_session, eventually):
+def test_an_interrupt_ends_the_waiting_only(long_session, eventually, monkeypatch):
+    # the message says how the session is, however late the server tells it
+    monkeypatch.setattr("djinn_nb.waiting.ASK_S", 60.0)
+
     def interrupt() -> None:
         eventually(lambda: long_session.newest.status == "running")
         _thread.interrupt_main()
@@ -231,17 +234,20 @@ def test_a_terminated_session_is_gone(session, server):
         session.continue_()
 
 
-def test_whoever_waits_for_a_session_that_is_terminated_is_told(long_session, process: Process):
+def test_whoever_waits_for_a_session_that_is_terminated_is_told(
+    long_session, process: Process, eventually
+):
     def end_it() -> None:
+        eventually(lambda: long_session.newest.status == "running")
         with djinn.connect(process.address) as other:
             other.attach(long_session.id).terminate()
 
-    timer = threading.Timer(0.3, end_it)
-    timer.start()
+    ending = threading.Thread(target=end_it)
+    ending.start()
 
     with pytest.raises(errors.UnknownSession):
         long_session.continue_()
-    timer.join()
+    ending.join()
 
 
 def test_the_story_tells_what_happened(session):
@@ -291,7 +297,7 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(session, call, error):
         ([-1], {}, errors.BadPrompt),
         ([1.5], {}, errors.BadPrompt),
         (None, {}, errors.BadPrompt),
-        ([1] * 9000, {}, errors.PromptTooLong),
+        ([1] * (CONTEXT + 1), {}, errors.PromptTooLong),
         ([1], {"max_new_tokens": 100_000}, errors.PromptTooLong),
         ([1], {"max_new_tokens": 0}, errors.BadArgument),
         ([1], {"max_new_tokens": "many"}, errors.BadArgument),

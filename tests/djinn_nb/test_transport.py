@@ -49,7 +49,7 @@ class Server:
 
     def handle(self, owner: str, connection_id: str, payload: bytes) -> bytes:
         self.seen.append(payload[:20])
-        if payload == b"hold":
+        if payload.startswith(b"hold"):
             assert self.hold.wait(60)
             self.released += 1
         if payload == b"refuse":
@@ -156,18 +156,27 @@ def test_bulk_and_events_do_not_hold_control(transport: Transport, server: Serve
 
 
 def test_a_call_not_answered_in_time_says_so_and_the_next_one_works(
-    transport: Transport, server: Server
+    transport: Transport, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConnectionLost, match="may have been carried out"):
-        transport.request(b"hold", timeout=0.2)
+    # however late the thread is that has to say so
+    monkeypatch.setattr("djinn_nb.transport._GRACE_S", 60.0)
+    held = []
+    for timeout_s in (0.2, 2.0, 20.0):  # one that is over before the call went out shows nothing
+        held.append(b"hold %d" % len(held))
+        with pytest.raises(ConnectionLost, match="may have been carried out"):
+            transport.request(held[-1], timeout=timeout_s)
+        if _soon(lambda: held[-1] in server.seen, timeout_s):
+            break
 
     assert transport.request(b"next", timeout=30) == b"next"
-    assert transport.traffic["control"].connects == 2
+    assert transport.traffic["control"].connects == 1 + len(held)
     server.hold.set()
-    assert _soon(lambda: server.released == 1)
+    seen = [payload for payload in server.seen if payload in held]
+    assert _soon(lambda: server.released == len(seen))
     time.sleep(0.1)  # an answer that strayed would be there by now
     assert transport.request(b"and no stray answer") == b"and no stray answer"
-    assert server.seen.count(b"hold") == 1
+    assert held[-1] in seen and len(seen) == len(set(seen))
+    assert [payload for payload in server.seen if payload in held] == seen
 
 
 def test_an_interrupt_ends_the_waiting_and_nothing_else(
@@ -225,7 +234,9 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
 
     def bother() -> None:
         while not done.wait(chance.uniform(0.0002, 0.003)):
-            signal.pthread_kill(main, signal.SIGINT)
+            # where a call takes longer than that, it has to be answered now and then all the same
+            if interrupted <= 100 + 4 * answered:
+                signal.pthread_kill(main, signal.SIGINT)
 
     thread = threading.Thread(target=bother)
     answered = interrupted = 0
@@ -233,7 +244,7 @@ def test_interrupts_at_any_moment_never_mix_up_answers(transport: Transport) -> 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
         thread.start()
-        # both happen, however slow this machine is
+        # both happen, however slow or fast this machine is
         while answered + interrupted < 1500 or min(answered, interrupted) <= 50:
             mine = bytes([chance.randrange(256)]) * chance.choice([1, 1000, 300_000])
             kind = chance.choice(["control", "bulk"])
@@ -267,16 +278,15 @@ def test_a_restarted_server_is_found_again_by_the_next_call(
     assert server.seen == [b"before", b"after"]
 
 
-def test_a_call_waits_a_moment_for_a_server_that_is_restarting(
-    transport: Transport, server: Server
-) -> None:
+def test_a_call_waits_a_moment_for_a_server_that_is_restarting(server: Server) -> None:
     address = server.service.address
-    server.service.close()
-    timer = threading.Timer(0.4, server.start, (address,))
-    timer.start()
+    with Transport(address, TOKEN, patience_s=60.0) as transport:
+        server.service.close()
+        timer = threading.Timer(0.4, server.start, (address,))
+        timer.start()
 
-    assert transport.request(b"patient") == b"patient"
-    timer.join()
+        assert transport.request(b"patient", timeout=60) == b"patient"
+        timer.join()
 
 
 def test_a_server_that_is_gone_is_named_with_what_to_do(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from djinn_nb.workbench import Workbench, workbench
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.snapshot import Notice, Snapshot
 from tests.djinn_nb.conftest import NUM_LAYERS, PROMPT, Process
+from tests.djinn_nb.held_back import held_back
 
 Holds = Callable[[Snapshot], bool]
 
@@ -425,16 +427,27 @@ def test_a_session_terminated_elsewhere_says_so(connected, session, process, soo
     assert "launch" in shown.can and "next" not in shown.can
 
 
-def test_a_loading_model_shows_how_far_it_is(bench, own_user_folders, soon):
+def test_a_loading_model_shows_how_far_it_is(bench, model_folder, tmp_path, soon, eventually):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
     seen: list[Snapshot] = []
     bench.subscribe(seen.append)
+    with held_back(folder / "config.json") as held:
+        process = Process(tmp_path / "run", "--model", str(folder))
+        try:
+            eventually(held.is_read)
+            connecting = verbs.perform(bench, "connect", address=process.address)
+            soon(bench, lambda s: s.connection == "loading" and s.progress.done is not None)
+            assert not connecting.done()
 
-    verbs.perform(bench, "connect").result(120)
+            held.give()
+            connecting.result(120)
 
-    loading = [shown for shown in seen if shown.connection == "loading"]
-    assert any(shown.progress.done is not None for shown in loading)
-    assert all(shown.can == () for shown in loading)
-    assert soon(bench, lambda s: s.connection == "ready").notice is None
+            assert soon(bench, lambda s: s.connection == "ready").notice is None
+            loading = [shown for shown in seen if shown.connection == "loading"]
+            assert all(shown.can == () for shown in loading)
+            bench.current.server.close()
+        finally:
+            process.end()
 
 
 @pytest.mark.slow
