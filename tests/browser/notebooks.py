@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 CONNECT = "%load_ext djinn_nb\n%djinn_connect"
 RUN = f"%%djinn_run --max-new-tokens 24\n{PROMPT}"
-#: The end-of-text token is banned, so that a run lasts as long as it is told to: for minutes.
+#: The end-of-text token is banned, and the lens is read at every site of every forward, so that a
+#: run lasts for minutes.
 LONG = f"""{CONNECT}
 session = server.launch({PROMPT!r}, max_new_tokens=900, stop_on_entry=True)
 stop = session.stop
-stop.edit(ban=[2], sticky=True)"""
+stop.edit(ban=[2], sticky=True)
+_ = session.break_when(entropy_below=1e-12, at="every site")"""
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 #: Waits are for a machine on which much else runs.
-PATIENCE_MS = 40_000
+PATIENCE_MS = 90_000
 
 
 def open_notebook(lab: Lab, page: Page, name: str, *cells: str, kernel: str = "python3") -> None:

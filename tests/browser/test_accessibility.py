@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from scripts.browser import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 THEMES = ("JupyterLab Light", "JupyterLab Dark")
 GRAVE = ("serious", "critical")

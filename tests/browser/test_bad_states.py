@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.browser.models import altered_model
 from tests.browser.notebooks import (
     CONNECT,
+    LONG,
     open_notebook,
     panel,
     run_all,
     sidebar,
 )
+from tests.djinn_nb.held_back import held_back
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
     from scripts.browser import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
-#: A run of minutes: the lens is read at every site of every forward.
-LONG_RUN = """session = server.launch("Mary", max_new_tokens=1000)
-_ = session.break_when(entropy_below=1e-12, at="every site")
-stop = session.continue_()"""
+LONG_RUN = f"{LONG.removeprefix(CONNECT)}\nstop = session.continue_()"
 #: An ipykernel as those before 7 are: one thread for all that a front end asks.
 WITHOUT_SUBSHELLS = """
 from ipykernel.kernelapp import IPKernelApp
@@ -39,18 +41,6 @@ class App(IPKernelApp):
 
 App.launch_instance()
 """
-#: Keeps what panel and sidebar say while a model is loaded, however short that is.
-RECORD = """() => {
-  window.said = { panel: [], sidebar: [] };
-  new MutationObserver(() => {
-    const panel = document.querySelector('.djinn-panel [role=status]');
-    const face = document.querySelector('#djinn-nb-sidebar [data-code=ModelLoading]');
-    const bar = face?.querySelector('progress[value]');
-    if (panel) window.said.panel.push(panel.textContent);
-    if (face) window.said.sidebar.push(`${face.textContent} ${bar ? 'with a bar' : ''}`);
-  }).observe(document.body, { childList: true, subtree: true, characterData: true,
-                              attributes: true, attributeFilter: ['value'] });
-}"""
 
 
 @pytest.fixture
@@ -153,25 +143,31 @@ def test_a_refused_token_is_said_everywhere_and_another_one_connects(lab: Lab, p
     panel(page).locator("button:enabled", has_text="Launch").wait_for()
 
 
-def test_a_model_that_loads_shows_how_far_it_is_in_panel_and_sidebar(lab: Lab, page: Page):
+def test_a_model_that_loads_shows_how_far_it_is_in_panel_and_sidebar(
+    lab: Lab, page: Page, tmp_path: Path
+):
+    model = altered_model(tmp_path / "model")
     open_notebook(
         lab, page, "loads.ipynb", "%load_ext djinn_nb\n%djinn_panel sessions",
-        "%djinn_connect --option seed=41 --option linger_s=3",
+        f"%djinn_load {model}",
     )  # fmt: skip
     sidebar(page)
     _run_cell(page, 0)
     panel(page).get_by_text("not connected to a server").wait_for()
     _face(page, "NotConnected").wait_for()
-    page.evaluate(RECORD)
-    _run_cell(page, 1)
-    panel(page).locator("button:enabled", has_text="Launch").wait_for()
-    page.locator(".jp-OutputArea-output", has_text="Server unix:").wait_for()
-
-    said = page.evaluate("window.said")
-    assert any("loading the model" in one and "%" in one for one in said["panel"]), said
-    assert any("Nothing to do" in one for one in said["panel"]), said
-    assert any("loading the model" in one and "with a bar" in one for one in said["sidebar"]), said
-    assert any("You can go on as soon as it is there" in one for one in said["sidebar"]), said
+    with held_back(model / "config.json") as held:
+        _run_cell(page, 1)
+        said = panel(page).get_by_role("status").filter(has_text=re.compile("loading the model.*%"))
+        said.wait_for()
+        assert "Nothing to do" in said.inner_text()
+        face = _face(page, "ModelLoading").filter(has_text="loading the model")
+        face.locator("progress[value]").wait_for()
+        assert "You can go on as soon as it is there" in face.inner_text()
+        while not held.is_read():
+            page.wait_for_timeout(100)
+        held.give()
+        panel(page).locator("button:enabled", has_text="Launch").wait_for()
+        page.locator(".jp-OutputArea-output", has_text="Server unix:").wait_for()
     _face(page, "ModelLoading").wait_for(state="detached")
 
 

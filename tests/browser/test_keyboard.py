@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scripts.browser import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 #: A round through all that the tab key reaches on the page is shorter.
 MOST_PRESSES = 90

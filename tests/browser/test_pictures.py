@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from scripts.browser import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 #: Of the large map: pixels left of its first key and above its first token, and of a cell.
 AXIS, HEAD, CELL = 104, 84, 17

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from scripts.browser import Lab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
 STOPPED = re.compile("stopped at")
 #: From the click itself, as the page hears it, to a status that says "stopped".

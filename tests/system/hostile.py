@@ -203,9 +203,13 @@ def _reads(target: Target) -> list[Callable[[], None]]:
         assert isinstance(launched, m.SessionReply), launched
         own = launched.session.id
         target.ask(sock, m.RunTo(session_id=own, seen=launched.session.stop_number, location="5"))
-        time.sleep(0.5)
-        found = target.ask(sock, m.Describe(session_id=own))
-    assert isinstance(found, m.SessionReply), found
+        while True:  # until it stands there
+            found = target.ask(sock, m.Describe(session_id=own))
+            assert isinstance(found, m.SessionReply), found
+            if found.session.status != "running":
+                break
+            time.sleep(0.05)
+    assert found.session.status == "stopped", found
     seen = found.session.stop_number
     calls = _same(
         m.ReadLens(session_id=own, seen=seen, top_k=1000),

@@ -116,7 +116,7 @@ def arena(model_folder: Path, folder: Path, plant: str = "", *flags: str) -> Ite
         assert process.poll() is None, "the server ended"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
 
 

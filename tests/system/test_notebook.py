@@ -9,9 +9,24 @@ from collections.abc import Iterator
 import pytest
 from jupyter_client.manager import KernelManager
 
+from tests.djinn_nb.conftest import LONG
 from tests.system.conftest import PROMPT, World
 
 pytestmark = pytest.mark.notebook
+
+#: Tells that the cell that began it waits for a session that runs; an interrupt's message says how
+#: the session is, however late the server tells it.
+TELL = """
+import threading, time
+import djinn_nb.waiting
+djinn_nb.waiting.ASK_S = 60
+
+def tell():
+    mirror = session.client.mirror
+    while not (mirror.is_waited_for(session.id) and session.newest.status == 'running'):
+        time.sleep(0.01)
+    print('it is waited for', flush=True)
+"""
 
 
 class Notebook:
@@ -72,13 +87,13 @@ def notebook(world: World) -> Iterator[Notebook]:
 
 
 def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, canary, notebook):
-    notebook.run(f"session = server.launch({PROMPT!r}, max_new_tokens=8000)")
+    notebook.run(f"session = server.launch({PROMPT!r}, max_new_tokens={LONG})\n{TELL}")
     said = []
     for index in range(15):
         waiting = "session.wait()" if index else "%djinn_continue"
-        cell = notebook.begin(f"print('on its way', flush=True)\n{waiting}")
-        notebook.hear(cell, "on its way")
-        time.sleep(0.05 + 0.02 * index)
+        cell = notebook.begin(f"threading.Thread(target=tell, daemon=True).start()\n{waiting}")
+        notebook.hear(cell, "it is waited for")
+        time.sleep(0.02 * index)
         notebook.manager.interrupt_kernel()
         said.append(notebook.finish(cell))
 
@@ -88,7 +103,7 @@ def test_interrupts_in_a_waiting_cell_say_what_runs_and_lose_nothing(world, cana
     assert "pause" in notebook.run("%djinn_pause\nprint(stop.reason)")
     assert "(step)" in notebook.run("print(session.next())")
     session_id = notebook.run("print(session.id)")
-    reference = world.launch(PROMPT, max_new_tokens=8000)
+    reference = world.launch(PROMPT, max_new_tokens=LONG)
     tokens = world.server.attach(session_id).tokens
     reference.break_at("logits", when="decode", ignore=len(tokens))
     reference.continue_()

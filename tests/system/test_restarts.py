@@ -17,7 +17,7 @@ import pytest
 
 import djinn_nb as djinn
 from djinn_nb import errors
-from tests.djinn_nb.conftest import Process
+from tests.djinn_nb.conftest import LONG, Process
 from tests.system.conftest import FAULTS, PROMPT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,7 +35,7 @@ class Restarts:
 
     def kill(self, ending: int = signal.SIGKILL) -> None:
         self.process.process.send_signal(ending)
-        self.process.process.wait(30)
+        self.process.process.wait(60)
         self.process.end()
 
     def start(self, *flags: str) -> None:
@@ -123,7 +123,7 @@ def test_branches_can_be_returned_to_after_a_restart(restarts):
 
 def test_what_ran_goes_on_from_where_it_was_recorded(restarts):
     server = restarts.server
-    session = server.launch(PROMPT, max_new_tokens=6000, temperature=0.8, seed=4)
+    session = server.launch(PROMPT, max_new_tokens=LONG, temperature=0.8, seed=4)
 
     def kill() -> None:
         with restarts.process.connect() as other:

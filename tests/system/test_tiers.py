@@ -43,10 +43,14 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Start]:
         assert not [word for word in FAULTS if word in log], log[-3000:]
 
 
-def stopped(server: djinn.Server, seed: int = 0, **wishes: Any) -> djinn.Session:
+def stopped(
+    server: djinn.Server, seed: int = 0, *, pinned: bool = False, **wishes: Any
+) -> djinn.Session:
     """A session of 8 pages that stands in the middle of its first decode."""
     prompt = [(token + seed) % 500 for token in PROMPT]
     session = server.launch(prompt, max_new_tokens=3, **wishes)
+    if pinned:
+        session.pin()
     session.run_to("logits")
     session.run_to("layers.2.output")
     return session
@@ -160,8 +164,10 @@ def test_a_host_that_is_full_refuses_to_take_a_session_that_is_asked_to_go_there
 
 def test_idle_sessions_leave_and_hinted_ones_come_back(start: Start) -> None:
     server = start(kv_memory="1MiB", host_memory="1MiB", idle_after=1)
-    session, other = stopped(server, 1), stopped(server, 2)
+    # pinned until it is hinted: a client that is slow to do so has not left it alone
+    session, other = stopped(server, 1), stopped(server, 2, pinned=True)
     other.hint(resume_in_s=3600)
+    other.pin(False)
     until(lambda: row(server, session).device_MiB == 0)
     texts = server.swaps().set_index("session").text
     assert "left alone for" in texts[session.id]
