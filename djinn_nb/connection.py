@@ -52,9 +52,8 @@ def connect(
     if token is not None and not isinstance(token, str):
         raise BadArgument(f"a token is a text, not a {type(token).__name__}")
     wanted = embedded.Wanted.of(_path(model), device, dtype, options)
-    advice = START
     if address is None:
-        address, advice = embedded.find_or_start(wanted), embedded.RESTART
+        address, client = _open_embedded(wanted, token)
     else:
         if not isinstance(address, str):
             raise BadArgument(f"an address is a text such as 'gpu-box:5556', not {address!r}")
@@ -63,8 +62,9 @@ def connect(
                 f"options ({', '.join(options)}) start a server; the one at {address} runs"
                 " already: leave them out, or leave the address out"
             )
-    client = open_client(address, token, advice)
+        client = open_client(address, token)
     try:
+        _wait_until_ready(client, address)
         if model is not None or device is not None or dtype is not None:
             _check_served(client.model, wanted, address)
         return Server(client)
@@ -74,15 +74,26 @@ def connect(
 
 
 def open_client(address: str, token: str | None = None, advice: str = START) -> Client:
-    """An authenticated client of a server whose model is loaded. advice: see `Transport`."""
+    """An authenticated client of a server that may still load its model. advice: `Transport`'s."""
     transport = Transport(address, find_token(token), advice=advice)
     try:
-        client = Client(transport, name=f"djinn_nb of process {os.getpid()}")
-        _wait_until_ready(client, address)
+        return Client(transport, name=f"djinn_nb of process {os.getpid()}")
     except BaseException:
         transport.close()
         raise
-    return client
+
+
+def _open_embedded(wanted: embedded.Wanted, token: str | None) -> tuple[str, Client]:
+    """The embedded server's address, and a client of it.
+
+    It ends by itself when nobody is there, maybe just when it was found: then it is started again.
+    """
+    address = embedded.find_or_start(wanted)
+    try:
+        return address, open_client(address, token, embedded.RESTART)
+    except NoServer:
+        address = embedded.find_or_start(wanted)
+        return address, open_client(address, token, embedded.RESTART)
 
 
 def _wait_until_ready(client: Client, address: str) -> None:

@@ -40,6 +40,9 @@ START = "start one with `python -m kernel_server serve`"
 POLL_S = 60.0
 #: One dial and one handshake end well before this, whatever the network does, seconds.
 _FIRST_DIAL_S = 30.0
+#: Handshakes that are begun before a server that lets connections in and does not complete them is
+#: none: it, or we, may be kept from going on for longer than the other side waits.
+_HANDSHAKES = 3
 #: A waiting caller gives its I/O thread this long beyond the deadline to say what happened.
 _GRACE_S = 2.0
 
@@ -334,6 +337,7 @@ class _Line:
         self.drop()
         began = time.monotonic()
         pause_s = FIRST_PAUSE_S
+        handshakes = 0
         while True:
             if self._stop.is_open:
                 raise _closed_error(self._address)
@@ -343,6 +347,11 @@ class _Line:
                 if isinstance(error, DjinnError) and not isinstance(error, NoServer):
                     raise
                 waited_s = time.monotonic() - began
+                if _was_let_in(error):
+                    handshakes += 1
+                    if handshakes < _HANDSHAKES and began + waited_s + pause_s < deadline:
+                        self._stop.wait(pause_s)
+                        continue
                 if waited_s + pause_s > min(patience_s, deadline - began):
                     if isinstance(error, NoServer):
                         raise
@@ -369,6 +378,13 @@ class _Line:
             raise ConnectionLost(
                 f"the connection to {self._address} broke before the call ({error}): call again"
             ) from error
+
+
+def _was_let_in(error: OSError) -> bool:
+    """Whether something listens there, and the handshake with it was not completed in time."""
+    if isinstance(error, NoServer):
+        return isinstance(error.__cause__, TimeoutError)
+    return isinstance(error, (ConnectionResetError, BrokenPipeError))
 
 
 class _Gate:

@@ -42,6 +42,9 @@ SWITCH_S = 1e-4
 
 #: How often the main thread looks whether it is time to end, seconds.
 WATCH_S = 0.25
+#: A server that could not load its model stays this long, so that a client can ask why, and while
+#: clients are there at most so long, seconds.
+FAILED_S, FAILED_MOST_S = 5.0, 60.0
 
 
 def serve(config: ServerConfig) -> int:
@@ -165,8 +168,12 @@ class Server:
         print(f"{error.code}: {error}", flush=True)
         self._exit_status = 2
         self.gateway.failed(error)
-        # long enough for a client that is watching to read why
-        self._stopping.wait(5.0)
+        # long enough for a client that is watching to read why, and to go
+        deadline = time.monotonic() + FAILED_MOST_S
+        self._stopping.wait(FAILED_S)
+        while self.service.connections() and time.monotonic() < deadline:
+            if self._stopping.wait(WATCH_S):
+                break
         self.stop()
 
     # -- when to end ----------------------------------------------------------------------------

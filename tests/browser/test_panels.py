@@ -111,7 +111,9 @@ def test_from_a_prompt_to_an_edited_continuation_by_mouse(open_notebook):
 def test_pause_stops_a_session_that_a_click_runs(open_notebook, tmp_path):
     """Panels queue and return, so the kernel is free while a session runs."""
     model = altered_model(tmp_path / "endless", eos_token_id=NO_TOKEN)
-    page = open_notebook("pause.ipynb", f"%load_ext djinn_nb\n%djinn_load {model}\n%djinn_panel sessions")
+    page = open_notebook(
+        "pause.ipynb", f"%load_ext djinn_nb\n%djinn_load {model}\n%djinn_panel sessions"
+    )
     _run_cell(page)
     prompt = _cells(page).get_by_placeholder("A prompt to debug")
     prompt.wait_for(timeout=WAIT_MS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,7 +19,11 @@ import pytest
 import djinn_nb as djinn
 from djinn_nb import embedded, errors
 from djinn_nb.client import POLL_WAIT_S
+from djinn_nb.connection import open_client
 from djinn_nb.embedded import Wanted, read_runtime_file
+from kernel_server.server import FAILED_S
+from tests.djinn_nb.conftest import Process
+from tests.djinn_nb.held_back import held_back
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def test_of_two_connects_at_once_one_starts_the_server(own_folders, model_folder
     )
     command = [sys.executable, "-c", code, str(model_folder)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    addresses = {process.communicate(timeout=100)[0].strip() for process in both}
+    addresses = {process.communicate(timeout=240)[0].strip() for process in both}
 
     assert len(addresses) == 1
     assert addresses != {""}
@@ -105,6 +110,50 @@ def test_a_folder_without_a_model_is_told_and_not_remembered(own_folders, tmp_pa
 
     with pytest.raises(errors.DjinnError):
         djinn.connect(model=tmp_path / "nowhere")
+
+
+def test_a_server_that_ends_when_it_was_just_found_is_started_again(
+    own_folders, model_folder, monkeypatch
+):
+    djinn.connect(model=model_folder, linger_s=60).close()
+    ended = _pid(own_folders)
+    to_end = [ended]
+    find = embedded.find_or_start
+
+    def find_and_end(wanted: Wanted) -> str:
+        address = find(wanted)
+        while to_end:
+            os.kill(to_end.pop(), signal.SIGKILL)
+            while Path(f"/proc/{ended}").exists():
+                time.sleep(0.01)
+        return address
+
+    monkeypatch.setattr(embedded, "find_or_start", find_and_end)
+    with djinn.connect(model=model_folder, linger_s=60) as server:
+        assert _pid(own_folders) != ended
+        assert server.launch([1], max_new_tokens=1).continue_().finish_reason
+
+
+@pytest.mark.slow
+def test_a_server_whose_model_is_broken_stays_until_its_client_has_asked_why(
+    model_folder, tmp_path, eventually
+):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    with held_back(folder / "config.json") as held:
+        process = Process(tmp_path / "run", "--model", str(folder))
+        try:
+            eventually(held.is_read)
+            client = open_client(process.address)
+            assert client.initialize().phase == "loading"
+            held.give()
+            time.sleep(FAILED_S + 2)  # busy with something else
+
+            assert client.initialize().error.code == "BrokenModel"
+            client.close()
+            assert process.process.wait(60) == 2
+        finally:
+            process.end()
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(own_folders):

@@ -292,6 +292,21 @@ def test_a_server_without_the_token_is_told_nothing(hostile: Callable[..., str])
     assert heard[1] == b""
 
 
+def test_a_handshake_that_is_not_completed_is_begun_again(hostile: Callable[..., str]) -> None:
+    """The server, or we, may have been kept from it for longer than the other side waits."""
+    begun: list[int] = []
+
+    def play(client: Attacker) -> None:
+        begun.append(len(begun))
+        if len(begun) > 2:
+            admit_client(client.sock, {"me": TOKEN}, lambda owner: True)
+            client.receive()
+
+    with Transport(hostile(play, knows_token=False), TOKEN) as transport:
+        assert transport.traffic["control"].connects == 1
+    assert begun == [0, 1, 2]
+
+
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400 Bad Request\r\n" * 4, b"", MAGIC + b"short"])
 def test_something_else_at_the_address_is_named(
     greeting: bytes, hostile: Callable[..., str]
