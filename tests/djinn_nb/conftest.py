@@ -85,7 +85,7 @@ class Process:
             command, stdout=self._log, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2]
         )
 
-    def connect(self, timeout_s: float = 90.0) -> djinn.Server:
+    def connect(self, timeout_s: float = 240.0) -> djinn.Server:
         """Connect once it listens, and wait until the model is loaded."""
         deadline = time.monotonic() + timeout_s
         while True:

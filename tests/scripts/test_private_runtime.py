@@ -12,7 +12,7 @@ import pytest
 
 from scripts.private_runtime import end_servers, private_runtime
 
-SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
 @pytest.fixture
