@@ -102,7 +102,8 @@ def test_from_a_prompt_to_an_edited_continuation_by_mouse(open_notebook):
     _press(page, "Continue")
     _cells(page).get_by_text("forward 1").first.wait_for(timeout=WAIT_MS)
     _run_cell(page, 1)
-    shown = page.locator(".jp-OutputArea-output", has_text="a drink to").last
+    printed = page.locator(".jp-CodeCell").nth(1).locator(".jp-OutputArea-output")
+    shown = printed.filter(has_text="a drink to")
     shown.wait_for()
 
     assert "drink to Mary" not in shown.text_content()  # what it says without the edit
