@@ -227,21 +227,24 @@ class Service:
             try:
                 tune(sock)
                 owner = admit_client(
-                    sock, self._tokens, partial(self._admit, admitted), self._limits.handshake_s
+                    sock,
+                    self._tokens,
+                    partial(self._admit, admitted, sock),
+                    self._limits.handshake_s,
                 )
             finally:
                 with self._lock:
                     self._handshakes.pop(id(sock), None)
-            self._serve(owner, sock)
+            self._serve(owner, sock, admitted)
         except (HandshakeFailed, OSError) as error:
             log.info("a connection was not let in: %s", error)
         finally:
             sock.close()
             with self._lock:
-                self._per_owner.subtract(admitted)
+                self._leave(admitted)
                 self._threads.discard(threading.current_thread())
 
-    def _admit(self, admitted: list[str], owner: str) -> bool:
+    def _admit(self, admitted: list[str], sock: socket.socket, owner: str) -> bool:
         with self._lock:
             # A zero is kept per owner, and owners are few.
             if self._closing or self._per_owner.total() >= self._limits.connections:
@@ -250,9 +253,16 @@ class Service:
                 return False
             self._per_owner[owner] += 1
             admitted.append(owner)
+            # from now on no flood of others ends it: what it is told next is that it is in
+            self._handshakes.pop(id(sock), None)
             return True
 
-    def _serve(self, owner: str, sock: socket.socket) -> None:
+    def _leave(self, admitted: list[str]) -> None:
+        """Give back the place that was taken; the lock is held."""
+        self._per_owner.subtract(admitted)
+        admitted.clear()
+
+    def _serve(self, owner: str, sock: socket.socket, admitted: list[str]) -> None:
         info = ConnectionInfo(f"connection-{next(self._ids)}", owner, time.time())
         threading.current_thread().name = info.id
         channel = FrameChannel(GuardedStream(sock, self._limits.frame_s))
@@ -269,7 +279,9 @@ class Service:
         finally:
             connection.close()
             with self._lock:
+                # at once: whoever no longer sees it listed finds its place free
                 del self._connections[info.id]
+                self._leave(admitted)
             self._tell(self._on_disconnect, info)
 
     def _answer_calls(self, owner: str, connection: PlainConnection) -> None:

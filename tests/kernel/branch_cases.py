@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
-from collections.abc import Callable
 
 import numpy as np
 
@@ -31,14 +29,6 @@ def ends_as(session: Session, prompt: Prompt, reference: Trace) -> None:
         assert isinstance(session.continue_(), Finished)
     assert tuple(session.tokens[len(prompt.ids) :]) == reference.tokens
     assert different(session.logits, reference.last) == 0
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait for what the engine does by and by."""
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.002)
 
 
 def keep(local: Local, **limits: int | None) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import resource
 import signal
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,7 +22,7 @@ from notebooks.harness.exactness import different
 from notebooks.harness.inprocess import Local
 from tests.kernel.branch_cases import ends_as, references_of
 from tests.kernel.cases import prompt_of
-from tests.kernel.tier_cases import ask
+from tests.kernel.tier_cases import ask, settled, wait_until
 
 #: Of the kernels here, which have a journal and pages in three tiers.
 LEASE_S = 3600.0
@@ -35,22 +34,17 @@ def pass_time(local: Local, seconds: float) -> None:
 
 
 def let_rest(local: Local, *sessions: Session) -> None:
-    """Let a whole lease pass, and wait until these sessions are at rest."""
+    """Let a whole lease pass, and wait until these sessions are at rest, and no copy of a page that
+    they gave back is under way."""
     pass_time(local, 0.95 * LEASE_S)
     pass_time(local, 0.2 * LEASE_S)
-    wait_for(lambda: all(is_at_rest(local, session) for session in sessions))
+    wait_until(lambda: all(is_at_rest(local, session) for session in sessions))
+    settled(local)
 
 
 def is_at_rest(local: Local, session: Session) -> bool:
     """Asks the state, since any request would be a use of it."""
     return local.kernel.state.sessions[session.id].lease_ended
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def rows(local: Local) -> dict[str, int]:
@@ -86,7 +80,7 @@ def what_follows_a_rest_is_the_same(local: Local, to: str | None) -> None:
     held = rows(local)
     for kind in ("KV pages in use", "KV pages in use (host)", "KV pages in use (disk)"):
         assert held[kind] == 0, kind
-    wait_for(lambda: rows(local)["activations"] == 0)
+    wait_until(lambda: rows(local)["activations"] == 0)
     listed = local.server.sessions()
     assert "at rest on disk" in listed.loc[session.id, "note"]
     assert (listed.loc[session.id, "status"], listed.loc[session.id, "pages"]) == ("stopped", 0)
@@ -110,7 +104,7 @@ def a_client_is_told(local: Local) -> None:
         one.run_to("layers.2.output")
     told = local.server.client.leases
     pass_time(local, 0.95 * LEASE_S)
-    wait_for(lambda: len(told.standing) == 2)
+    wait_until(lambda: len(told.standing) == 2)
     with pytest.warns(UserWarning, match=f"session {other.id} .* in 6 min its lease, 60 min on"):
         session.refresh()
     assert [event.session_id for event in told.standing] == [other.id]
@@ -118,13 +112,13 @@ def a_client_is_told(local: Local) -> None:
         warnings.simplefilter("error")
         local.server.sessions()
     pass_time(local, 0.2 * LEASE_S)
-    wait_for(lambda: is_at_rest(local, other))
-    wait_for(lambda: any(event.remaining_s == 0 for event in told.standing))
+    wait_until(lambda: is_at_rest(local, other))
+    wait_until(lambda: any(event.remaining_s == 0 for event in told.standing))
     assert not is_at_rest(local, session)
     with pytest.warns(UserWarning, match=f"session {other.id} is at rest on disk"):
         local.server.sessions()
     other.continue_()
-    wait_for(lambda: not told.standing)
+    wait_until(lambda: not told.standing)
     for one in (session, other):
         one.terminate()
 
@@ -249,6 +243,7 @@ def two_clients_and_the_end_of_a_lease(local: Local) -> None:
 
 def what_cannot_be_written_stays(local: Local) -> None:
     """With no room in the journal it is warned of once more, and rests when there is room."""
+    client = local.server.client
     prompt = prompt_of(local, 1.4, new_tokens=4)
     (reference,) = references_of(local, [prompt])
     session = prompt.launch(local)
@@ -258,12 +253,20 @@ def what_cannot_be_written_stays(local: Local) -> None:
         pass_time(local, 0.95 * LEASE_S)
         pass_time(local, 0.2 * LEASE_S)
         leases = local.kernel.state.leases
-        wait_for(lambda: bool(leases[session.id].lacks))
+        wait_until(lambda: bool(leases[session.id].lacks))
         assert "File too large" in leases[session.id].lacks
         assert sum(map(len, local.kernel.state.sessions[session.id].tables)) == pages
-    wait_for(lambda: not local.kernel.journal.trouble)
+        wait_until(lambda: any("cannot be" in one.text for one in client.leases.standing))
+        with pytest.warns(UserWarning) as told:
+            local.server.sessions()
+        texts = [str(one.message) for one in told]
+        assert len(texts) == 2 and all("File too large" in text for text in texts)
+        assert f"the lease of session {session.id} has ended, but it cannot" in texts[1]
+    wait_until(lambda: not client.durability._text)
+    with pytest.warns(UserWarning, match="sessions are durable again"):
+        local.server.sessions()
     pass_time(local, 0.2 * LEASE_S)
-    wait_for(lambda: is_at_rest(local, session))
+    wait_until(lambda: is_at_rest(local, session))
     ends_as(session, prompt, reference)
     session.terminate()
 

@@ -39,7 +39,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     state.check()
     assert state.pool.num_free == state.shape.num_pages
     assert (state.kept_bytes, state.kept_stops) == (0, {})
-    branch_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
+    tier_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
 
 
 @pytest.mark.parametrize("chunks", (0.5, 1.0, 2.5))

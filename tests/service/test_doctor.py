@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,27 +34,28 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-
-    assert not set(threading.enumerate()) - before
+def _watched(no_thread_is_left: None) -> None:
+    """Every test here is watched for threads it leaves."""
 
 
-def _free_port() -> int:
+@contextlib.contextmanager
+def _port_of_nobody() -> Iterator[int]:
+    """A port where nobody listens, and nobody else can meanwhile."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+        yield int(free.getsockname()[1])
 
 
 def _found(about: str, port: int | None = None) -> list[Finding]:
-    place = Place("127.0.0.1", port or _free_port(), None, named=port is not None)
-    return [one for one in examine(place) if one.about == about]
+    with _port_of_nobody() as free:
+        place = Place("127.0.0.1", port or free, None, named=port is not None)
+        return [one for one in examine(place) if one.about == about]
 
 
 def test_a_sound_installation_has_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     load_or_create_tokens()
-    found = examine(Place("127.0.0.1", _free_port(), None, named=False))
+    with _port_of_nobody() as port:
+        found = examine(Place("127.0.0.1", port, None, named=False))
 
     assert [one for one in found if one.verdict == "problem"] == []
     assert {one.about for one in found} >= {"python", "packages", "device", "memory", "token"}
@@ -82,7 +84,8 @@ def test_a_folder_others_may_write_in_is_a_problem() -> None:
 def test_a_server_that_was_named_has_to_be_there() -> None:
     load_or_create_tokens()
 
-    [named] = _found("server", _free_port())
+    with _port_of_nobody() as port:
+        [named] = _found("server", port)
     [unnamed] = _found("server")
     assert named.verdict == "problem" and "no server answers" in named.text
     assert unnamed.verdict == "ok"
@@ -167,7 +170,8 @@ def test_the_command_exits_1_on_a_problem_and_prints_json(
     load_or_create_tokens()
     sound = main(["doctor"])
     lines = capsys.readouterr().out.splitlines()
-    ill = main(["doctor", "--json", "--port", str(_free_port())])
+    with _port_of_nobody() as port:
+        ill = main(["doctor", "--json", "--port", str(port)])
     told = json.loads(capsys.readouterr().out)
 
     assert sound == 0 and all(line.split()[0] in ("ok", "warning") for line in lines)
@@ -216,8 +220,9 @@ def test_what_shared_memory_has_no_room_for_is_absent_and_named() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts bytes in shared memory of Linux")
-def test_shared_memory_is_given_back() -> None:
-    before = set(between.SHARED.glob("djinn-doctor-*"))
-    between._shared_memory([MIB], 2, [])
+def test_shared_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir=between.SHARED) as folder:
+        monkeypatch.setattr(between, "SHARED", Path(folder))  # where no other doctor looks
+        [found] = between._shared_memory([MIB], 2, [])
 
-    assert set(between.SHARED.glob("djinn-doctor-*")) - before == set()
+        assert found["name"] == "shared memory" and list(Path(folder).iterdir()) == []
