@@ -20,6 +20,7 @@ from typing import Any
 from djinn_nb import Session, Stopped
 from kernel_server.protocol import messages as m
 from kernel_server.state.events import Requested
+from kernel_server.state.server_state import ServerState
 from notebooks.harness.exactness import Prompt, Trace, different
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
@@ -64,6 +65,12 @@ class Wakes:
     _open: dict[str, Wake] = field(default_factory=dict)
 
 
+def _absent(state: ServerState, session: Any) -> set[int]:
+    """Pages of a session that are not on the device, or on their way there still."""
+    pages = {page for table in session.tables for page in table}
+    return state._absent(session) | (pages & state.inbound.keys())
+
+
 @contextlib.contextmanager
 def watching_wakes(local: Local) -> Iterator[Wakes]:
     """Note when sessions are asked to run, when it is their turn, when their pages are there and
@@ -75,7 +82,7 @@ def watching_wakes(local: Local) -> Iterator[Wakes]:
         if isinstance(event, Requested) and isinstance(event.message, m.RunTo):
             session = state.sessions[event.message.session_id]
             wakes._open[session.id] = Wake(
-                session.id, time.perf_counter(), len(state._absent(session))
+                session.id, time.perf_counter(), len(_absent(state, session))
             )
         return handle(event)
 

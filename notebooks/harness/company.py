@@ -64,16 +64,18 @@ def run_alone(local: Local, prompt: Prompt) -> tuple[list[float], tuple[int, ...
 
 @contextlib.contextmanager
 def meanwhile(work: Callable[[], None]) -> Iterator[list[int]]:
-    """Do some work again and again on a thread of its own; yields a count of how often, in a list.
+    """Do some work again and again, at least once, on a thread of its own; yields, when it has
+    begun, a count of how often, in a list.
 
     What it raises is raised at the end.
     """
-    ended, done = threading.Event(), [0]
+    begun, ended, done = threading.Event(), threading.Event(), [0]
     failed: list[BaseException] = []
 
     def go() -> None:
+        begun.set()
         try:
-            while not ended.is_set():
+            while not (done[0] and ended.is_set()):
                 work()
                 done[0] += 1
         except BaseException as error:
@@ -81,6 +83,7 @@ def meanwhile(work: Callable[[], None]) -> Iterator[list[int]]:
 
     thread = threading.Thread(target=go, name="meanwhile", daemon=True)
     thread.start()
+    begun.wait()
     try:
         yield done
     finally:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from djinn_nb import Session
+from kernel_server.protocol import messages as m
 from kernel_server.protocol.location import layers_executed
 from kernel_server.state.events import Requested, StretchDone
 from notebooks.harness.exactness import Prompt, Trace, Watch, different, layer_calls
@@ -52,7 +53,8 @@ def timing(local: Local) -> Iterator[Clock]:
             clock.done_s = time.perf_counter()
         began = time.perf_counter()
         instructions = handle(event)
-        if isinstance(event, Requested):
+        # a client that has had no news for long asks how its session is
+        if isinstance(event, Requested) and not isinstance(event.message, m.Describe):
             clock.asked_s, clock.handled_s = began, time.perf_counter() - began
         return instructions
 
@@ -159,6 +161,7 @@ class Bench:
         if watched:
             found.unlike += different(watch.logits[-1], wanted)
             found.misplaced += abs(len(watch.layers) - self.calls_left(layer, forward))
+        wait_until_settled(local)  # a copy is told of after its pages may be used
         brought = sum(one.pages for one in moves.copies if one.way == "host-device")
         found.surplus_pages += abs(brought - needed)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class Moves:
     def nbytes(self, way: str) -> int:
         return sum(one.nbytes for one in self.copies if one.way == way)
 
-    def untold(self, timeout_s: float = 10.0) -> int:
+    def untold(self, timeout_s: float = 60.0) -> int:
         """Bytes that sessions waited for and no event told of; events may be on their way still."""
         swapped = sum(one.nbytes for one in self.copies if one.session_id is not None)
         end = time.monotonic() + timeout_s
@@ -111,6 +111,12 @@ class Samples:
     seconds: list[float] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
     pages: dict[str, list[int]] = field(default_factory=dict)
+
+    def another(self, timeout_s: float = 60.0) -> None:
+        """Wait for a sample that is begun from now on: what is there at this moment is seen."""
+        seen = len(self.seconds)
+        # the next one may have begun before
+        _until(lambda: len(self.seconds) > seen + 1, timeout_s, "no sample is taken")
 
 
 @contextlib.contextmanager
@@ -178,6 +184,42 @@ def wait_until_ready(local: Local, timeout_s: float = 300.0) -> None:
 def wait_until_settled(local: Local, timeout_s: float = 120.0) -> None:
     """Wait until no copy between tiers is under way."""
     _until(lambda: not local.kernel.state.copying, timeout_s, "copies do not end")
+
+
+def away_within(local: Local, sessions: Sequence[Session], seconds: float) -> int:
+    """How many of these sessions have no page on the device, as soon as none has one, or after so
+    many seconds. Nobody is asked: that would be a use of them."""
+    end = time.monotonic() + seconds
+    while True:
+        away = sum(_on_device(local, one) == 0 for one in sessions)
+        if away == len(sessions) or time.monotonic() > end:
+            return away
+        time.sleep(0.02)
+
+
+def there_within(local: Local, session: Session, seconds: float) -> bool:
+    """Whether all pages of a session are on the device, at the latest after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        inside = local.kernel.state.sessions[session.id]
+        if _on_device(local, session) == sum(map(len, inside.tables)):
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+
+
+def _on_device(local: Local, session: Session) -> int:
+    state = local.kernel.state
+    with local.kernel.loop._lock:
+        return state.residency.count(state.sessions[session.id].tables)["device"]
+
+
+@contextlib.contextmanager
+def nobody_idles(local: Local) -> Iterator[None]:
+    """However slow whoever looks at a session is, it is not sent away as idle meanwhile."""
+    with instead(local.kernel.state, "_leave_idle", lambda session: None):
+        yield
 
 
 def give_up_copies(local: Local, session: Session) -> set[int]:

@@ -24,7 +24,14 @@ CELLS = [b for b in BLOCKS if "import djinn_nb" not in b and "gpu-box" not in b 
 def test_the_cells_of_the_readme_run_in_a_notebook(tmp_path: Path):
     notebook = new_notebook(cells=[new_code_cell(block.rstrip()) for block in CELLS])
     place = {"metadata": {"path": str(tmp_path)}}  # some cells save files
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place)
+    client = NotebookClient(
+        notebook,
+        timeout=240,
+        startup_timeout=240,
+        iopub_timeout=120,  # or what is shown late is not kept
+        kernel_name="python3",
+        resources=place,
+    )
 
     client.execute()
 

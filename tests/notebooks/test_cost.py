@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import pytest
 import torch
@@ -47,20 +47,24 @@ def test_two_sessions_change_places_and_go_on_as_if_they_had_not(local, referenc
 
 def test_copies_both_ways_are_under_way_at_the_same_time(local, references):
     copier = local.kernel.engine._copier
-    carry_out = copier._carry_out
+    carry_out, at_once = copier._carry_out, duplex.at_once
+    together, both = [], threading.Barrier(2, timeout=60)
 
-    def slowly(*given):
-        time.sleep(0.2)
+    def waiting(*given):
+        if together:
+            both.wait()  # for the other way: one after the other would wait in vain
         carry_out(*given)
 
-    # each takes 0.2 s, and one request waits for neither; one after the other they overlap never,
-    # and on a busy machine one of them may begin late now and then
-    overlaps: list[float] = []
-    with instead(copier, "_carry_out", slowly):
-        while len(overlaps) < 6 and max(overlaps, default=0.0) <= 0.5:
-            overlaps += changed_places(local, references).overlap
+    def noting(*works):
+        together.append(works)
+        at_once(*works)
+        tier_watch.wait_until_settled(local)
+        together.clear()
 
-    assert max(overlaps) > 0.5
+    with instead(copier, "_carry_out", waiting), instead(duplex, "at_once", noting):
+        found = changed_places(local, references)
+
+    assert found.unlike == 0 and min(found.overlap) > 0
 
 
 def test_spans_of_both_ways_are_counted_from_the_first_begin_to_the_last_end():

@@ -108,7 +108,7 @@ def test_it_plants_a_fault_and_ends_with_its_verdict(path):
 def test_a_notebook_runs_at_smoke_size(path, kernel_environment):
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-c", os.devnull]
     command += ["--rootdir", str(NOTEBOOKS), "-p", "no:cacheprovider", str(path)]
-    command += ["--nbval-cell-timeout", "840"]
+    command += ["--nbval-cell-timeout", "840", "--nbval-kernel-startup-timeout", "300"]
 
     done = subprocess.run(
         command, env=kernel_environment, capture_output=True, text=True, timeout=880
@@ -129,6 +129,8 @@ def test_changing_one_input_of_its_verdict_makes_it_fail(path, kernel_environmen
     client = NotebookClient(
         notebook,
         timeout=840,
+        startup_timeout=300,
+        iopub_timeout=120,  # or what is printed late is not kept
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
     )

@@ -77,8 +77,12 @@ def test_a_checksum_sees_one_bit_of_one_computed_row_and_no_other_row(local, ref
 
 
 def test_every_copy_and_every_page_that_leaves_is_seen_and_told(local, reference):
+    def evicted_and_seen(held):
+        pressure.evict(held.session)
+        samples.another()
+
     with tier_watch.watching_moves(local) as moves, tier_watch.sampling(local, 0.001) as samples:
-        held, _ = held_and_resumed(local, reference, lambda held: pressure.evict(held.session))
+        held, _ = held_and_resumed(local, reference, evicted_and_seen)
         tier_watch.wait_until_settled(local)
         untold = moves.untold()
 
