@@ -30,7 +30,7 @@ from notebooks.harness.latency import synchronize
 @dataclass(slots=True)
 class Wake:
     """One act of one session; seconds of the clock. absent: its pages that were off the device
-    when it was asked for."""
+    when it was asked for, or had left it, for others, by its turn."""
 
     session_id: str
     asked_s: float
@@ -89,8 +89,9 @@ def watching_wakes(local: Local) -> Iterator[Wakes]:
     def note_turn(session: Any, *given: Any) -> Any:
         wake = wakes._open.get(session.id)
         # the token of the forward before is drawn first, without a page
-        if wake is not None and not wake.begun_s and session.point < 0:
-            wake.begun_s = time.perf_counter()
+        if wake is not None and session.point < 0:
+            wake.begun_s = wake.begun_s or time.perf_counter()
+            wake.absent = max(wake.absent, len(_absent(state, session)))
         return bring(session, *given)
 
     def note_copy(event: Any) -> None:

@@ -81,6 +81,7 @@ def test_every_copy_and_every_page_that_leaves_is_seen_and_told(local, reference
         pressure.evict(held.session)
         samples.another()
 
+    tier_watch.wait_until_settled(local)  # slots of pages that are gone, but are still being copied
     with tier_watch.watching_moves(local) as moves, tier_watch.sampling(local, 0.001) as samples:
         held, _ = held_and_resumed(local, reference, evicted_and_seen)
         tier_watch.wait_until_settled(local)
