@@ -183,7 +183,12 @@ def wait_until_ready(local: Local, timeout_s: float = 300.0) -> None:
 
 def wait_until_settled(local: Local, timeout_s: float = 120.0) -> None:
     """Wait until no copy between tiers is under way."""
-    _until(lambda: not local.kernel.state.copying, timeout_s, "copies do not end")
+
+    def none_is() -> bool:
+        with local.kernel.loop._lock:  # not in the middle of counting the last one
+            return not local.kernel.state.copying
+
+    _until(none_is, timeout_s, "copies do not end")
 
 
 def away_within(local: Local, sessions: Sequence[Session], seconds: float) -> int:

@@ -29,11 +29,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every page came back, in every tier."""
     local: Local = request.getfixturevalue("local")
     yield
-    tier_cases.settled(local)
-    state = local.kernel.state
-    state.check()
-    assert state.pool.num_free == state.shape.num_pages
-    assert not any(slots.used for slots in state.residency.slots.values())
+    tier_cases.nothing_is_left(local)
 
 
 def test_a_stop_returned_to_is_the_same(local: Local) -> None:

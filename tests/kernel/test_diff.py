@@ -38,9 +38,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for session_id in local.server.sessions().index:
         local.server.attach(session_id).terminate()
-    tier_cases.settled(local)
-    local.kernel.state.check()
-    assert local.kernel.state.pool.num_free == local.kernel.state.shape.num_pages
+    tier_cases.nothing_is_left(local)
 
 
 def launched(local: Local, tokens: int = 20, seed: int = 5, new_tokens: int = 5) -> Session:

@@ -34,10 +34,8 @@ def local(
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     local: Local = request.getfixturevalue("local")
     yield
-    tier_cases.settled(local)
+    tier_cases.nothing_is_left(local)
     state = local.kernel.state
-    state.check()
-    assert state.pool.num_free == state.shape.num_pages
     assert (state.kept_bytes, state.kept_stops) == (0, {})
     tier_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
 

@@ -38,7 +38,22 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 90.0) -> None:
 
 def settled(local: Local) -> None:
     """Wait until no copy is under way."""
-    wait_until(lambda: not local.kernel.state.copying)
+
+    def none_is() -> bool:
+        with local.kernel.loop._lock:  # not in the middle of counting the last one
+            return not local.kernel.state.copying
+
+    wait_until(none_is)
+
+
+def nothing_is_left(local: Local) -> None:
+    """The state is sound, and every page came back, in every tier."""
+    settled(local)
+    state = local.kernel.state
+    with local.kernel.loop._lock:  # the clock ticks on
+        state.check()
+        assert state.pool.num_free == state.shape.num_pages
+        assert not any(slots.used for slots in state.residency.slots.values())
 
 
 def an_evicted_session_goes_on_bit_for_bit(local: Local, to: str) -> None:
