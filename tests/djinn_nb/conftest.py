@@ -174,7 +174,7 @@ def bench(make_shell: Callable[[], InteractiveShell], server: djinn.Server) -> W
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], bool]], None]:
-    def wait(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def wait(holds: Callable[[], bool], timeout_s: float = 200.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not holds():
             assert time.monotonic() < deadline, "it did not come true in time"

@@ -12,7 +12,7 @@ from djinn_nb.workbench import Workbench
 from tests.djinn_nb.conftest import PROMPT
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def until(holds: Callable[[], bool], timeout_s: float = 200.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -38,7 +38,7 @@ class Front:
         """Run a cell to its end; returns its error, or an empty text."""
         cell, failure = self.send("execute_request", code=code, silent=False), ""
         while True:
-            message = self._next(60)
+            message = self._next(200)
             if message["parent_header"].get("msg_id") != cell:
                 continue
             kind, content = message["msg_type"], message["content"]
@@ -77,7 +77,7 @@ class Front:
         self.send("comm_msg", self.speaks_on, comm_id=self.comm_id, data=data)
 
     def hear(
-        self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 60
+        self, holds: Callable[[dict[str, Any]], bool], timeout_s: float = 200
     ) -> dict[str, Any]:
         """The first message on the comm for which it holds."""
         deadline = time.monotonic() + timeout_s
@@ -98,14 +98,14 @@ class Front:
         message = self.client.session.msg("create_subshell_request", {})
         self.client.control_channel.send(message)
         while True:
-            reply = self.client.get_control_msg(timeout=60)
+            reply = self.client.get_control_msg(timeout=200)
             if reply["parent_header"].get("msg_id") == message["header"]["msg_id"]:
                 return reply["content"]["subshell_id"]
 
     def stdout_of(self, message_id: str) -> str:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
-            message = self._next(60)
+            message = self._next(200)
             if (
                 message["parent_header"].get("msg_id") == message_id
                 and "text" in message["content"]
@@ -126,7 +126,7 @@ def kernel() -> Iterator[KernelManager]:
 def front(kernel: KernelManager, process: Process) -> Iterator[Front]:
     client = kernel.client()
     client.start_channels()
-    client.wait_for_ready(timeout=60)
+    client.wait_for_ready(timeout=200)
     made = Front(client)
     assert made.run(f"%load_ext djinn_nb\n%djinn_connect {process.address}") == ""
     # a server that is slow to reach the layer boundary has a pause answered all the same
@@ -197,7 +197,7 @@ def test_a_pause_over_a_subshell_stops_the_session_that_a_cell_waits_for(front: 
     asked = front.send("execute_request", subshell, code=code, silent=False, store_history=False)
     answer = json.loads(front.stdout_of(asked))
     shown = front.snapshot(lambda s: s["sessions"][0]["status"] == "stopped")
-    while front.client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != cell:
+    while front.client.get_shell_msg(timeout=200)["parent_header"].get("msg_id") != cell:
         pass
 
     assert answer["ok"] and answer["notice"] is None
@@ -219,7 +219,7 @@ def test_a_verb_over_a_subshell_is_heard_while_a_cell_runs_also_after_it_was_tol
 
     front.tell(type="do", verb="toggle_breakpoint", args={"location": 3}, id=21)
     answer = front.hear(lambda d: d["type"] == "answer" and d["id"] == 21)
-    while front.client.get_shell_msg(timeout=60)["parent_header"].get("msg_id") != cell:
+    while front.client.get_shell_msg(timeout=200)["parent_header"].get("msg_id") != cell:
         pass
 
     assert answer["ok"]
@@ -235,7 +235,7 @@ def test_who_is_silent_is_told_nothing_more_until_it_speaks_again(front: Front) 
     time.sleep(0.6)
     counted = "get_ipython().magics_manager.registry['DjinnMagics'].bridge.num_open"
     assert front.run("from djinn_nb.workbench import workbench\nbench = workbench()") == ""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while True:
         # a push outside a cell, from a thread
         push = "import threading; threading.Timer(0.5, lambda: bench.select(layer=3)).start()"
@@ -306,7 +306,7 @@ def test_the_kernel_says_that_it_is_there_and_says_goodbye(front: Front, process
     front.send("execute_request", code="%unload_ext djinn_nb\n%load_ext djinn_nb", silent=False)
     closed = False
     while not (closed and front.opened):
-        message = front._next(60)
+        message = front._next(200)
         kind, content = message["msg_type"], message["content"]
         closed |= kind == "comm_close" and content["comm_id"] == front.comm_id
 

@@ -20,12 +20,12 @@ class Kernel:
     def __init__(self) -> None:
         from jupyter_client.manager import start_new_kernel
 
-        self.manager, self.client = start_new_kernel(startup_timeout=60)
+        self.manager, self.client = start_new_kernel(startup_timeout=200)
 
     def send(self, cell: str) -> str:
         return str(self.client.execute(cell))
 
-    def outputs(self, sent: str, timeout_s: float = 60) -> list[dict[str, Any]]:
+    def outputs(self, sent: str, timeout_s: float = 200) -> list[dict[str, Any]]:
         """What a cell put out, once it is done."""
         found: list[dict[str, Any]] = []
         while True:

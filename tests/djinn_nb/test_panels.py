@@ -44,7 +44,7 @@ def make(bench: Workbench) -> Make:
     return made
 
 
-def _until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def _until(holds: Callable[[], bool], timeout_s: float = 200.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -50,7 +50,7 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def soon() -> Callable[[Workbench, Holds], Snapshot]:
-    def wait(bench: Workbench, holds: Holds, timeout_s: float = 60.0) -> Snapshot:
+    def wait(bench: Workbench, holds: Holds, timeout_s: float = 200.0) -> Snapshot:
         deadline = time.monotonic() + timeout_s
         while not holds(found := bench.snapshot()):
             assert time.monotonic() < deadline, found

@@ -51,7 +51,7 @@ def interrupted_after(delay_s: float):
 
 def until_interrupted() -> None:
     """What is done is done; the interrupt is still to come, and here it comes."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         time.sleep(0.01)
     raise AssertionError("no interrupt came")
@@ -64,7 +64,7 @@ def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def until(holds) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.002)

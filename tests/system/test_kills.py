@@ -50,7 +50,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def until(holds, timeout_s: float = 60.0) -> None:
+def until(holds, timeout_s: float = 200.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"

@@ -37,12 +37,12 @@ class Notebook:
         self.manager.start_kernel()
         self.client = self.manager.blocking_client()
         self.client.start_channels()
-        self.client.wait_for_ready(timeout=60)
+        self.client.wait_for_ready(timeout=200)
 
     def begin(self, code: str) -> str:
         return self.client.execute(code)
 
-    def finish(self, message_id: str, timeout_s: float = 60.0) -> str:
+    def finish(self, message_id: str, timeout_s: float = 200.0) -> str:
         """All text of a cell: streams, results and errors, colours taken off."""
         parts = []
         while True:
@@ -59,7 +59,7 @@ class Notebook:
             elif kind == "status" and content["execution_state"] == "idle":
                 return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(parts)).strip()
 
-    def hear(self, message_id: str, text: str, timeout_s: float = 60.0) -> None:
+    def hear(self, message_id: str, text: str, timeout_s: float = 200.0) -> None:
         """Wait until a cell that runs has printed a text."""
         while True:
             message = self.client.get_iopub_msg(timeout=timeout_s)

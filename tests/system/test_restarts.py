@@ -176,7 +176,7 @@ def test_a_client_that_waits_for_the_new_server_gets_its_answer(restarts):
     expected = finished(session.fork())
     restarts.kill()
     restarts.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while True:  # as a person would: again, until it answers
         try:
             text = stop.lens(top_k=1)
@@ -270,7 +270,7 @@ def journal_of(pid: int) -> Path:
     raise AssertionError(f"{pid} holds no journal")
 
 
-def until(holds: Any, timeout_s: float = 60.0) -> None:
+def until(holds: Any, timeout_s: float = 200.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"
@@ -392,7 +392,7 @@ def test_a_notebook_kernel_that_is_killed_leaves_its_session(restarts):
             f"session = server.launch({PROMPT!r}, max_new_tokens={NEXT}, name='from a notebook')\n"
             "session.run_to('layers.2.output').edit(scale=1.5)"
         )
-        reply = client.execute_interactive(code, timeout=60, output_hook=lambda message: None)
+        reply = client.execute_interactive(code, timeout=200, output_hook=lambda message: None)
         assert reply["content"]["status"] == "ok", reply["content"]
     finally:
         client.stop_channels()

@@ -64,7 +64,7 @@ def finish(session: djinn.Session) -> tuple[list[int], np.ndarray[Any, Any]]:
     return end.tokens, logits
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+def until(holds: Callable[[], bool], timeout_s: float = 200.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, "it did not come true in time"
