@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import platformdirs
@@ -271,23 +272,62 @@ def _start(wanted: Wanted, folder: Path, file: Path) -> str:
         "--runtime-file", str(file), "--journal-key", wanted.journal_key, *wanted.flags(),
     ]  # fmt: skip
     log = log_file(wanted)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # an interrupt in the notebook is not for it
-            cwd=folder,
-            env=_environment(),
-        )
-    # reaps the process when it ends before we do, and keeps the handle until then
-    threading.Thread(target=process.wait, name="djinn-embedded", daemon=True).start()
+    starting = _Starting(command, folder, log)
     try:
-        return _wait_until_it_listens(process, file, log)
+        return _wait_until_it_listens(starting.begun(), file, log)
     except BaseException:
-        process.terminate()  # interrupted: nobody would find it, or it would hide the next one
+        starting.give_up()  # interrupted: nobody would find it, or it would hide the next one
         raise
+
+
+class _Starting:
+    """A process that is begun on a thread of its own, which also reaps it.
+
+    An interrupt reaches the main thread alone. One that came while that began a process would leave
+    it behind, with nobody who knows of it.
+    """
+
+    def __init__(self, command: list[str], folder: Path, log: Path) -> None:
+        self._command, self._folder, self._log = command, folder, log
+        self._process: subprocess.Popen[bytes] | None = None
+        self._given_up = False
+        self._begun: SimpleQueue[OSError | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="djinn-embedded", daemon=True)
+
+    def begun(self) -> subprocess.Popen[bytes]:
+        """The process; raises the OSError of one that could not be begun."""
+        self._thread.start()
+        error = self._begun.get()
+        if error is not None:
+            raise error
+        assert self._process is not None
+        return self._process
+
+    def give_up(self) -> None:
+        """End the process, also if it is only about to begin."""
+        self._given_up = True  # first: whoever of the two looks later sees what the other did
+        if self._process is not None:
+            self._process.terminate()
+
+    def _run(self) -> None:
+        try:
+            with self._log.open("wb") as output:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # an interrupt in the notebook is not for it
+                    cwd=self._folder,
+                    env=_environment(),
+                )
+        except OSError as error:
+            self._begun.put(error)
+            return
+        if self._given_up:
+            self._process.terminate()
+        self._begun.put(None)
+        self._process.wait()
 
 
 def _wait_until_it_listens(process: subprocess.Popen[bytes], file: Path, log: Path) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def test_a_server_for_a_named_model_ends_soon_after_its_last_client(own_folders,
     pid = _pid(own_folders)
 
     # it learns that the client has gone when its poll for events ends
-    deadline = time.monotonic() + POLL_WAIT_S + embedded.LINGER_NAMED_S + 60
+    deadline = time.monotonic() + POLL_WAIT_S + embedded.LINGER_NAMED_S + 200
     while list(own_folders.rglob("*.json")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -132,6 +133,25 @@ def test_a_server_that_ends_when_it_was_just_found_is_started_again(
     with djinn.connect(model=model_folder, linger_s=60) as server:
         assert _pid(own_folders) != ended
         assert server.launch([1], max_new_tokens=1).continue_().finish_reason
+
+
+def test_an_interrupt_while_the_process_begins_leaves_none_behind(
+    own_folders, model_folder, monkeypatch, eventually
+):
+    begin, begun = subprocess.Popen, []
+
+    def interrupted(*given: Any, **more: Any) -> subprocess.Popen:
+        begun.append(begin(*given, **more))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # whoever is interrupted does not come to its end
+        return begun[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        djinn.connect(model=model_folder, linger_s=600)
+
+    eventually(lambda: len(begun) == 1 and begun[0].poll() is not None)
+    assert not list(own_folders.rglob("*.json"))
 
 
 @pytest.mark.slow
