@@ -55,7 +55,7 @@ export async function openNotebook(
 export function beside(code: string): string {
   return execFileSync(process.env.DJINN_PYTHON ?? 'python', ['-c', code], {
     encoding: 'utf-8',
-    timeout: 60_000
+    timeout: 240_000
   });
 }
 

@@ -26,7 +26,7 @@ test('a click whose handler takes 200 ms is measured as such', async ({
   );
 
   expect(took).toBeGreaterThanOrEqual(200);
-  expect(took).toBeLessThan(5000);
+  expect(took).toBeLessThan(60_000);
 });
 
 test('a button without a name is found', async ({ page }) => {
