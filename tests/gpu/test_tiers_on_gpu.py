@@ -56,6 +56,23 @@ def test_the_host_pool_is_pinned_beside_everything_else(local: Local) -> None:
     assert host.slot(0).is_pinned() and host.slot(host.num_slots - 1).is_pinned()
 
 
+def test_looking_up_pages_waits_for_none_of_them() -> None:
+    """What comes after pages that are on their way is begun meanwhile."""
+    shape = PageShape(4, 2, (LayerKV(2, 8, 2, 8),) * 4, torch.bfloat16)
+    here, there = KVCache(shape, 9, "cpu"), KVCache(shape, 9, "cuda:0")
+    table = (7, 2, 5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [*there.piece_rows(table), *there.slot_rows(table, 3, 10)]
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.tensor(table, device="cuda:0")  # the control: this is what waits
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted = [*here.piece_rows(table), *here.slot_rows(table, 3, 10)]
+    assert len(found) == len(wanted)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_a_full_disk_is_told_and_loses_nothing(local: Local) -> None:
     tier_cases.a_full_disk_is_told_and_loses_nothing(local)
 
