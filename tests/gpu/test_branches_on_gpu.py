@@ -32,9 +32,7 @@ def local(
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     local: Local = request.getfixturevalue("local")
     yield
-    tier_cases.settled(local)
-    local.kernel.state.check()
-    assert local.kernel.state.pool.num_free == local.kernel.state.shape.num_pages
+    tier_cases.nothing_is_left(local)
 
 
 def test_a_stop_returned_to_is_the_same(local: Local) -> None:

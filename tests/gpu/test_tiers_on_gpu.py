@@ -44,10 +44,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     local: Local = request.getfixturevalue("local")
     yield
-    tier_cases.settled(local)
-    state = local.kernel.state
-    state.check()
-    assert not any(slots.used for slots in state.residency.slots.values())
+    tier_cases.nothing_is_left(local)
 
 
 def test_the_host_pool_is_pinned_beside_everything_else(local: Local) -> None:
