@@ -137,7 +137,7 @@ PROMPTS: Cases = {
         ("a " * 5_000_000, e.BadArgument),
         ([1] * (CONTEXT - 3), e.PromptTooLong),
         ([1] * 200_000, e.PromptTooLong),
-        ("Mary went to the store and " * 2000, e.PromptTooLong),
+        ("Mary went to the store and " * (CONTEXT // 5), e.PromptTooLong),
     ]
 }
 
