@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import kernel_server.version as version
-from kernel_server.config import Quotas, ServerConfig, no_lease
+from kernel_server.config import SWITCH_INTERVAL_S, Quotas, ServerConfig, no_lease
 from kernel_server.engine.engine import Engine
 from kernel_server.engine.loading import Served as Ready
 from kernel_server.engine.loading import serve
@@ -49,10 +49,6 @@ Progress = Callable[[str, float], None]
 
 CPU_PREFILL_CHUNK = 512
 GPU_PREFILL_CHUNK = 2048
-#: How long a thread that computes in Python keeps the interpreter from the engine, seconds. The
-#: engine gives it away at every operation of torch and, at Python's own 5 ms, gets it back so late
-#: that a decode of 13 ms took 60 beside a client that swaps another session without a pause.
-SWITCH_INTERVAL_S = 1e-4
 #: For tensors of stops, unless something else is said: this much, or one part of a cap in so many.
 _KEPT_BYTES, _KEPT_PART = 1 << 30, 16
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import kernel_server.version as version
-from kernel_server.config import ServerConfig
+from kernel_server.config import SWITCH_INTERVAL_S, ServerConfig
 from kernel_server.event_log import EventLog
 from kernel_server.gateway import Gateway
 from kernel_server.journal import Journal
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How long a thread may keep the interpreter while another waits for it, seconds. A control call
-#: takes it about five times: at Python's 5 ms, whoever computes beside it costs it 25.
-SWITCH_S = 1e-4
-
 #: How often the main thread looks whether it is time to end, seconds.
 WATCH_S = 0.25
 #: A server that could not load its model stays this long, so that a client can ask why, and while
@@ -49,7 +45,7 @@ FAILED_S, FAILED_MOST_S = 5.0, 60.0
 
 def serve(config: ServerConfig) -> int:
     """Serve until told to end; returns the exit status."""
-    sys.setswitchinterval(SWITCH_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
