@@ -170,8 +170,8 @@ class Paging(Exchanging):
         the others.
 
         arrived: pages of a copy that was just made, where nothing else has happened. Whoever waits
-        for more of them has nothing to decide: to go through all its pages at every copy took half
-        as long as the copies.
+        for more of them has nothing to decide: to go through all its pages at every copy was most
+        of what a swap of many pages took the state (notebooks/LOG.md).
         """
         for session_id in list(self.settling):
             session, settling = self.sessions.get(session_id), self.settling[session_id]
