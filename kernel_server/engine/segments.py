@@ -325,6 +325,8 @@ class Segments:
 
         recording, final = model.forward(*model.inputs(state.token_ids, begin), step)
         state.recording = recording
+        if end - begin > 1:
+            recording.forget_embedding()
         if final is None:
             return not stopped
         state.final_norm = [final]
@@ -481,7 +483,7 @@ class Segments:
         """The layer calls of this forward, recorded again if they were dropped."""
         if state.recording is None:
             state.recording = self.model.record(*self.model.inputs(state.token_ids, state.start))
-            if state.point >= 0 and len(state.bounds) > 1:
+            if state.point >= 0 and len(state.token_ids) > 1:
                 state.recording.forget_embedding()
         return state.recording
 

@@ -52,9 +52,10 @@ class Recording:
         ]
 
     def forget_embedding(self) -> None:
-        """Let go of what only the first layer and the norm of a single chunk need.
+        """Let go of what the residual stream has gone on from, and of what made it.
 
-        For a long prompt it weighs as much as the residual stream.
+        For a prompt it weighs as much as the residual stream. The norm makes it again, which costs
+        next to nothing beside a prompt's layers; one token's weighs nothing, and is kept.
         """
         self.embedding = None
         self.preamble = {}

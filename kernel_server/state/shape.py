@@ -41,8 +41,9 @@ class ModelShape:
     prefill_chunk: int = 512
     #: bytes of one number of the residual stream
     element_bytes: int = 4
-    #: of what is recorded of a forward's calls: bytes per token; likewise of the embedding, which a
-    #: prompt of one chunk keeps; bytes per pair of tokens (masks), and up to how many those stay
+    #: of what is recorded of a forward's calls: bytes per token; likewise of the embedding, which
+    #: one token keeps and a prompt does not; bytes per pair of tokens (masks), and up to how many
+    #: those stay
     recorded_token_bytes: int = 0
     embedded_token_bytes: int = 0
     pair_bytes: float = 0.0

@@ -125,9 +125,9 @@ def forward_bytes(shape: ModelShape, tokens: int) -> int:
 
 
 def recorded_bytes(shape: ModelShape, tokens: int) -> int:
-    """Bytes of the recorded calls of a forward; a long prompt's embedding is not among them."""
+    """Bytes of the recorded calls of a forward; the embedding is kept with a single token's."""
     per_token = shape.recorded_token_bytes
-    if tokens <= shape.prefill_chunk:
+    if tokens == 1:
         per_token += shape.embedded_token_bytes
     return _FEW + tokens * per_token + min(int(tokens**2 * shape.pair_bytes), shape.kept_mask_bytes)
 

@@ -10,7 +10,7 @@ import torch
 
 from kernel_server.engine.attention import PagedAttentionRoute
 from kernel_server.engine.segments import ForwardState
-from kernel_server.models.recording import same_call
+from kernel_server.models.recording import same_call, storages
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import ServerFault
 from tests.engine.bookkeeper import Books, same_logits, walk
@@ -196,6 +196,8 @@ def test_recorded_calls_are_rebuilt_bit_for_bit(name: str) -> None:
     model = resumable(name)
     books = Books(model, chunk=CHUNK)
     session = books.launch(model.sample_ids(4))
+    books.run(session, stop=0)
+    (embedding,) = session.forward.residual
     books.run(session, stop=2)
     passed = session.forward.recording
     model.record(*model.inputs(model.sample_ids(30, seed=2), 0))
@@ -203,7 +205,7 @@ def test_recorded_calls_are_rebuilt_bit_for_bit(name: str) -> None:
 
     assert passed is not None and len(passed.calls) == model.num_layers
     assert all(map(same_call, passed.calls, rebuilt.calls))
-    assert torch.equal(passed.embedding, rebuilt.embedding)
+    assert torch.equal(embedding, rebuilt.embedding)
 
 
 def test_a_long_rope_prompt_is_recorded_whole() -> None:
@@ -233,14 +235,24 @@ def test_prompts_at_the_edges_of_chunks_and_pages_agree_with_stock(name: str) ->
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_long_prompt_keeps_its_residual_once(llama: ResumableModel) -> None:
+@pytest.mark.parametrize("again", [False, True], ids=["as run", "recorded again"])
+@pytest.mark.parametrize("tokens", [CHUNK, PROMPT])
+def test_a_prompt_keeps_its_residual_once(llama: ResumableModel, tokens: int, again: bool) -> None:
     books = Books(llama, chunk=CHUNK)
-    session = books.launch(llama.sample_ids(PROMPT))
-    books.run(session, until=0)
+    session = books.launch(llama.sample_ids(tokens))
+    for point in (0, 3):
+        books.run(session, until=point)
+        if again:
+            session.forward.drop_cache()
+            books.run(session, until=point + 1)
+        recording = session.forward.recording
 
-    assert session.forward.nbytes == PROMPT * tiny.HIDDEN * 4
-    assert session.forward.recording.embedding is None
-    assert session.forward.recording.preamble == {}
+        assert session.forward.nbytes == tokens * tiny.HIDDEN * 4
+        assert recording.embedding is None and recording.preamble == {}
+        arguments = storages(recording.tensors(), llama.weights)
+        row = tiny.HIDDEN * 4
+        assert sum(storages(session.forward.residual, arguments).values()) == tokens * row
+        assert max(arguments.values()) < tokens * row
 
 
 def test_two_engines_in_one_process_do_not_meet() -> None:

@@ -51,7 +51,7 @@ def test_random_returns_end_alike(local: Local, seed: int) -> None:
 def test_what_is_kept_is_bounded_and_nothing_is_lost(local: Local) -> None:
     before = torch.cuda.memory_allocated()
     branch_cases.what_is_kept_is_bounded(local, steps=20)
-    branch_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
+    tier_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
     assert torch.cuda.memory_allocated() - before < 64 << 20
 
 

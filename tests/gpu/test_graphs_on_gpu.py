@@ -88,7 +88,7 @@ def test_a_layer_that_cannot_be_recorded_runs_as_always(tmp_path: Path) -> None:
     with made("llama", tmp_path, False) as local:
         wanted = run(local, prompt)
         graphs = local.segments.graphs = LayerGraphs(local.model)
-        mlp = local.model.layers[2].mlp
+        mlp: Any = local.model.layers[2].mlp
         forward = mlp.forward
 
         def waits(hidden: torch.Tensor) -> torch.Tensor:

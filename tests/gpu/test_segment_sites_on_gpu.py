@@ -31,6 +31,13 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+def ramped(chunk: torch.Tensor) -> torch.Tensor:
+    """Channel by channel another factor."""
+    width = chunk.shape[-1]
+    ramp = torch.linspace(0.0, 2.0, 7, device=chunk.device, dtype=chunk.dtype)
+    return chunk * ramp.repeat(width)[:width]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_load_check_keeps_every_site(name: str, dtype: torch.dtype) -> None:
     model = ResumableModel(tiny.family(name, dtype).to("cuda"), PagedAttentionRoute())
@@ -52,13 +59,14 @@ def test_a_stop_at_any_site_changes_no_bit_and_an_edit_does(name: str, dtype: to
         for forward in (0, 1):
             session = stopped(books, prompt, forward, inner_point(3, site))
             copied, edited = books.fork(session), books.fork(session)
-            session.forward.drop_cache()
+            standing = session.forward
+            assert standing is not None
+            standing.drop_cache()
             books.run(session)
             if site != "attention.pattern":
                 put(books, copied, torch.clone)
             books.run(copied)
-            ramp = torch.linspace(0.0, 2.0, 7, device="cuda", dtype=dtype)
-            put(books, edited, lambda c, ramp=ramp: c * ramp.repeat(c.shape[-1])[: c.shape[-1]])
+            put(books, edited, ramped)
             books.run(edited)
 
             assert torch.equal(session.logits[forward], reference.logits[forward]), site

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -47,6 +49,19 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     tier_cases.nothing_is_left(local)
 
 
+@contextlib.contextmanager
+def waiting_is_refused() -> Iterator[None]:
+    """Calls that wait for the device fail, on every thread of the process."""
+    with warnings.catch_warnings():
+        # torch says, once in a process, that it may not find every such call
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_the_host_pool_is_pinned_beside_everything_else(local: Local) -> None:
     host = local.kernel.tiers._host
     assert host is not None and host.ready == host.num_slots
@@ -58,13 +73,10 @@ def test_looking_up_pages_waits_for_none_of_them() -> None:
     shape = PageShape(4, 2, (LayerKV(2, 8, 2, 8),) * 4, torch.bfloat16)
     here, there = KVCache(shape, 9, "cpu"), KVCache(shape, 9, "cuda:0")
     table = (7, 2, 5)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_refused():
         found = [*there.piece_rows(table), *there.slot_rows(table, 3, 10)]
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            torch.tensor(table, device="cuda:0")  # the control: this is what waits
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_refused(), pytest.raises(RuntimeError, match="synchronizing"):
+        torch.tensor(table).to("cuda:0")  # the control: this is what waits
     wanted = [*here.piece_rows(table), *here.slot_rows(table, 3, 10)]
     assert len(found) == len(wanted)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
