@@ -191,6 +191,31 @@ def wait_until_settled(local: Local, timeout_s: float = 120.0) -> None:
     _until(none_is, timeout_s, "copies do not end")
 
 
+def held_bytes(local: Local) -> int:
+    """Bytes of the tensors that all sessions hold beside their pages, as the engine has them."""
+    return sum(local.kernel.engine.nbytes())
+
+
+def wait_until_nothing_is_held(local: Local, timeout_s: float = 120.0) -> None:
+    """Wait until the engine has let go of the tensors of the sessions that ended."""
+    _until(lambda: held_bytes(local) == 0, timeout_s, "tensors of sessions that ended are held")
+
+
+def wait_until_copied(local: Local, timeout_s: float = 300.0) -> None:
+    """Wait until every page on the device has a copy below and no copy is under way: sessions that
+    stand still have nothing left to be done for them.
+
+    The host must have room for all of them.
+    """
+
+    def all_are() -> bool:
+        with local.kernel.loop._lock:  # not in the middle of counting the last one
+            state = local.kernel.state
+            return not (state.copying or state.residency.dirty)
+
+    _until(all_are, timeout_s, "pages wait to be copied down beforehand")
+
+
 def away_within(local: Local, sessions: Sequence[Session], seconds: float) -> int:
     """How many of these sessions have no page on the device, as soon as none has one, or after so
     many seconds. Nobody is asked: that would be a use of them."""

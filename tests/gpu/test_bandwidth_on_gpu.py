@@ -13,13 +13,24 @@ CHUNKS = (64 * 2**10, MIB, 16 * MIB, 256 * MIB)
 
 
 @pytest.fixture(scope="module")
-def found():
-    return measure("cuda:0", chunks=CHUNKS, repetitions=5)
+def measured():
+    """Several times: whoever uses the bus at the same moment can only make a copy slower."""
+    return [measure("cuda:0", chunks=CHUNKS, repetitions=5) for _ in range(3)]
 
 
 @pytest.fixture(scope="module")
-def medians(found):
-    return {(one["name"], one["chunk_bytes"]): one["median"] for one in found["rows"]}
+def found(measured):
+    return measured[0]
+
+
+@pytest.fixture(scope="module")
+def medians(measured):
+    rows = [row for found in measured for row in found["rows"]]
+    best = dict.fromkeys(((row["name"], row["chunk_bytes"]) for row in rows), 0.0)
+    for row in rows:
+        key = row["name"], row["chunk_bytes"]
+        best[key] = max(best[key], row["median"])
+    return best
 
 
 def test_every_kind_of_copy_is_measured_at_every_size(found, medians):

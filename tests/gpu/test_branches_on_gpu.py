@@ -10,6 +10,7 @@ import torch
 from notebooks.harness.inprocess import Local, local_kernel
 from notebooks.harness.tiny import make_folder
 from tests.kernel import branch_cases, tier_cases
+from tests.kernel.cases import prompt_of
 
 pytestmark = pytest.mark.gpu
 
@@ -49,6 +50,9 @@ def test_random_returns_end_alike(local: Local, seed: int) -> None:
 
 
 def test_what_is_kept_is_bounded_and_nothing_is_lost(local: Local) -> None:
+    # the engine's thread has what its libraries work in once it has run a session to its end
+    branch_cases.references_of(local, [prompt_of(local, 1.4, new_tokens=3)])
+    tier_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))
     before = torch.cuda.memory_allocated()
     branch_cases.what_is_kept_is_bounded(local, steps=20)
     tier_cases.wait_until(lambda: local.kernel.engine.nbytes() == (0, 0))

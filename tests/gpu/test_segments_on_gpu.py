@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import time
 from collections.abc import Iterator
 
@@ -50,7 +52,17 @@ def test_stops_forks_moves_and_company_change_no_bit(name: str, dtype: torch.dty
 
 
 @pytest.fixture(scope="module")
-def large() -> Iterator[Served]:
+def alone_with_so_much(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests in processes beside each other take turns: two such models and their pages may be more
+    than the card has."""
+    shared = tmp_path_factory.getbasetemp().parent  # by all processes of a run
+    with (shared / "large-model.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
+def large(alone_with_so_much: None) -> Iterator[Served]:
     begin = time.perf_counter()
     loaded = open_model(geometry="llama-2-13b", device="cuda:0", dtype="bfloat16")
     made = time.perf_counter()
@@ -59,6 +71,7 @@ def large() -> Iterator[Served]:
     print(served.report.as_dict())
     yield served
     del served, loaded
+    gc.collect()  # modules refer to each other in circles
     torch.cuda.empty_cache()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import time
 import warnings
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ import torch
 from kernel_server.engine import tiers as tiers_module
 from kernel_server.engine.kv_cache import KVCache, LayerKV, PageShape
 from kernel_server.engine.tiers import Copier, Copy, CopyDone, HostPool
+from notebooks.harness import tier_watch
 from notebooks.harness.inprocess import Local, local_kernel
 from notebooks.harness.tiny import make_folder
 from tests.kernel import tier_cases
@@ -30,11 +30,7 @@ def local(
         model=folder, dtype="bfloat16", device="cuda:0", prefill_chunk=16,
         kv_memory_bytes=400 << 10, host_memory_bytes=600 << 10, disk_memory_bytes=2 << 20,
     ) as made:  # fmt: skip
-        host = made.kernel.state.residency.slots["host"]
-        for _ in range(500):
-            if host.capacity == made.kernel.state.shape.num_host_pages:
-                break
-            time.sleep(0.01)
+        tier_watch.wait_until_ready(made)
         yield made
 
 

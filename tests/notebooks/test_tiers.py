@@ -95,6 +95,48 @@ def test_every_copy_and_every_page_that_leaves_is_seen_and_told(local, reference
     assert "drop" not in vars(local.kernel.state.residency)
 
 
+@pytest.mark.parametrize("forward", [0, 1])
+def test_stopped_sessions_hold_beside_their_pages_what_one_of_them_does(forward):
+    """Stopped in a prefill of one chunk: little more than the residual stream."""
+    prompts = [Prompt(random_ids(300, 320, seed=i), new_tokens=3) for i in range(6)]
+    with (
+        local_kernel(dtype="float32", device="cpu", prefill_chunk=512) as local,
+        watching(local, layers=False) as watch,
+    ):
+        references = [reference_run(local, watch, prompt) for prompt in prompts]
+        tier_watch.wait_until_nothing_is_held(local)
+        held = [pressure.hold(local, prompts[0], references[0], 12, forward)]
+        one = tier_watch.held_bytes(local)
+        for prompt, reference in zip(prompts[1:], references[1:], strict=True):
+            held.append(pressure.hold(local, prompt, reference, 12, forward))
+        # a tensor that all share, such as a table of angles, counts once
+        assert 0.9 * len(held) * one < tier_watch.held_bytes(local) <= len(held) * one
+        if forward == 0:
+            residual = held[0].activation_bytes
+            assert residual == 300 * local.server.model.hidden_size * 4
+            assert residual < one < 1.6 * residual
+        for session in held:
+            end = pressure.resume(local, watch, session)
+            assert (end.differ, end.torn) == (0, 0)
+        tier_watch.wait_until_nothing_is_held(local)
+
+
+def test_whoever_waits_for_copies_made_beforehand_waits_for_all(local, reference, monkeypatch):
+    with watching(local) as watch:
+        monkeypatch.setattr(local.kernel.state, "write_behind", lambda: None)
+        held = pressure.hold(local, PROMPT, reference, 2, 1)
+        tier_watch.wait_until_settled(local)
+        with pytest.raises(TimeoutError, match="wait to be copied"):
+            tier_watch.wait_until_copied(local, 0.05)
+        monkeypatch.undo()
+        tier_watch.wait_until_copied(local)
+        residency = local.kernel.state.residency
+        tables = local.kernel.state.sessions[held.session.id].tables
+        places = [residency.place(page) for table in tables for page in table]
+        assert all(place.device is not None and place.host is not None for place in places)
+        assert pressure.resume(local, watch, held).differ == 0
+
+
 @pytest.mark.parametrize(("demand", "verdict"), [(1.37, "a test"), (1.0, "not a test")])
 def test_what_fits_is_not_a_test(demand, verdict):
     assert pressure.is_a_test(demand) == verdict
