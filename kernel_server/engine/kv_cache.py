@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernel_server.mapped import to_device
+
 #: A model whose keys and values of one token have at most this many elements counts as small.
 _SMALL_TOKEN_ELEMENTS = 12 * 1024
 _SMALL_TOKENS, _SMALL_LAYERS = 16, 4
@@ -138,24 +140,16 @@ class KVCache:
 
     # -- what attention uses -------------------------------------------------------------------
 
-    def _indices(self, values: Sequence[int]) -> Tensor:
-        """Numbers on the device. A GPU is not waited for: it may itself wait for pages that are on
-        their way, and what comes after them is to be begun meanwhile."""
-        made = torch.tensor(values, dtype=torch.int64)
-        if self.device.type != "cuda":
-            return made.to(self.device)
-        return made.pin_memory().to(self.device, non_blocking=True)
-
     def piece_rows(self, table: Sequence[int]) -> list[Tensor]:
         """Rows to gather for the pages of `table`: two index tensors per layer of the group."""
-        pages = self._indices(table)
+        pages = to_device(table, self.device)
         return list((pages[None] * self._page_stride + self._kinds).unbind())
 
     def slot_rows(self, table: Sequence[int], begin: int, end: int) -> list[Tensor]:
         """Rows to write for the positions [begin, end): two index tensors per layer."""
         size = self.shape.page_tokens
         first = begin // size
-        pages = self._indices(table[first : self.shape.pages_for(end)])
+        pages = to_device(table[first : self.shape.pages_for(end)], self.device)
         positions = torch.arange(begin, end, device=self.device)
         base = pages[positions // size - first] * (self._page_stride * size) + positions % size
         return list((base[None] + self._kinds * size).unbind())

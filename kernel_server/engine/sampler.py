@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernel_server.mapped import to_host
 from kernel_server.protocol.errors import BadArgument, SessionFailed
 from kernel_server.state.instructions import Sampling
 
@@ -43,7 +44,7 @@ def sample(logits: Tensor, sampling: Sampling) -> int:
         raise BadArgument(f"top_p is {sampling.top_p}: choose more than 0 and at most 1")
     if sampling.temperature == 0:
         return _greedy(logits, sampling.position)
-    row = logits.detach().to("cpu", torch.float32).numpy().astype(np.float64)
+    row = to_host(logits.detach().float()).numpy().astype(np.float64)
     largest = float(row.max())
     if not math.isfinite(largest):
         raise _no_token(logits, sampling.position)
@@ -55,12 +56,15 @@ def sample(logits: Tensor, sampling: Sampling) -> int:
 
 
 def _greedy(logits: Tensor, position: int) -> int:
-    row = logits.float()
-    token = int(row.argmax())
+    row = logits.detach().float()
+    largest = row.argmax()[None]
+    # one wait for the device instead of two; float64 holds every token id and every float32
+    told = torch.cat([largest.double(), row.gather(0, largest).double()])
+    token, value = to_host(told).tolist()
     # argmax takes a NaN for the largest, so the one it chose tells of all
-    if not math.isfinite(float(row[token])):
+    if not math.isfinite(value):
         raise _no_token(logits, position)
-    return token
+    return int(token)
 
 
 def _no_token(logits: Tensor, position: int) -> SessionFailed:

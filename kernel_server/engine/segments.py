@@ -476,6 +476,9 @@ class Segments:
         final = state.final_norm[-1]
         assert final is not None
         row = final if final.shape[1] == 1 else final[:, -1:].clone()
+        recording = state.recording
+        if recording is not None and len(state.token_ids) == 1:
+            return self.model.head(row, recording.token_ids, recording.positions)[0]
         last = state.start + len(state.token_ids) - 1
         return self.model.head(row, *self.model.inputs(state.token_ids[-1:], last))[0]
 

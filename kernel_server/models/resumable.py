@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kernel_server.mapped import to_device
 from kernel_server.models.anatomy import (
     Anatomy,
     StandIn,
@@ -267,9 +268,8 @@ class ResumableModel:
 
     def inputs(self, token_ids: Sequence[int], start: int) -> tuple[Tensor, Tensor]:
         """Ids and positions as the model takes them, both [1, tokens] int64 on its device."""
-        ids = torch.tensor([token_ids], dtype=torch.int64, device=self.device)
         positions = torch.arange(start, start + len(token_ids), device=self.device)
-        return ids, positions[None]
+        return to_device(token_ids, self.device)[None], positions[None]
 
     def record(self, ids: Tensor, positions: Tensor) -> Recording:
         """Run the preamble alone: the arguments of every layer call and the embedding."""

@@ -25,10 +25,12 @@ ALLOWED: dict[str, frozenset[str]] = {
     # what is decided
     "kernel_server.state": frozenset({_PROTOCOL}),
     # what is done
-    "kernel_server.models": frozenset({_PROTOCOL}),
+    "kernel_server.mapped": frozenset(),
+    "kernel_server.models": frozenset({_PROTOCOL, "kernel_server.mapped"}),
     "kernel_server.engine": frozenset(
         {
             _PROTOCOL,
+            "kernel_server.mapped",
             "kernel_server.models",
             "kernel_server.state.events",
             "kernel_server.state.instructions",
