@@ -235,10 +235,10 @@ class PagedWork:
         self.visit: Visit | None = None
         self.width = width
         self._group_layers = cache.shape.group_layers
-        self._layer = self._group = self._piece = 0
+        self._layer = self._group = self._place = 0
         self._begin = self._end = 0
         self._calls = 0
-        self._slots: dict[tuple[int, int], Any] = {}
+        self._slots: dict[tuple[int, int], list[Tensor]] = {}
         self._rows: dict[tuple[int, int, int], list[Tensor]] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
@@ -249,8 +249,7 @@ class PagedWork:
     def enter(self, layer: int, begin: int, end: int) -> None:
         """The next attention call is of this layer, for the positions [begin, end)."""
         self._layer = layer
-        self._group, piece = divmod(layer, self._group_layers)
-        self._piece = 2 * piece
+        self._group, self._place = divmod(layer, self._group_layers)
         self._begin, self._end = begin, end
         self._calls = 0
 
@@ -311,35 +310,28 @@ class PagedWork:
         return visit.heads("attention.heads", output.transpose(1, 2)).transpose(1, 2)
 
     def _write(self, key: Tensor, value: Tensor) -> None:
-        begin, end, cache = self._begin, self._end, self.cache
+        begin, end, cache, piece = self._begin, self._end, self.cache, 2 * self._place
         slots = self._slots.get((self._group, begin))
-        if end - begin == 1:
-            if slots is None:
-                slots = cache.slot_row(self.tables[self._group], begin)
-                self._slots[self._group, begin] = slots
-            cache.write_one(slots, self._piece, key)
-            cache.write_one(slots, self._piece + 1, value)
-            return
         if slots is None:
-            slots = cache.slot_rows(self.tables[self._group], begin, end)
+            table = self.tables[self._group]
+            if end - begin == 1:
+                slots = cache.token_slots(table, begin)
+            else:
+                slots = cache.slot_rows(table, begin, end)
             self._slots[self._group, begin] = slots
-        cache.write(slots[self._piece], key)
-        cache.write(slots[self._piece + 1], value)
+        write = cache.write_one if end - begin == 1 else cache.write
+        write(slots[piece], key)
+        write(slots[piece + 1], value)
 
     def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         size = self.cache.shape.page_tokens
         low, high = first // size, -(-end // size)
         rows = self._rows.get((self._group, low, high))
         if rows is None:
-            rows = self.cache.piece_rows(self.tables[self._group][low:high])
+            rows = self.cache.layer_rows(self.tables[self._group][low:high])
             self._rows[self._group, low, high] = rows
-        kept = self.cache.shape.layers[self._layer]
-        a, b = first - low * size, end - low * size
-        read = self.cache.read
-        return (
-            read(rows[self._piece], a, b, kept.key_heads, kept.key_dim),
-            read(rows[self._piece + 1], a, b, kept.value_heads, kept.value_dim),
-        )
+        layer = self.cache.shape.layers[self._layer]
+        return self.cache.read(rows[self._place], first - low * size, end - low * size, layer)
 
     def _mask(self, first: int, window: int | None) -> Tensor:
         key = (self._begin, first, window)

@@ -39,6 +39,11 @@ class LayerKV:
         """Elements of the wider of the two."""
         return max(self.key_heads * self.key_dim, self.value_heads * self.value_dim)
 
+    @property
+    def alike(self) -> bool:
+        """Whether keys and values have the same shape."""
+        return (self.key_heads, self.key_dim) == (self.value_heads, self.value_dim)
+
 
 @dataclass(frozen=True)
 class PageShape:
@@ -140,10 +145,12 @@ class KVCache:
 
     # -- what attention uses -------------------------------------------------------------------
 
-    def piece_rows(self, table: Sequence[int]) -> list[Tensor]:
-        """Rows to gather for the pages of `table`: two index tensors per layer of the group."""
+    def layer_rows(self, table: Sequence[int]) -> list[Tensor]:
+        """Rows to gather for the pages of `table`, per layer of the group: `[2 * pages]`, those of
+        the keys and then those of the values."""
         pages = to_device(table, self.device)
-        return list((pages[None] * self._page_stride + self._kinds).unbind())
+        rows = pages[None] * self._page_stride + self._kinds
+        return list(rows.view(self.shape.group_layers, -1).unbind())
 
     def slot_rows(self, table: Sequence[int], begin: int, end: int) -> list[Tensor]:
         """Rows to write for the positions [begin, end): two index tensors per layer."""
@@ -154,15 +161,15 @@ class KVCache:
         base = pages[positions // size - first] * (self._page_stride * size) + positions % size
         return list((base[None] + self._kinds * size).unbind())
 
-    def slot_row(self, table: Sequence[int], position: int) -> int:
-        """The first row of one position: keys of the group's first layer."""
+    def token_slots(self, table: Sequence[int], position: int) -> list[Tensor]:
+        """Where one position is written, `[row]`: two slots per layer of the group."""
         size = self.shape.page_tokens
-        return table[position // size] * self._page_stride * size + position % size
+        page = self.pool[table[position // size], :, :, position % size]
+        return list(page.flatten(0, 1).unbind())
 
-    def write_one(self, row: int, piece: int, states: Tensor) -> None:
-        """Write one token's keys or values, `[1, heads, 1, dim]`, to piece `piece` of its page."""
+    def write_one(self, slot: Tensor, states: Tensor) -> None:
+        """Write one token's keys or values, `[1, heads, 1, dim]`, to its slot."""
         flat = states.reshape(-1)
-        slot = self._slots[row + piece * self.shape.page_tokens]
         if flat.shape[0] != self.shape.row:
             slot = slot[: flat.shape[0]]
         slot.copy_(flat)
@@ -175,10 +182,25 @@ class KVCache:
             slots = slots[:, : flat.shape[1]]
         slots.index_copy_(0, rows, flat)
 
-    def read(self, rows: Tensor, begin: int, end: int, heads: int, dim: int) -> Tensor:
-        """Gather `[1, heads, end - begin, dim]`, counted from the first gathered page's start."""
-        gathered = self._pieces.index_select(0, rows).view(-1, self.shape.row)
-        states = gathered[begin:end]
-        if heads * dim != self.shape.row:
-            states = states[:, : heads * dim]
-        return states.unflatten(1, (heads, dim)).transpose(0, 1)[None]
+    def read(self, rows: Tensor, begin: int, end: int, layer: LayerKV) -> tuple[Tensor, Tensor]:
+        """Gather keys and values, each `[1, heads, end - begin, dim]`, counted from the first
+        gathered page's start.
+
+        Few calls, since the host is what a decode waits for: each takes its time, and gives the
+        interpreter away to whoever else wants it.
+        """
+        gathered = self._pieces.index_select(0, rows)
+        if layer.alike and layer.row == self.shape.row:
+            both = gathered.view(2, -1, layer.key_heads, layer.key_dim)
+            key, value = both.narrow(1, begin, end - begin).transpose(1, 2).split(1)
+            return key, value
+        keys, values = gathered.view(2, -1, self.shape.row).narrow(1, begin, end - begin)
+        return (
+            _heads_of(keys, layer.key_heads, layer.key_dim),
+            _heads_of(values, layer.value_heads, layer.value_dim),
+        )
+
+
+def _heads_of(states: Tensor, heads: int, dim: int) -> Tensor:
+    """`[1, heads, tokens, dim]` of rows `[tokens, row]`, which may leave a margin."""
+    return states[:, : heads * dim].unflatten(1, (heads, dim)).transpose(0, 1)[None]

@@ -53,19 +53,19 @@ def test_what_is_written_is_read_from_scattered_pages(dims: tuple[int, int]) -> 
     cache.poison(range(12))
     table = [7, 2, 11]
     keys, values = torch.randn(1, 2, 10, dims[0]), torch.randn(1, 2, 10, dims[1])
-    slots, rows = cache.slot_rows(table, 0, 9), cache.piece_rows(table)
+    slots, rows = cache.slot_rows(table, 0, 9), cache.layer_rows(table)
+    last = cache.token_slots(table, 9)
     for layer in range(3):
         cache.write(slots[2 * layer], keys[:, :, :9] + layer)
         cache.write(slots[2 * layer + 1], values[:, :, :9] - layer)
-        row = cache.slot_row(table, 9)
-        cache.write_one(row, 2 * layer, keys[:, :, 9:] + layer)
-        cache.write_one(row, 2 * layer + 1, values[:, :, 9:] - layer)
+        cache.write_one(last[2 * layer], keys[:, :, 9:] + layer)
+        cache.write_one(last[2 * layer + 1], values[:, :, 9:] - layer)
 
     for layer in range(3):
-        read = cache.read(rows[2 * layer], 0, 10, 2, dims[0])
-        assert torch.equal(read, keys + layer)
-        read = cache.read(rows[2 * layer + 1], 3, 10, 2, dims[1])
-        assert torch.equal(read, values[:, :, 3:] - layer)
+        for first in (0, 3):
+            key, value = cache.read(rows[layer], first, 10, cache.shape.layers[layer])
+            assert torch.equal(key, keys[:, :, first:] + layer)
+            assert torch.equal(value, values[:, :, first:] - layer)
 
 
 def test_writing_touches_no_other_page_and_no_other_token() -> None:

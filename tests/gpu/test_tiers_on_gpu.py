@@ -69,11 +69,12 @@ def test_looking_up_pages_waits_for_none_of_them() -> None:
     shape = PageShape(4, 2, (LayerKV(2, 8, 2, 8),) * 4, torch.bfloat16)
     here, there = KVCache(shape, 9, "cpu"), KVCache(shape, 9, "cuda:0")
     table = (7, 2, 5)
+    there.layer_rows(table)  # makes the memory they go through
     with waiting_is_refused():
-        found = [*there.piece_rows(table), *there.slot_rows(table, 3, 10)]
+        found = [*there.layer_rows(table), *there.slot_rows(table, 3, 10)]
     with waiting_is_refused(), pytest.raises(RuntimeError, match="synchronizing"):
         torch.tensor(table).to("cuda:0")  # the control: this is what waits
-    wanted = [*here.piece_rows(table), *here.slot_rows(table, 3, 10)]
+    wanted = [*here.layer_rows(table), *here.slot_rows(table, 3, 10)]
     assert len(found) == len(wanted)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
