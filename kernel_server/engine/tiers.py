@@ -38,6 +38,9 @@ _PIN_STEP = 1 << 30
 _PAGE = mmap.PAGESIZE
 #: Copies one way that are given to the device before the first of them is waited for.
 _AHEAD = 4
+#: Bytes that a copy engine is given before it is let come to rest. Whoever else needs it, if only
+#: for 8 bytes, waits until it does: an engine does not turn to another stream before that.
+_BURST = 2 << 30
 
 
 class HostPool:
@@ -237,11 +240,12 @@ class Copier:
         """Begin copies as they come; tell of each when it is done.
 
         The next ones are begun before the first is waited for: a bus that waits for whoever is told
-        of a copy ran at half its speed.
+        of a copy ran at half its speed. But not without end (`_BURST`).
         """
         jobs, begun = self._queues[way], deque[_Begun]()
-        most = _AHEAD if self._cuda and "disk" not in way else 1  # others are done once begun
-        ended = False
+        given = self._cuda and "disk" not in way  # others are done once begun
+        most = _AHEAD if given else 1
+        burst, ended = 0, False
         while begun or not ended:
             job: Any = None
             if not ended and len(begun) < most:
@@ -249,9 +253,22 @@ class Copier:
                     job = jobs.get(block=not begun)
                     ended = job is None
             if job is not None:
+                burst = self._rested(way, burst) if given and begun else 0
                 begun.append(self._begin(*job))
+                burst += len(begun[-1].copy.moves) * self._device.shape[1]
             elif begun:
                 self._finish(begun.popleft())
+
+    def _rested(self, way: str, burst: int) -> int:
+        """Let the engine of this way rest if it has been given so many bytes; what is left of them.
+
+        Nothing is told meanwhile: the next copy follows at once.
+        """
+        if burst < _BURST:
+            return burst
+        with contextlib.suppress(Exception):  # told of the copy that it befell
+            self._streams[way].synchronize()
+        return 0
 
     def _begin(self, copy: Copy, after: Any, arrival: _Arrival | None) -> _Begun:
         """Give a copy to the device; on a CPU, and to the disk, carry it out."""

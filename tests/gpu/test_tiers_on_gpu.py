@@ -128,3 +128,25 @@ def test_every_slot_of_a_pool_pinned_in_pieces_takes_copies(monkeypatch) -> None
     finally:
         copier.close()
         host.close()
+
+
+def test_copies_let_others_use_their_engine(monkeypatch) -> None:
+    """Eight bytes come down while more is queued than anyone would wait for."""
+    monkeypatch.setattr(tiers_module, "_BURST", 256 << 20)
+    shape = PageShape(128, 4, (LayerKV(32, 128, 32, 128),) * 4, torch.bfloat16)  # 8 MiB
+    cache, host = KVCache(shape, 32, "cuda:0"), HostPool(32, shape.page_bytes, pinned=True)
+    told: queue.SimpleQueue[CopyDone] = queue.SimpleQueue()
+    copier = Copier(cache, host, None, told.put)
+    count = 120  # of 256 MiB: half a second
+    value = torch.ones(1, dtype=torch.int64, device="cuda:0")
+    try:
+        host.prepare(lambda ready: None)
+        for ticket in range(count):
+            copier.begin(Copy(ticket, "device-host", tuple((n, n) for n in range(32))))
+        for _ in range(3):
+            assert value.item() == 1
+        assert told.qsize() < count // 2
+        assert [told.get(timeout=60).error for _ in range(count)] == [None] * count
+    finally:
+        copier.close()
+        host.close()
