@@ -62,8 +62,8 @@ def test_every_bit_comes_down(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def still_busy() -> Iterator[Callable[[], bool]]:
-    """Both copy engines are kept busy for about half a second; says whether they still are."""
-    size, count = 1 << 28, 100  # some 5 ms each
+    """Both copy engines are kept busy for one to two seconds; says whether they still are."""
+    size, count = 1 << 28, 300  # some 5 ms each
     here = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     there = [torch.empty(size, dtype=torch.uint8, device=GPU) for _ in range(2)]
     ways = (torch.cuda.Stream(GPU), there[0], here[0]), (torch.cuda.Stream(GPU), here[1], there[1])
@@ -80,7 +80,7 @@ def still_busy() -> Iterator[Callable[[], bool]]:
 
 def test_they_do_not_wait_for_the_copy_engines(still_busy) -> None:
     logits = torch.arange(1000, device=GPU).eq(7).float()
-    for _ in range(10):
+    for _ in range(3):
         ids = to_device([3, 1, 4], GPU)
         assert to_host(ids * 2).tolist() == [6, 2, 8]
         assert sample(logits, Sampling(temperature=0.0, top_p=1.0, seed=0, position=3)) == 7
