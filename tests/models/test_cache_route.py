@@ -274,8 +274,8 @@ def mask_a_token_late(patch: Patch) -> None:
 
 def pages_off_by_one(patch: Patch) -> None:
     """Reads begin at the session's second page."""
-    rows = KVCache.piece_rows
-    patch.setattr(KVCache, "piece_rows", lambda self, t: rows(self, [*t[1:], *t[:1]]))
+    rows = KVCache.layer_rows
+    patch.setattr(KVCache, "layer_rows", lambda self, t: rows(self, [*t[1:], *t[:1]]))
 
 
 def unbounded_window(patch: Patch) -> None:

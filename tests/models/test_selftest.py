@@ -60,10 +60,11 @@ def shifted_positions(patch: Patch) -> None:
 def zeroed_page(patch: Patch) -> None:
     read = KVCache.read
 
-    def zeroed(self: KVCache, *args: Any) -> Tensor:
-        states = read(self, *args).clone()
-        states[:, :, : self.shape.page_tokens] = 0
-        return states
+    def zeroed(self: KVCache, *args: Any) -> tuple[Tensor, Tensor]:
+        key, value = (states.clone() for states in read(self, *args))
+        for states in (key, value):
+            states[:, :, : self.shape.page_tokens] = 0
+        return key, value
 
     patch.setattr(KVCache, "read", zeroed)
 
