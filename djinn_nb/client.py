@@ -28,6 +28,7 @@ from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.errors import BadMessage, ConnectionLost, UnknownSession
+from kernel_server.protocol.token_list import TokenList
 from kernel_server.wire import PlainConnection
 
 _Reply = TypeVar("_Reply")
@@ -50,6 +51,8 @@ class Client:
         self.mirror = Mirror()
         self._name = name
         self._texts: dict[int, str] = {}
+        #: the newest list of which every text is known: forks and stops ask for the same again
+        self._learnt = TokenList()
         self.durability = Durability()
         self.leases = Leases()
         #: the server that answers now goes on with the sessions of the one before
@@ -135,7 +138,7 @@ class Client:
             self.initialized = answer
             self.durability.take(answer.not_durable)
             self._model = None
-            self._texts = {}
+            self._texts, self._learnt = {}, TokenList()
             self._listen(answer.event_seq)
 
     def initialize(self) -> m.Initialized:
@@ -180,11 +183,15 @@ class Client:
 
     def learn_texts(self, token_ids: Sequence[int]) -> None:
         """Ask for the texts of those tokens that are not known yet."""
+        if token_ids == self._learnt:
+            return
         unknown = sorted(set(token_ids) - self._texts.keys())
         for start in range(0, len(unknown), TEXTS_PER_CALL):
             ids = tuple(unknown[start : start + TEXTS_PER_CALL])
             texts = self.call(m.TokenTexts(token_ids=ids), m.Texts).texts
             self._texts.update(zip(ids, texts, strict=True))
+        if isinstance(token_ids, TokenList):
+            self._learnt = token_ids
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """The text of token ids together, without special tokens; empty without a tokenizer."""

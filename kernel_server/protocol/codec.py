@@ -4,7 +4,8 @@
 
     b"DJN1"  header length (uint32, little-endian)  header (UTF-8 JSON)  buffer 0  buffer 1 ...
 
-Long lists of whole numbers, such as token ids, are buffers too: `{"$ints": count}` in the header.
+Long lists of whole numbers are buffers too: `{"$ints": count}` in the header. The tokens of a
+session always are (`token_list`), and are passed on as they came.
 Decoding allocates nothing by a length that was sent: the header must lie inside the bytes that
 came, and every buffer is a view of them whose size follows from its dtype and shape.
 """
@@ -28,6 +29,7 @@ from kernel_server.protocol import messages as _messages
 from kernel_server.protocol.arrays import ITEM_BYTES, MAX_DIMENSIONS, Array
 from kernel_server.protocol.errors import ERRORS, BadMessage, DjinnError, ServerFault
 from kernel_server.protocol.messages import MESSAGES, ErrorInfo
+from kernel_server.protocol.token_list import TokenList
 
 MAGIC = b"DJN1"
 MAX_DEPTH = 32
@@ -59,17 +61,22 @@ def _dump(value: Any, buffers: list[bytes | memoryview] | None, depth: int) -> A
         raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, int):
         return _checked_int(int(value), "a whole number")
+    if (names := _FIELDS().get(type(value))) is not None:
+        return {name: _dump(getattr(value, name), buffers, depth + 1) for name in names}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(float(value))}
+    if isinstance(value, TokenList):
+        if buffers is None:
+            return list(value)
+        buffers.append(value.on_wire())
+        return {"$ints": len(value)}
     if isinstance(value, Array):
         if buffers is None:
             raise TypeError("an array is no plain JSON")
         buffers.append(value.data)
         return {"$array": value.dtype, "shape": list(value.shape)}
-    if type(value) in _MESSAGE_TYPES():
-        return {f.name: _dump(getattr(value, f.name), buffers, depth + 1) for f in fields(value)}
     if isinstance(value, (tuple, list)):
         if value and set(map(type, value)) == {int}:
             if buffers is not None and len(value) >= _LONG:  # token ids: the common long case
@@ -88,7 +95,7 @@ def _dump_plain(value: Any, depth: int) -> Any:
     """A free value: it says nothing of its type, so it holds no message and no array."""
     if depth > MAX_DEPTH:
         raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, Array) or type(value) in _MESSAGE_TYPES():
+    if isinstance(value, (Array, TokenList)) or type(value) in _FIELDS():
         raise TypeError(f"{type(value).__name__} does not cross the wire inside a dict")
     if isinstance(value, (tuple, list)):
         return [_dump_plain(item, depth + 1) for item in value]
@@ -126,8 +133,9 @@ def _checked_text(value: str, path: str) -> str:
 
 
 @cache
-def _MESSAGE_TYPES() -> frozenset[type]:
-    return frozenset(MESSAGES.values())
+def _FIELDS() -> dict[type, tuple[str, ...]]:
+    """The names of the fields of every message."""
+    return {cls: tuple(f.name for f in fields(cls)) for cls in MESSAGES.values()}
 
 
 def decode(data: bytes | bytearray | memoryview) -> Any:
@@ -150,11 +158,11 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
     if not isinstance(tree, dict) or set(tree) != {"type", "body"}:
         raise BadMessage("the header has no type and body")
     name = tree["type"]
-    cls = MESSAGES.get(name) if isinstance(name, str) else None
+    cls: Any = MESSAGES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise BadMessage(f"unknown message type {str(name)[:60]!r}")
     reader = _Buffers(view[start + header_length :])
-    message = _load(tree["body"], cls, reader, name, 0)
+    message = _loader(cls)(tree["body"], reader, name, 0)
     reader.finish()
     return message
 
@@ -199,20 +207,17 @@ class _Buffers:
 _Loader = Callable[[Any, _Buffers, str, int], Any]
 
 
-def _load(value: Any, kind: Any, buffers: _Buffers, path: str, depth: int) -> Any:
-    if depth > MAX_DEPTH:
-        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
-    return _loader(kind)(value, buffers, path, depth)
-
-
 @cache
 def _loader(kind: Any) -> _Loader:
-    """A reader for one annotation, made once."""
+    """A reader for one annotation, made once. Annotations end, so that only free values can be
+    nested too deep."""
     origin, args = get_origin(kind), get_args(kind)
-    if kind in _MESSAGE_TYPES():
+    if kind in _FIELDS():
         return _message_loader(kind)
     if kind is Array:
         return _load_array
+    if kind is TokenList:
+        return _load_token_list
     if origin in (Union, types.UnionType):
         return _union_loader(args)
     if origin is Literal:
@@ -231,19 +236,19 @@ def _are_ints(value: Any) -> bool:
 def _message_loader(cls: type[Any]) -> _Loader:
     hints = typing.get_type_hints(cls, vars(_messages))
     specs = fields(cls)
-    known = {f.name for f in specs}
+    loaders = {f.name: _loader(hints[f.name]) for f in specs}
     required = {f.name for f in specs if f.default is MISSING and f.default_factory is MISSING}
 
     def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
         if not isinstance(value, dict):
             raise BadMessage(f"{path}: expected the fields of {cls.__name__}")
-        if extra := set(value) - known:
+        if extra := value.keys() - loaders.keys():
             raise BadMessage(f"{path}: unknown field {sorted(extra)[0][:60]!r}")
-        if missing := required - set(value):
+        if missing := required - value.keys():
             raise BadMessage(f"{path}: missing field {sorted(missing)[0]!r}")
         # in the order sent: buffers follow the order of the header
         made = {
-            key: _load(item, hints[key], buffers, f"{path}.{key}", depth + 1)
+            key: loaders[key](item, buffers, f"{path}.{key}", depth + 1)
             for key, item in value.items()
         }
         return cls(**made)
@@ -257,16 +262,28 @@ def _load_array(value: Any, buffers: _Buffers, path: str, depth: int) -> Array:
     return buffers.take(value["$array"], value["shape"])
 
 
+def _load_token_list(value: Any, buffers: _Buffers, path: str, depth: int) -> TokenList:
+    if _are_ints(value):
+        return TokenList.from_wire(buffers.take("int64", [value["$ints"]]).data)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise BadMessage(f"{path}: expected integers")
+    try:
+        return TokenList(value)
+    except OverflowError:
+        raise BadMessage(f"{path}: a token id is outside the 64-bit integers") from None
+
+
 def _union_loader(args: tuple[Any, ...]) -> _Loader:
     optional = type(None) in args
     kinds = [kind for kind in args if kind is not type(None)]
     if len(kinds) != 1:
         raise TypeError(f"unions in messages are optional values only, not {args}")
+    load_value = _loader(kinds[0])
 
     def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
         if value is None and optional:
             return None
-        return _load(value, kinds[0], buffers, path, depth)
+        return load_value(value, buffers, path, depth)
 
     return load
 
@@ -283,6 +300,8 @@ def _literal_loader(allowed: tuple[Any, ...]) -> _Loader:
 
 
 def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
+    loaders = tuple(_loader(kind) for kind in args if kind is not Ellipsis)
+
     def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
         if _are_ints(value):
             value = buffers.take_ints(value)
@@ -296,11 +315,11 @@ def _tuple_loader(args: tuple[Any, ...]) -> _Loader:
                     raise BadMessage(f"{path}: expected integers")
                 _checked_ints(value, path)
                 return tuple(value)
-            return tuple(_load(item, args[0], buffers, path, depth + 1) for item in value)
+            return tuple(loaders[0](item, buffers, path, depth + 1) for item in value)
         if len(value) != len(args):
             raise BadMessage(f"{path}: expected {len(args)} values, {len(value)} came")
-        pairs = zip(value, args, strict=True)
-        return tuple(_load(item, kind, buffers, path, depth + 1) for item, kind in pairs)
+        pairs = zip(value, loaders, strict=True)
+        return tuple(load(item, buffers, path, depth + 1) for item, load in pairs)
 
     return load
 

@@ -339,7 +339,7 @@ class Running(Holding):
 
     def _drawn(self, session: Session, token: int) -> None:
         """A token was drawn: the session is finished, or its next forward is queued."""
-        session.tokens.append(token)
+        session.draw(token)
         total = session.max_new_tokens
         self.publish(session, "progress", done=session.finished_forwards, total=total)
         if token in self.shape.eos_token_ids:

@@ -28,6 +28,7 @@ from kernel_server.protocol.messages import (
     Status,
     StopInfo,
 )
+from kernel_server.protocol.token_list import TokenList
 from kernel_server.state.branches import Applied, Replay, Tree
 from kernel_server.state.breakpoints import Breakpoints
 from kernel_server.state.edits import Edit, Edits, Standing, positions_here
@@ -78,7 +79,7 @@ class Session:
     owner: str
     name: str
     parent: str | None
-    #: prompt and generated token ids
+    #: prompt and generated token ids; `draw` adds to them, nothing else changes the list itself
     tokens: list[int]
     #: the prompt once more, as a forward is told of it
     prompt: tuple[int, ...]
@@ -103,6 +104,10 @@ class Session:
     #: go on
     touched: float = 0.0
     resumes_at: float | None = None
+    #: the list of its tokens is a fork's or its parent's too
+    tokens_shared: bool = False
+    #: as many of its tokens as were last told, with the list they are of
+    told: tuple[list[int], TokenList] | None = None
     #: by group, the page table and its device slots, as they were in this epoch
     slots: dict[int, tuple[PageTable, tuple[int, ...]]] = field(default_factory=dict)
     slots_epoch: int = -1
@@ -166,6 +171,25 @@ class Session:
     def finished_forwards(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
+    def draw(self, token: int) -> None:
+        """Add a token; a list that others have stays theirs as it is."""
+        if self.tokens_shared:
+            self.tokens, self.tokens_shared = list(self.tokens), False
+        self.tokens.append(token)
+
+    def token_list(self) -> TokenList:
+        """Its tokens as they are told, one object for as long as they are the same."""
+        if self.told is None or self.told[0] is not self.tokens:
+            self.told = self.tokens, TokenList(self.tokens)
+        elif len(self.told[1]) < len(self.tokens):
+            self.told = self.tokens, self.told[1] + self.tokens[len(self.told[1]) :]
+        return self.told[1]
+
+    def share_tokens(self) -> list[int]:
+        """The same list for a fork, until one of the two draws a token."""
+        self.tokens_shared = True
+        return self.tokens
+
     def standing(self) -> Standing:
         """Where it stands, for edits and selectors."""
         return Standing(
@@ -221,7 +245,7 @@ class Session:
             name=self.name,
             owner=self.owner,
             status=self.status,
-            tokens=tuple(self.tokens),
+            tokens=self.token_list(),
             num_prompt_tokens=len(self.prompt),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -258,6 +282,9 @@ class Session:
         self.breakpoints.check()
         self.edits.check()
         self.tree.check()
+        if self.told is not None and self.told[0] is self.tokens:
+            known = tuple(self.told[1])
+            assert known == tuple(self.tokens[: len(known)]), f"{self.id}: other tokens were told"
         drawn = self.finished_forwards
         done = self.point == shape.sampled
         assert drawn == self.forward + done, f"{self.id}: {drawn} tokens drawn"

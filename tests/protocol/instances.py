@@ -14,6 +14,7 @@ from kernel_server.protocol import messages
 from kernel_server.protocol.arrays import ITEM_BYTES, Array
 from kernel_server.protocol.codec import MAX_INT, MIN_INT
 from kernel_server.protocol.messages import MESSAGES
+from kernel_server.protocol.token_list import TokenList
 
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 _integers = st.integers(-3, 300) | st.integers(MIN_INT, MAX_INT)
@@ -22,11 +23,13 @@ _plain = st.recursive(
     lambda part: st.lists(part, max_size=3) | st.dictionaries(_texts, part, max_size=3),
     max_leaves=6,
 )
+_token_ids = st.lists(st.integers(MIN_INT, 2**63 - 1), max_size=80)
 _LEAVES: dict[Any, st.SearchStrategy[Any]] = {
     str: _texts,
     int: _integers,
     float: st.floats(),
     bool: st.booleans(),
+    TokenList: _token_ids.map(TokenList),
     Any: _plain,
 }
 

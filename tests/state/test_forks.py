@@ -80,3 +80,55 @@ def test_a_finished_session_cannot_be_made_longer_by_forking_it(world: World) ->
     with pytest.raises(BadArgument, match="finished after 2 tokens, and so is a fork of it"):
         _fork(world, sid, max_new_tokens=5)
     assert _fork(world, sid, temperature=1.0).status == "finished"
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def test_a_fork_has_its_parents_tokens_and_then_each_its_own(world: World) -> None:
+    sid = world.launch(max_new_tokens=4)
+    world.run(sid, m.StepOut)
+    world.run(sid, m.Next)
+    parent = world.session(sid).tokens
+
+    child = _fork(world, sid, seed=9)
+    assert child.tokens == parent and len(parent) == len(PROMPT) + 1
+    world.run(child.id)
+    assert len(world.session(child.id).tokens) == len(PROMPT) + 4
+    assert world.session(sid).tokens == parent
+
+    again = _fork(world, sid)
+    world.run(sid)
+    assert len(world.session(sid).tokens) == len(PROMPT) + 4
+    assert world.session(again.id).tokens == parent
+
+
+def test_going_back_and_forth_tells_the_tokens_of_the_place(world: World) -> None:
+    sid = world.launch(max_new_tokens=4)
+    lengths = []
+    for _ in range(3):
+        world.run(sid, m.StepOut)
+        lengths.append(len(world.session(sid).tokens))
+    end = world.run(sid).tokens
+
+    seen = world.session(sid).stop_number
+    back = world.ask(m.StepBack(session_id=sid, seen=seen)).session
+    world.work()
+    assert world.session(sid).tokens == end[: lengths[-1]] == back.tokens[: lengths[-1]]
+    other = _fork(world, sid, seed=7)
+    assert other.tokens == end[: lengths[-1]]
+    world.run(sid)
+    assert world.session(sid).tokens == end
+    assert world.session(other.id).tokens == end[: lengths[-1]]
+
+
+def test_many_forks_share_one_list_of_tokens_and_one_table(world: World) -> None:
+    sid = world.launch(max_new_tokens=4)
+    world.run(sid, m.StepOut)
+    inside = world.state.sessions
+    ids = [_fork(world, sid).id for _ in range(5)]
+
+    assert len({id(inside[one].tokens) for one in (sid, *ids)}) == 1
+    assert len({id(inside[one].token_list()) for one in (sid, *ids)}) == 1
+    for group, table in enumerate(inside[sid].tables):
+        assert all(inside[one].tables[group] is table for one in ids)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.errors import DjinnError
 from kernel_server.protocol.messages.base import message
+from kernel_server.protocol.token_list import TokenList
 
 Status = Literal["waiting", "running", "stopped", "finished", "failed"]
 STATUSES: tuple[Status, ...] = ("waiting", "running", "stopped", "finished", "failed")
@@ -204,7 +205,7 @@ class SessionInfo:
     owner: str
     status: Status
     #: prompt and generated token ids
-    tokens: tuple[int, ...]
+    tokens: TokenList
     num_prompt_tokens: int
     max_new_tokens: int
     temperature: float
