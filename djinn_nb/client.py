@@ -183,7 +183,7 @@ class Client:
 
     def learn_texts(self, token_ids: Sequence[int]) -> None:
         """Ask for the texts of those tokens that are not known yet."""
-        if token_ids == self._learnt:
+        if isinstance(token_ids, TokenList) and token_ids == self._learnt:
             return
         unknown = sorted(set(token_ids) - self._texts.keys())
         for start in range(0, len(unknown), TEXTS_PER_CALL):
