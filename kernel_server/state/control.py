@@ -186,6 +186,7 @@ class Control(Running):
             tokens_shared=True,
             told=parent.told,
             prompt=parent.prompt,
+            prompt_array=parent.prompt_array,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -86,12 +86,16 @@ class Copies(Core):
     def _drop_all(self, pages: Iterable[tuple[int, Session]], reason: str) -> None:
         """Let pages leave the device that have a good copy below, and tell whose they were."""
         for session, run in by_session(pages):
-            self.leave_device(run)
-            self.note(session, "left the device", (reason, len(run)))
-            what = "1 page" if len(run) == 1 else f"{len(run)} pages"
-            self.publish(
-                session, "swapped", text=f"{what} left the device, copied before: {reason}"
-            )
+            self._drop(session, run, reason)
+
+    def _drop(self, session: Session, pages: list[int], reason: str) -> None:
+        """The same for pages of one session."""
+        if not pages:
+            return
+        self.leave_device(pages)
+        self.note(session, "left the device", (reason, len(pages)))
+        what = "1 page" if len(pages) == 1 else f"{len(pages)} pages"
+        self.publish(session, "swapped", text=f"{what} left the device, copied before: {reason}")
 
     def _tell(self, copying: Copying, event: CopiesDone) -> None:
         """Tell of copies that were begun together once all are made: an event each, with all that

@@ -81,6 +81,8 @@ class Exchanging(Leaving):
 
     def _deep(self, pages: Sequence[int]) -> list[int]:
         """Those that the disk alone has: they come through the host."""
+        if not self.residency.slots["disk"].used:
+            return []
         places = {page: self.residency.place(page) for page in pages}
         return [p for p, place in places.items() if place.host is None and place.device is None]
 

@@ -273,12 +273,8 @@ class Leaving(Refusing):
 
     def _dirty(self, session: Session) -> list[int]:
         """Its pages on the device that have no good copy below, and none under way."""
-        return [
-            page
-            for table in session.tables
-            for page in table
-            if page in self.residency.dirty and not self.residency.place(page).moving
-        ]
+        dirty, moving = self.residency.dirty, self.residency.moving
+        return [p for table in session.tables for p in table if p in dirty and p not in moving]
 
     # -- budgets ------------------------------------------------------------------------------
 

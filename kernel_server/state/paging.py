@@ -8,7 +8,6 @@ decided in `leaving`, and in `exchanging` where the tiers below are full too; wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kernel_server.protocol.errors import DjinnError, NotStopped, OutOfPages, SessionFailed
@@ -29,8 +28,6 @@ class Settling:
     tier: Tier
     #: what its events say
     reason: str
-    #: pages that were under way when it was last looked at: until they have come nothing is to do
-    moving: set[int] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -57,7 +54,7 @@ class Paging(Exchanging):
         if not self.residency.num_absent:
             return room
         for group in self._groups(session.point, until):
-            absent = [p for p in session.tables[group] if not self.residency.is_resident(p)]
+            absent = self.residency.absent(session.tables[group])
             if absent:
                 room.absent[group] = absent
         return room
@@ -161,34 +158,35 @@ class Paging(Exchanging):
             session = self.sessions[session_id]
             # others would take the slots that its exchange goes through
             self.queue(session, first=session_id == self.exchange)
-        self._settle(() if event.error else [move.page for move in copying.moves])
+        self._settle(after_copy=event.error is None)
 
     # -- asked for ------------------------------------------------------------------------------
 
-    def _settle(self, arrived: Sequence[int] = ()) -> None:
+    def _settle(self, *, after_copy: bool = False) -> None:
         """Answer those whose pages are where they wanted them, or cannot come there; push on with
         the others.
 
-        arrived: pages of a copy that was just made, where nothing else has happened. Whoever waits
-        for more of them has nothing to decide: to go through all its pages at every copy was most
-        of what a swap of many pages took the state (notebooks/LOG.md).
+        after_copy: a copy was just made, and nothing else has happened. Whoever waits for another
+        one has nothing to decide: to go through all its pages at every copy was most of what a swap
+        of many pages took the state (notebooks/LOG.md).
         """
         for session_id in list(self.settling):
             session, settling = self.sessions.get(session_id), self.settling[session_id]
-            settling.moving.difference_update(arrived)
             runs = session is not None and session.status == "running"
-            if arrived and session is not None and settling.moving and not runs:
+            if after_copy and session is not None and not runs and self._moves(session):
                 continue
             error = None
             try:
                 if session is not None and not self._settled(session, settling):
-                    place = self.residency.place
-                    settling.moving = {p for p in _pages_of(session) if place(p).moving}
                     continue
             except (OutOfPages, SessionFailed, NotStopped) as found:
                 error = found
             del self.settling[session_id]
             self.settled(settling.request_id, session, error)
+
+    def _moves(self, session: Session) -> bool:
+        """Whether a page of it is under way."""
+        return not all(map(self.residency.moving.isdisjoint, session.tables))
 
     def _settled(self, session: Session, settling: Settling) -> bool:
         """Take the next step towards having all the session's pages in a tier; True: they are.
@@ -203,39 +201,38 @@ class Paging(Exchanging):
                 status=session.status,
             )
         self.require_way(session, tier)
-        pages = _pages_of(session)
-        places = {p: self.residency.place(p) for p in pages}
-        if any(place.moving for place in places.values()):
+        if self._moves(session):
             return False
+        residency, pages = self.residency, _pages_of(session)
         if tier == "device":
-            absent = [p for p in pages if places[p].device is None]
-            on_disk = [p for p in absent if places[p].host is None]
+            absent = residency.absent(pages)
             if not absent:
                 return True
-            if on_disk:
-                free = self.residency.free("host")
+            if on_disk := self._deep(absent):
+                free = residency.free("host")
                 self._copy(session, on_disk[:free], "disk", "host", reason)
                 return not free
-            free = self.residency.free("device")
+            free = residency.free("device")
             self._copy(session, absent[:free], "host", "device", reason, long=True)
             return not free
-        owners = self.pool.owners
-        mine = [p for p in pages if owners(p) == 1 or not self._used_by_others(p, session)]
-        dirty = [p for p in mine if places[p].device is not None and not places[p].clean]
-        if dirty:
+        used = self._used_by_others(session)
+        mine = [p for p in pages if p not in used]
+        if dirty := [p for p in mine if p in residency.dirty]:
             going = [(page, session) for page in dirty]
             return not self._push_down(going, reason, long=True)
         if tier == "disk":
+            places = {p: residency.place(p) for p in mine}
             high = [p for p in mine if places[p].disk is None]
-            free = self.residency.free("disk")
+            free = residency.free("disk")
             if high and free:
                 self._copy(session, high[:free], "host", "disk", reason)
                 return False
             for page in mine:
                 if places[page].disk is not None and places[page].host is not None:
-                    self.residency.drop(page, "host")
-        leaving = [(page, session) for page in mine if self.residency.can_drop(page)]
-        self._drop_all(leaving, reason)
+                    residency.drop(page, "host")
+        # nothing is under way and nothing dirty: what is there has a good copy below
+        on_device = residency.pages_in["device"]
+        self._drop(session, [p for p in mine if p in on_device], reason)
         return True
 
     def require_way(self, session: Session, tier: Tier) -> None:
@@ -246,7 +243,7 @@ class Paging(Exchanging):
         barred = self.refuses("host") or (tier == "disk" and self.refuses("disk"))
         if not barred and not (self.lost and tier == "device"):
             return
-        residency, owners = self.residency, self.pool.owners
+        residency = self.residency
         places = [(page, residency.place(page)) for page in _pages_of(session)]
         if tier == "device":
             absent = [page for page, place in places if place.device is None]
@@ -254,11 +251,9 @@ class Paging(Exchanging):
                 raise loss
             stuck = len(self._deep(absent)) if self.refuses("host") else 0
         else:
+            used = self._used_by_others(session)
             still = [
-                (page, place)
-                for page, place in places
-                if not place.moving
-                and (owners(page) == 1 or not self._used_by_others(page, session))
+                (page, place) for page, place in places if not place.moving and page not in used
             ]
             stuck = 0
             if self.refuses("host"):
@@ -274,15 +269,13 @@ class Paging(Exchanging):
                 **self._why_refused(),
             )
 
-    def _used_by_others(self, page: int, session: Session) -> bool:
-        """Whether a session that runs needs this page, which it shares, on the device."""
-        if self.slot is not None and page in self.slot.sources:
-            return True
-        return any(
-            other.status == "running" and any(page in table for table in other.tables)
-            for other in self.sessions.values()
-            if other is not session
-        )
+    def _used_by_others(self, session: Session) -> set[int]:
+        """The pages that other sessions which run need on the device; it may share some."""
+        used = set(self.slot.sources) if self.slot is not None else set()
+        for other in self.sessions.values():
+            if other.status == "running" and other is not session:
+                used.update(*other.tables)
+        return used
 
     def settled(
         self, request_id: int | None, session: Session | None, error: DjinnError | None
@@ -292,5 +285,5 @@ class Paging(Exchanging):
 
 
 def _pages_of(session: Session) -> list[int]:
-    """Its pages, each once."""
-    return list(dict.fromkeys(page for table in session.tables for page in table))
+    """Its pages; no table names one twice, and no two the same."""
+    return [page for table in session.tables for page in table]

@@ -152,8 +152,10 @@ def to_record(
     lines: its hidden branches, by id. The session stands wherever its last result has left it.
     """
     writer, tree = _Writer(), session.tree
-    prompt = struct.pack(f"<{len(session.prompt)}i", *session.prompt)
-    prompt_index = writer.array(Array("int32", (len(session.prompt),), prompt))
+    if session.prompt_array is None:
+        prompt = struct.pack(f"<{len(session.prompt)}i", *session.prompt)
+        session.prompt_array = Array("int32", (len(session.prompt),), prompt)
+    prompt_index = writer.array(session.prompt_array)
     own = tuple(map(writer.edit, session.edits))
     applied = writer.applied(session.applied)
     start = len(session.prompt)

@@ -41,9 +41,9 @@ class Refusing(Copies):
 
     def _made(self, moves: tuple[Move, ...]) -> None:
         """Count a copy that was made."""
-        for move in moves:
-            self.residency.done(move)
-            if _is_read(move):
+        self.residency.done_all(moves)
+        if self.failed_reads and _is_read(moves[0]):
+            for move in moves:
                 self.failed_reads.pop(move.page, None)
         target = moves[0].target
         if not _is_read(moves[0]) and self.residency.slots[target].refusal is None:

@@ -157,10 +157,13 @@ class Residency:
         self._next_dead = -1
         #: changes whenever a page leaves the device or comes back: slots learnt before may differ
         self.epoch = 0
-        #: pages that are not on the device
-        self.num_absent = 0
+        # sets, so that whoever looks at all pages of a session need not look at each
+        #: by tier, the pages that have a slot there
+        self.pages_in: dict[Tier, set[int]] = {tier: set() for tier in TIERS}
         #: pages on the device without a good copy below: they cannot leave at once
         self.dirty: set[int] = set()
+        #: pages of which a copy is under way
+        self.moving: set[int] = set()
 
     # -- looking ------------------------------------------------------------------------------
 
@@ -190,6 +193,16 @@ class Residency:
         """Goes up whenever a page gets or leaves a slot: what `count` found before may differ."""
         return sum(slots.changes for slots in self.slots.values())
 
+    @property
+    def num_absent(self) -> int:
+        """Pages that are not on the device."""
+        return len(self._places) - len(self.pages_in["device"])
+
+    def absent(self, pages: Iterable[int]) -> list[int]:
+        """Of these pages, those that are not on the device."""
+        there = self.pages_in["device"]
+        return [page for page in pages if page not in there]
+
     def pages(self) -> list[int]:
         """All pages that have a place."""
         return list(self._places)
@@ -209,15 +222,14 @@ class Residency:
                 alone += place.disk is None and place.device is None and not place.moving
         return both + min(alone, self.free("disk"))
 
-    def count(self, tables: Iterable[Iterable[int]]) -> dict[str, int]:
+    def count(self, tables: Iterable[Sequence[int]]) -> dict[str, int]:
         """Of the pages in these tables, how many each tier holds."""
         found: dict[str, int] = dict.fromkeys(TIERS, 0)
         for table in tables:
-            for page in table:
-                place = self._places[page]
-                found["device"] += place.device is not None
-                found["host"] += place.host is not None
-                found["disk"] += place.disk is not None
+            for tier, there in self.pages_in.items():
+                # nearly always all of a table or nothing of it
+                whole = there.issuperset(table)
+                found[tier] += len(table) if whole else len(there.intersection(table))
         return found
 
     # -- changing -----------------------------------------------------------------------------
@@ -227,6 +239,7 @@ class Residency:
         assert page not in self._places, f"page {page} has a place already"
         slot = self.slots["device"].take()
         self._places[page] = Place(device=slot)
+        self.pages_in["device"].add(page)
         self.dirty.add(page)
         return slot
 
@@ -236,8 +249,8 @@ class Residency:
         Returns its device slot if that is free now.
         """
         place = self._places.pop(page)
-        self.dirty.discard(page)
-        self.num_absent -= place.device is None
+        for pages in (self.dirty, self.moving, *self.pages_in.values()):
+            pages.discard(page)
         if place.moving:
             self._dying[self._next_dead] = place
             self._next_dead -= 1
@@ -253,7 +266,7 @@ class Residency:
         place.clean = False
         self.dirty.add(page)
         if not place.moving:
-            self._let_copies_go(place)
+            self._let_copies_go(page, place)
 
     def begin(self, page: int, source: Tier, target: Tier) -> Move:
         """Take a slot in `target` for a copy from `source`; tell `done` or `failed` later."""
@@ -262,30 +275,51 @@ class Residency:
     def begin_all(self, pages: Sequence[int], source: Tier, target: Tier) -> tuple[Move, ...]:
         """What `begin` does for each page, in one go."""
         places = [self._places[page] for page in pages]
-        fresh = self.slots[target].take_some(sum(place.slot(target) is None for place in places))
+        # read by name: a call for each page would be most of a swap's time
+        there = [getattr(place, target) for place in places]
+        fresh = self.slots[target].take_some(there.count(None))
         taken, moves = iter(fresh), list[Move]()
-        for page, place in zip(pages, places, strict=True):
-            slot, there = place.slot(source), place.slot(target)
-            assert slot is not None, f"page {page} is not in {source}"
+        for page, place, slot in zip(pages, places, there, strict=True):
+            from_slot = getattr(place, source)
+            assert from_slot is not None, f"page {page} is not in {source}"
             assert source == "device" or place.clean or place.device is None, "a stale copy is read"
-            if there is None:
-                there = next(taken)
-                setattr(place, target, there)
+            if slot is None:
+                slot = next(taken)
+                setattr(place, target, slot)
             else:
                 # only a copy to below that has gone stale is made again in its slot
                 assert source == "device" and not place.clean and not place.moving
             place.moving += 1
-            moves.append(Move(page, source, target, slot, there, place.version))
+            moves.append(Move(page, source, target, from_slot, slot, place.version))
+        self.moving.update(pages)
+        self.pages_in[target].update(pages)
         if target == "device" and fresh:
             self.epoch += 1
-            self.num_absent -= len(fresh)
         return tuple(moves)
+
+    def done_all(self, moves: Sequence[Move]) -> None:
+        """What `done` does for each copy, in one go for pages that nothing happened to since."""
+        made, rest = list[int](), list[int]()
+        for move in moves:
+            page, source, target, _, slot, version = move
+            place = self._places.get(page)
+            if place is None or place.version != version or getattr(place, target) != slot:
+                self.done(move)
+                continue
+            place.moving -= 1
+            if source == "device" or target == "device":
+                place.clean = True
+            made.append(page)
+            if not place.moving:
+                rest.append(page)
+        self.dirty.difference_update(made)
+        self.moving.difference_update(rest)
 
     def done(self, move: Move) -> bool:
         """The copy was made; False when it is worth nothing (written or forgotten meanwhile)."""
         place = self._found(move)
         place.moving -= 1
-        if move.page not in self._places or self._places[move.page] is not place:
+        if self._places.get(move.page) is not place:
             self._bury(place)
             return False
         if "device" in (move.source, move.target):
@@ -293,7 +327,7 @@ class Residency:
             place.clean = place.version == move.version
         good = place.version == move.version
         if not good and not place.moving:
-            self._let_copies_go(place)
+            self._let_copies_go(move.page, place)
         self._sort(move.page, place)
         return good
 
@@ -302,18 +336,18 @@ class Residency:
         page was forgotten meanwhile."""
         place = self._found(move)
         place.moving -= 1
-        if move.page not in self._places or self._places[move.page] is not place:
+        if self._places.get(move.page) is not place:
             self._bury(place)
             return False
         setattr(place, move.target, None)
+        self.pages_in[move.target].remove(move.page)
         self.slots[move.target].give_back(move.target_slot, last=True)
         if move.target == "device":
             self.epoch += 1
-            self.num_absent += 1
             # who was to write it waited for it in vain: what lies below is as good as it was
             place.clean = True
         elif place.version != move.version and not place.moving:
-            self._let_copies_go(place)
+            self._let_copies_go(move.page, place)
         self._sort(move.page, place)
         return True
 
@@ -328,10 +362,10 @@ class Residency:
         elif place.device is None:
             assert others, f"page {page} would be lost"
         setattr(place, tier, None)
+        self.pages_in[tier].remove(page)
         self.slots[tier].give_back(slot)
         if tier == "device":
             self.epoch += 1
-            self.num_absent += 1
         if place.device is not None and place.host is None and place.disk is None:
             place.clean = False
         self._sort(page, place)
@@ -342,7 +376,8 @@ class Residency:
         What `drop` does for each, in one go: a clean session of hundreds of pages leaves at once.
         """
         places, left = self._places, list[int]()
-        for page in pages:
+        gone = list(pages)
+        for page in gone:
             place = places[page]
             slot = place.device
             below = place.host is not None or place.disk is not None
@@ -353,7 +388,7 @@ class Residency:
         if left:
             self.slots["device"].give_back_some(left)
             self.epoch += 1
-            self.num_absent += len(left)
+            self.pages_in["device"].difference_update(gone)
         return left
 
     # -- checking -----------------------------------------------------------------------------
@@ -366,8 +401,11 @@ class Residency:
             taken = [p.slot(tier) for p in (*self._places.values(), *self._dying.values())]
             used = [slot for slot in taken if slot is not None]
             assert len(used) == len(set(used)) == self.slots[tier].used, f"slots of {tier} leak"
-        absent = sum(place.device is None for place in self._places.values())
-        assert absent == self.num_absent, f"{absent} pages are absent, {self.num_absent} counted"
+        for tier, counted in self.pages_in.items():
+            there = {p for p, place in self._places.items() if place.slot(tier) is not None}
+            assert there == counted, f"in {tier} are {there}, {counted} counted"
+        moving = {page for page, place in self._places.items() if place.moving}
+        assert moving == self.moving, f"{moving} are under way, {self.moving} counted"
         for page, place in self._places.items():
             below = place.host is not None or place.disk is not None
             assert place.device is not None or below, f"page {page} is nowhere"
@@ -379,6 +417,9 @@ class Residency:
     # -- inside -------------------------------------------------------------------------------
 
     def _sort(self, page: int, place: Place) -> None:
+        """Count a page among those it belongs to, after a copy or a loss of one."""
+        if not place.moving:
+            self.moving.discard(page)
         if place.device is not None and not place.clean:
             self.dirty.add(page)
         else:
@@ -386,7 +427,7 @@ class Residency:
 
     def _found(self, move: Move) -> Place:
         place = self._places.get(move.page)
-        if place is not None and place.slot(move.target) == move.target_slot:
+        if place is not None and getattr(place, move.target) == move.target_slot:
             return place
         for place in self._dying.values():
             if place.slot(move.target) == move.target_slot:
@@ -399,11 +440,12 @@ class Residency:
             del self._dying[key]
             self._release(place)
 
-    def _let_copies_go(self, place: Place) -> None:
+    def _let_copies_go(self, page: int, place: Place) -> None:
         for tier in ("host", "disk"):
             slot = place.slot(tier)
             if slot is not None:
                 setattr(place, tier, None)
+                self.pages_in[tier].remove(page)
                 self.slots[tier].give_back(slot)
 
     def _release(self, place: Place) -> None:

@@ -129,7 +129,7 @@ class Residing(Saving):
         self._settle()
 
     def _absent(self, session: Session) -> set[int]:
-        return {p for t in session.tables for p in t if not self.residency.is_resident(p)}
+        return {page for table in session.tables for page in self.residency.absent(table)}
 
     def _room_from_others(
         self, session: Session, count: int, later_than_s: float | None = None
@@ -167,7 +167,8 @@ class Residing(Saving):
                 self._leave_idle(session)
 
     def _leave_idle(self, session: Session) -> None:
-        on_device = any(self.residency.is_resident(p) for t in session.tables for p in t)
+        there = self.residency.pages_in["device"]
+        on_device = not all(map(there.isdisjoint, session.tables))
         below = self.residency.slots["host"].capacity
         if session.pinned or not on_device or not below or session.idled:
             return

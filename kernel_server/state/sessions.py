@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kernel_server.protocol.arrays import Array
 from kernel_server.protocol.location import (
     NOT_STARTED,
     Point,
@@ -105,9 +106,11 @@ class Session:
     touched: float = 0.0
     resumes_at: float | None = None
     #: the list of its tokens is a fork's or its parent's too
-    tokens_shared: bool = False
+    tokens_shared: bool = field(default=False, compare=False)
     #: as many of its tokens as were last told, with the list they are of
-    told: tuple[list[int], TokenList] | None = None
+    told: tuple[list[int], TokenList] | None = field(default=None, compare=False)
+    #: the prompt as records hold it, once one was made: forks have the same
+    prompt_array: Array | None = field(default=None, compare=False)
     #: by group, the page table and its device slots, as they were in this epoch
     slots: dict[int, tuple[PageTable, tuple[int, ...]]] = field(default_factory=dict)
     slots_epoch: int = -1

@@ -209,9 +209,9 @@ def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) 
     session = stopped(world, prompt=LONG_PROMPT)
     request = world.send(m.Evict(session_id=session))
     assert len(world.engine.copies) == 3
-    assert world.state.settling[session].moving == pages_of(world, session)
+    assert world.state.residency.moving == pages_of(world, session)
     world.land()
-    assert len(world.state.settling[session].moving) == len(pages_of(world, session)) - 16
+    assert len(world.state.residency.moving) == len(pages_of(world, session)) - 16
     world.land(error=m.ErrorInfo(code="OutOfDeviceMemory", message="no room"))
     assert isinstance(world.replies[request], m.ErrorReply)
     world.work()
