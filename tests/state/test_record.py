@@ -369,3 +369,17 @@ def test_every_change_is_recorded_before_it_is_told(message):
 
     kinds = [type(i) for i in out if isinstance(i, (Publish, Reply, WriteJournal))]
     assert kinds[0] is WriteJournal and {Publish, Reply} <= set(kinds[1:])
+
+
+def test_records_of_a_session_and_of_its_forks_hold_one_array_of_the_prompt() -> None:
+    """The journal hashes and writes an array once."""
+    of = world()
+    sid = of.launch(max_new_tokens=4)
+    of.run(sid, m.StepOut)
+    child = of.ask(m.Fork(session_id=sid)).session.id
+    of.run(child)
+
+    sessions = of.state.sessions
+    prompts = [to_record(sessions[one], {}, SHAPE)[1][0] for one in (sid, child, sid)]
+    assert len({id(array) for array in prompts}) == 1
+    assert tuple(prompts[0].numpy()) == PROMPT

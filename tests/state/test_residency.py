@@ -86,10 +86,15 @@ class Shadow:
     def _settle(self) -> bool:
         if not self.under_way:
             return False
-        move, content = self.under_way.pop(self.any.randrange(len(self.under_way)))
-        # what was read when the copy began or a later write: both are stale once it was written
-        self.slots[move.target][move.target_slot] = content
-        self.residency.done(move)
+        several = self.any.sample(self.under_way, self.any.randint(1, len(self.under_way)))
+        for move, content in several:
+            self.under_way.remove((move, content))
+            # what was read when the copy began or a later write: stale once it was written
+            self.slots[move.target][move.target_slot] = content
+        if len(several) > 1:
+            self.residency.done_all([move for move, _ in several])
+        else:
+            self.residency.done(several[0][0])
         return True
 
     def _fail(self) -> bool:
