@@ -55,12 +55,7 @@ class HostPool:
         self.page_bytes = page_bytes
         self.pinned = pinned
         size = max(-(-num_slots * page_bytes // _PAGE) * _PAGE, _PAGE)
-        # Of its own and in large pages of the system, of which the bus has fewer to look up: with
-        # small ones, both ways at once came to 50 of the 94 GB/s that memory of CUDA's own gives.
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if pinned:
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._registered: list[tuple[int, int]] = []
         #: slots that are ready to be used
