@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from kernel_server.models.registry import open_model
 from kernel_server.models.resumable import ResumableModel
 from kernel_server.protocol.errors import UnsupportedModel
 from tests.engine.bookkeeper import Books, walk
+from tests.gpu.conftest import Turn
 from tests.models import tiny
 
 pytestmark = pytest.mark.gpu
@@ -52,44 +52,41 @@ def test_stops_forks_moves_and_company_change_no_bit(name: str, dtype: torch.dty
 
 
 @pytest.fixture(scope="module")
-def alone_with_so_much(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests in processes beside each other take turns: two such models and their pages may be more
-    than the card has."""
-    shared = tmp_path_factory.getbasetemp().parent  # by all processes of a run
-    with (shared / "large-model.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def large(turn: Turn) -> Iterator[Callable[[], Served]]:
+    """Gives the model when called: pytest holds what a fixture yields until after its end."""
+    with turn():  # a few such models and their pages are more than the card has
+        begin = time.perf_counter()
+        loaded = open_model(geometry="llama-2-13b", device="cuda:0", dtype="bfloat16")
+        made = time.perf_counter()
+        served = [serve(loaded.model, kv_memory_bytes=8 << 30)]
+        print(f"13B: weights {made - begin:.1f} s, check {time.perf_counter() - made:.1f} s")
+        print(served[0].report.as_dict())
+        yield lambda: served[0]
+        del loaded
+        served.clear()
+        gc.collect()  # modules refer to each other in circles
+        torch.cuda.empty_cache()
 
 
-@pytest.fixture(scope="module")
-def large(alone_with_so_much: None) -> Iterator[Served]:
-    begin = time.perf_counter()
-    loaded = open_model(geometry="llama-2-13b", device="cuda:0", dtype="bfloat16")
-    made = time.perf_counter()
-    served = serve(loaded.model, kv_memory_bytes=8 << 30)
-    print(f"13B: weights {made - begin:.1f} s, check {time.perf_counter() - made:.1f} s")
-    print(served.report.as_dict())
-    yield served
-    del served, loaded
-    gc.collect()  # modules refer to each other in circles
-    torch.cuda.empty_cache()
+def test_a_13b_geometry_passes_the_load_check_in_pages_of_a_few_megabytes(
+    large: Callable[[], Served],
+) -> None:
+    assert large().report.passed
+    assert 4 << 20 <= large().cache.page_bytes <= 8 << 20
 
 
-def test_a_13b_geometry_passes_the_load_check_in_pages_of_a_few_megabytes(large: Served) -> None:
-    assert large.report.passed
-    assert 4 << 20 <= large.cache.page_bytes <= 8 << 20
-
-
-def test_no_stop_in_a_13b_geometry_changes_a_bit(large: Served) -> None:
+def test_no_stop_in_a_13b_geometry_changes_a_bit(large: Callable[[], Served]) -> None:
     stops = [0, 1, 10, 21, 39, 40, 41]
-    _, different = walk(large.model, stops, 256, 900, 3, pages=1600, page_tokens=32)
+    _, different = walk(large().model, stops, 256, 900, 3, pages=1600, page_tokens=32)
 
     assert different == []
 
 
-def test_a_decode_of_a_13b_geometry_gives_the_same_bits_every_time(large: Served) -> None:
-    books = Books(large.model, chunk=512, pages=600, page_tokens=32)
-    session = books.launch(large.model.sample_ids(900))
+def test_a_decode_of_a_13b_geometry_gives_the_same_bits_every_time(
+    large: Callable[[], Served],
+) -> None:
+    books = Books(large().model, chunk=512, pages=600, page_tokens=32)
+    session = books.launch(large().model.sample_ids(900))
     books.run(session)
     runs = []
     for _ in range(30):
