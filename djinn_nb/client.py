@@ -185,7 +185,8 @@ class Client:
         """Ask for the texts of those tokens that are not known yet."""
         if isinstance(token_ids, TokenList) and token_ids == self._learnt:
             return
-        unknown = sorted(set(token_ids) - self._texts.keys())
+        # not a difference of sets, which goes through all that is known
+        unknown = sorted({one for one in token_ids if one not in self._texts})
         for start in range(0, len(unknown), TEXTS_PER_CALL):
             ids = tuple(unknown[start : start + TEXTS_PER_CALL])
             texts = self.call(m.TokenTexts(token_ids=ids), m.Texts).texts
