@@ -69,15 +69,14 @@ class _Attention:
 class _Recorded:
     """One layer: its graphs, what they read and what they give."""
 
-    #: the memory that the layer before writes its output to, where that is recorded too
-    hidden: _Given
+    hidden: Tensor
     #: by path, the tensors among its arguments, and all the others
     given: dict[str, _Given]
     plain: dict[str, Any]
     before: torch.cuda.CUDAGraph
     attention: _Attention
     after: torch.cuda.CUDAGraph
-    output: _Given
+    output: Tensor
 
 
 class LayerGraphs:
@@ -140,7 +139,7 @@ class LayerGraphs:
         try:
             with torch.cuda.stream(stream):
                 recorded = self._record_on(index, hidden, call, work)
-                output = recorded.output.holds
+                output = recorded.output.clone()
         except Exception as error:  # whatever it was, the layer runs as always
             line = (str(error).splitlines() or [""])[0]
             self.refused[index] = f"{type(error).__name__}: {line}"
@@ -166,19 +165,16 @@ class LayerGraphs:
             for path, value in leaves((call.rest, call.keywords))
             if not isinstance(value, Tensor)
         }
-        before = self._recorded[index - 1] if index else None
-        mine = before.output if before is not None else _Given(hidden.clone(), hidden)
-        mine.take(hidden)
+        mine = hidden.clone()
         cut = _Cut(work, self._pool)
         with cut.recording(), working(cut):
-            output = self._model.call_layer(index, mine.memory, Call(rest, keywords, call.by_name))
+            output = self._model.call_layer(index, mine, Call(rest, keywords, call.by_name))
         if cut.attention is None:
             raise NotRecorded("it did not come to its attention")
         if output.shape != hidden.shape or output.dtype != hidden.dtype:
             raise NotRecorded(f"it gives {list(output.shape)} for {list(hidden.shape)}")
         cut.after.replay()
-        there = _Given(output, output.clone())
-        return _Recorded(mine, given, plain, cut.before, cut.attention, cut.after, there)
+        return _Recorded(mine, given, plain, cut.before, cut.attention, cut.after, output)
 
     def _place(self, value: Tensor) -> _Given:
         """Memory that holds this argument; that of another layer, which was given the same."""
@@ -240,7 +236,7 @@ def _arguments(
 ) -> list[tuple[_Given, Tensor]] | None:
     """The tensors among a call's arguments with where they go; None if it is another kind of call
     than the one that was recorded."""
-    if hidden.shape != recorded.hidden.memory.shape:
+    if hidden.shape != recorded.hidden.shape:
         return None
     found: list[tuple[_Given, Tensor]] = []
     plain = recorded.plain
@@ -260,12 +256,11 @@ def _arguments(
 def _replay(
     recorded: _Recorded, hidden: Tensor, given: list[tuple[_Given, Tensor]], work: PagedWork
 ) -> Tensor:
-    recorded.hidden.take(hidden)
+    recorded.hidden.copy_(hidden)
     for one, value in given:
         one.take(value)
     recorded.before.replay()
     at = recorded.attention
     at.output.copy_(work.attend(at.module, at.query, at.key, at.value, None, at.options))
     recorded.after.replay()
-    recorded.output.holds = recorded.output.memory.clone()
-    return recorded.output.holds
+    return recorded.output.clone()
