@@ -256,6 +256,8 @@ def _arguments(
 def _replay(
     recorded: _Recorded, hidden: Tensor, given: list[tuple[_Given, Tensor]], work: PagedWork
 ) -> Tensor:
+    # although the layer before may have just given it: where it put it, graphs of any layer work,
+    # and a session that stood meanwhile would find what they left there
     recorded.hidden.copy_(hidden)
     for one, value in given:
         one.take(value)

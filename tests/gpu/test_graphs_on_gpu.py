@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from djinn_nb import Session, Stopped
+from djinn_nb import Finished, Session, Stopped
 from kernel_server.engine.graphs import LayerGraphs
 from notebooks.harness import exactness
 from notebooks.harness.exactness import Prompt, different, random_ids
@@ -121,3 +122,20 @@ def test_sessions_that_take_turns_do_not_meet_in_a_graph(tmp_path: Path) -> None
                 assert list(session.tokens) == tokens
                 assert different(session.logits, logits) == 0
                 del going[number]
+
+
+def test_a_session_that_stands_finds_what_it_stood_with(tmp_path: Path) -> None:
+    """Another runs some of the layers meanwhile: graphs work in memory that they share."""
+    prompt, other = (Prompt(random_ids(20 + n, 320, seed=n), 4) for n in range(2))
+    with made("llama", tmp_path, True) as local:
+        tokens, logits = run(local, prompt)
+        for here, there in itertools.product(range(local.num_layers), repeat=2):
+            session, beside = prompt.launch(local), other.launch(local)
+            for one, layer in ((session, here), (beside, there)):
+                one.run_to("logits")
+                one.run_to(layer)
+            assert isinstance(session.continue_(), Finished)
+            assert list(session.tokens) == tokens, (here, there)
+            assert different(session.logits, logits) == 0, (here, there)
+            session.terminate()
+            beside.terminate()
