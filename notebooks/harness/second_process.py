@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from notebooks.harness.child import Child, answer, child
 
 
 class SecondProcess:
@@ -30,47 +27,28 @@ class SecondProcess:
     on a GPU, of the machine's otherwise.
     """
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Child) -> None:
         self._process = process
         self.held_bytes = 0
 
     def start_decoding(self, ids: Sequence[int], new_tokens: int) -> None:
         """Have it decode; `answer` waits for the times."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"ids": list(ids), "new_tokens": new_tokens}) + "\n")
-        self._process.stdin.flush()
+        self._process.send(ids=list(ids), new_tokens=new_tokens)
 
     def answer(self) -> list[float]:
         """Milliseconds of each decode."""
-        found = self._read()
+        found = self._process.read()
         self.held_bytes = int(found["held_bytes"])
         return [float(ms) for ms in found["ms"]]
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return dict(json.loads(line))
-        raise RuntimeError(f"the second process ended with status {self._process.wait()}")
 
 
 @contextlib.contextmanager
 def second_process(*, geometry: str | None, dtype: str, device: str) -> Iterator[SecondProcess]:
     """Start it, wait until its model is loaded, and end it."""
-    command = [sys.executable, "-m", "notebooks.harness.second_process"]
-    command += ["--dtype", dtype, "--device", device]
-    command += ["--geometry", geometry] if geometry is not None else []
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        try:
-            made = SecondProcess(process)
-            assert made._read() == {"ready": True}
-            yield made
-        finally:
-            process.kill()
+    arguments = ["--dtype", dtype, "--device", device]
+    arguments += ["--geometry", geometry] if geometry is not None else []
+    with child("notebooks.harness.second_process", *arguments) as process:
+        yield SecondProcess(process)
 
 
 def main() -> None:
@@ -86,11 +64,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     model = open_model(geometry=options.geometry, dtype=options.dtype, device=options.device).model
-    print(json.dumps({"ready": True}), flush=True)
+    answer(ready=True)
     for line in sys.stdin:
         asked = json.loads(line)
         ms = _decode(model, asked["ids"], asked["new_tokens"])
-        print(json.dumps({"ms": ms, "held_bytes": _held_bytes(options.device)}), flush=True)
+        answer(ms=ms, held_bytes=_held_bytes(options.device))
 
 
 def _decode(model: Any, ids: list[int], new_tokens: int) -> list[float]:

@@ -7,7 +7,8 @@ import pytest
 from djinn_nb import Stopped
 from notebooks.harness import checkpoint, company, tier_watch, tiny
 from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
-from notebooks.harness.inprocess import local_kernel
+from notebooks.harness.inprocess import OWNER, local_kernel
+from notebooks.harness.other_client import other_client
 from notebooks.harness.second_process import second_process
 
 PROMPT = Prompt(random_ids(20, 320, seed=1), new_tokens=9)
@@ -47,6 +48,19 @@ def test_a_session_is_swapped_beside_one_that_runs_and_both_are_exact(local, ref
     end = victim.continue_()
     assert tuple(end.session.tokens[20:]) == reference.tokens
     victim.terminate()
+
+
+def test_somebody_else_swaps_a_session_of_their_own(local, reference):
+    with other_client(local, PROMPT, 2) as other:
+        assert local.kernel.state.sessions[other.session_id].owner != OWNER
+        for _ in range(2):
+            with tier_watch.watching_moves(local) as moves, other.swapping() as done:
+                _, tokens = company.run_alone(local, PROMPT)
+            assert done[0] >= 1 and tokens == reference.tokens
+            assert moves.left > 0 and moves.nbytes("host-device") > 0
+        assert other.finish() == reference.tokens
+    tier_watch.wait_until_settled(local)
+    assert other.session_id not in local.kernel.state.sessions
 
 
 def test_copying_beforehand_without_a_pause_copies_every_page(local):
@@ -126,4 +140,4 @@ def test_a_second_process_decodes_as_many_tokens_and_says_what_it_holds():
 
     assert len(times) == 3 and min(times) > 0
     assert other.held_bytes > 10 << 20
-    assert other._process.poll() is not None
+    assert other._process.ended
