@@ -7,6 +7,7 @@ the host's memory itself waits for nobody. On a CPU nothing is copied at all.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["to_device", "to_host"]
+
+log = logging.getLogger(__name__)
 
 #: Larger ones go by a copy engine: the bus is what they wait for then, not the queue.
 MAX_BYTES = 1 << 20
@@ -31,10 +34,11 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
-    if len(numbers) * _WORD > MAX_BYTES:
+    mapped = _mapped(device) if len(numbers) * _WORD <= MAX_BYTES else None
+    if mapped is None:
         made = torch.tensor(numbers, dtype=torch.int64)
         return made.pin_memory().to(device, non_blocking=True)
-    return _mapped(device).up(numbers)
+    return mapped.up(numbers)
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -43,9 +47,9 @@ def to_host(tensor: Tensor) -> Tensor:
     >>> to_host(torch.tensor([2.5])).item()
     2.5
     """
-    if tensor.device.type != "cuda" or tensor.nbytes > MAX_BYTES or not tensor.nbytes:
-        return tensor.cpu()
-    return _mapped(tensor.device).down(tensor)
+    small = 0 < tensor.nbytes <= MAX_BYTES
+    mapped = _mapped(tensor.device) if small and tensor.device.type == "cuda" else None
+    return tensor.cpu() if mapped is None else mapped.down(tensor)
 
 
 class _Mapped:
@@ -95,18 +99,28 @@ class _Mapped:
         return found.view(tensor.dtype).view(tensor.shape)
 
 
-_MAPPED: dict[torch.device, _Mapped] = {}
+_MAPPED: dict[torch.device, _Mapped | None] = {}
 _MAKING = threading.Lock()
 
 
-def _mapped(device: torch.device) -> _Mapped:
+def _mapped(device: torch.device) -> _Mapped | None:
+    """The memory of this GPU; None, and a line in the log, where it cannot be had."""
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    found = _MAPPED.get(device)
-    if found is None:
+    if device not in _MAPPED:
         with _MAKING, torch.inference_mode(False), torch.cuda.device(device):
-            found = _MAPPED.get(device) or _MAPPED.setdefault(device, _Mapped(device))
-    return found
+            if device not in _MAPPED:
+                _MAPPED[device] = _made(device)
+    return _MAPPED[device]
+
+
+def _made(device: torch.device) -> _Mapped | None:
+    try:
+        return _Mapped(device)
+    except RuntimeError as error:
+        # torch may pin memory in the context of another GPU, and then tells that one's tensors
+        log.warning("a token waits for copies of pages under way: %s", error)
+        return None
 
 
 class _Address:
