@@ -81,10 +81,12 @@ class PagePool:
         return taken
 
     def retain(self, pages: Iterable[int]) -> None:
-        """Add an owner to each page."""
+        """Add an owner to each page: half of what a fork takes the state, hence the short loop."""
+        owners = self._owners
         for page in pages:
-            assert self._owners[page] > 0, f"page {page} is free and cannot be shared"
-            self._owners[page] += 1
+            count = owners[page]
+            assert count > 0, f"page {page} is free and cannot be shared"
+            owners[page] = count + 1
 
     def release(self, pages: Iterable[int]) -> list[int]:
         """Drop an owner of each page; returns those that became free."""
