@@ -42,6 +42,10 @@ EventKind = Literal[
 ]  # fmt: skip
 
 
+#: A copy is made beforehand beside one of so many decodes.
+DECODES_BETWEEN = 4
+
+
 @dataclass(slots=True)
 class Slot:
     """The stretch the engine was given, and what it was told then."""
@@ -61,8 +65,8 @@ class Slot:
     interrupted: bool = False
     #: the session was terminated: free it when the engine answers
     ended: bool = False
-    #: a copy was begun beforehand beside it
-    wrote_behind: bool = False
+    #: how many there were before it
+    number: int = 0
 
 
 class Core:
@@ -121,6 +125,9 @@ class Core:
         self.lost: dict[int, ErrorInfo] = {}
         #: sessions at rest whose pages are to be copied down
         self.to_clean: dict[str, None] = {}
+        #: how many stretches were begun, and the last beside which a copy was begun beforehand
+        self.slots_begun = 0
+        self.wrote_behind_in = -DECODES_BETWEEN
         #: so much of the device cannot leave at once that the host gives to the disk
         self.pressing = False
         #: session -> who asked for its pages to be in a tier

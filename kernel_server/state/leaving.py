@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from kernel_server.protocol.errors import OutOfPages
 from kernel_server.protocol.location import layers_executed
-from kernel_server.state.copies import RUN, WRITE_BEHIND, by_session
+from kernel_server.state.copies import LONG_RUN, RUN, WRITE_BEHIND, by_session
+from kernel_server.state.core import DECODES_BETWEEN
 from kernel_server.state.eviction import Resting, eviction_order
 from kernel_server.state.refusing import Refusing
 from kernel_server.state.residency import Tier
@@ -230,21 +231,24 @@ class Leaving(Refusing):
             if session is None or not pages:
                 continue
             self.to_clean[session.id] = None
-            self._copy(session, pages[: min(RUN, self.host_room())], "device", "host", WRITE_BEHIND)
+            long = self._beside_decodes()
+            pages = pages[: min(LONG_RUN if long else RUN, self.host_room())]
+            self._copy(session, pages, "device", "host", WRITE_BEHIND, long=long)
             room -= 1
             if self.slot is not None:
-                self.slot.wrote_behind = True
+                self.wrote_behind_in = self.slot.number
+
+    def _beside_decodes(self) -> bool:
+        """Whether a copy takes the host's time from a decode, which waits for it at every layer: a
+        few large ones take less of it than many. Not when room is short."""
+        return self.slot is not None and not self.slot.long and not self.pressing
 
     def _copies_beforehand(self) -> int:
-        """How many copies may be under way for some of them to be made beforehand.
-
-        A decode waits for the host at every layer, and beginning a copy takes the host's time too:
-        one copy beside each, unless room is short.
-        """
-        slot = self.slot
-        if slot is None or slot.long or self.pressing:
+        """How many copies may be under way for some of them to be made beforehand."""
+        if not self._beside_decodes():
             return self.limits.copies_in_flight
-        return 0 if slot.wrote_behind else 1
+        assert self.slot is not None
+        return int(self.slot.number - self.wrote_behind_in >= DECODES_BETWEEN)
 
     def _watch_marks(self) -> None:
         capacity, stuck = self.residency.slots["device"].capacity, len(self.residency.dirty)

@@ -141,7 +141,9 @@ class Running(Holding):
             edits=edits,
             sources=sources,
             long=long,
+            number=self.slots_begun,
         )
+        self.slots_begun += 1
         self.emit(stretch)
         self.note(session, "RunStretch", (session.forward, point, until, copies))
 

@@ -14,6 +14,7 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
 from kernel_server.state import copies
 from kernel_server.state.copies import RUN
+from kernel_server.state.core import DECODES_BETWEEN
 from kernel_server.state.events import Ticked
 from kernel_server.state.instructions import CopyPages
 from kernel_server.state.server_state import Limits
@@ -219,23 +220,29 @@ def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) 
     world.finish_checks()
 
 
-def test_beside_a_decode_one_copy_is_made_beforehand() -> None:
+def test_beside_decodes_few_copies_are_made_beforehand_and_large_ones() -> None:
     """A decode waits for the host at every layer; a server at rest, and a prefill, do not."""
     world = tiers(device=200, host=200, limits=Limits(copies_in_flight=2))
     dirty, under_way = world.state.residency.dirty, world.engine.copies
-    waiting = stopped(world, prompt=LONG_PROMPT), stopped(world, prompt=LONG_PROMPT)
-    assert len(under_way) == 2
-    runner = world.launch(prompt=[3], max_new_tokens=20)
-    world.go(runner)
-    begun = []
+    waiting = [stopped(world, prompt=LONG_PROMPT) for _ in range(3)]
+    assert [len(copy.moves) for copy in under_way.values()] == [RUN, RUN]
+    begun, copy = list[tuple[int, int]](), world.state._copy
+
+    def note(session: Any, pages: list[int], *given: Any, **how: Any) -> None:
+        begun.append((world.state.slot.number, len(pages)))
+        copy(session, pages, *given, **how)
+
+    world.state._copy = note
+    world.go(world.launch(prompt=[3], max_new_tokens=20))
     while dirty & set().union(*(pages_of(world, session) for session in waiting)):
         while under_way:
             world.land()
-        begun.append(len(under_way))
         world.done()
-        begun.append(len(under_way))
-    assert set(begun[:-1]) == {0, 1}
-    assert begun[:-1:2] == [0] * len(begun[:-1:2]), "a copy was begun when another was made"
+    whole = len(pages_of(world, waiting[0]))
+    assert [pages for _, pages in begun] == [whole - 2 * RUN, whole, whole] and whole > RUN
+    numbers = [number for number, _ in begun]
+    assert numbers == list(range(numbers[0], numbers[-1] + 1, DECODES_BETWEEN))
+    del world.state._copy
     world.work()
 
     for session in waiting:
