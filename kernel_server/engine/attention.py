@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from kernel_server.engine.kv_cache import KVCache, LayerKV
+from kernel_server.engine.kv_cache import KVCache, LayerKV, Room
 from kernel_server.engine.pattern import (
     added_mask,
     attention_weights,
@@ -240,6 +240,7 @@ class PagedWork:
         self._calls = 0
         self._slots: dict[tuple[int, int], list[Tensor]] = {}
         self._rows: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._rooms: dict[tuple[int, int, LayerKV], Room] = {}
         self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def serving(self) -> contextlib.AbstractContextManager[None]:
@@ -293,7 +294,8 @@ class PagedWork:
             if not causal:
                 visible = self._mask(first, window)
         if begin > 0:
-            key, value = self._read(first, end)
+            # one token's are used up before the next layer's come; a visit's may be kept
+            key, value = self._read(first, end, again=visit is None and end - begin == 1)
         if visit is None:
             return attend(module, query, key, value, causal, visible, self.eager, options)
         if causal:
@@ -319,19 +321,30 @@ class PagedWork:
             else:
                 slots = cache.slot_rows(table, begin, end)
             self._slots[self._group, begin] = slots
-        write = cache.write_one if end - begin == 1 else cache.write
-        write(slots[piece], key)
-        write(slots[piece + 1], value)
+        if end - begin == 1:
+            cache.write_token(slots[piece : piece + 2], key, value)
+        else:
+            cache.write(slots[piece], key)
+            cache.write(slots[piece + 1], value)
 
-    def _read(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+    def _read(self, first: int, end: int, *, again: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions [first, end); `again`: in memory that the next layer's
+        are read to as well."""
         size = self.cache.shape.page_tokens
         low, high = first // size, -(-end // size)
         rows = self._rows.get((self._group, low, high))
         if rows is None:
             rows = self.cache.layer_rows(self.tables[self._group][low:high])
             self._rows[self._group, low, high] = rows
-        layer = self.cache.shape.layers[self._layer]
-        return self.cache.read(rows[self._place], first - low * size, end - low * size, layer)
+        layer, base = self.cache.shape.layers[self._layer], low * size
+        if not again:
+            return self.cache.read(rows[self._place], first - base, end - base, layer)
+        room = self._rooms.get((first, end, layer))
+        if room is None:
+            room = self.cache.room(high - low, first - base, end - base, layer)
+            self._rooms[first, end, layer] = room
+        self.cache.gather(room, rows[self._place])
+        return room.key, room.value
 
     def _mask(self, first: int, window: int | None) -> Tensor:
         key = (self._begin, first, window)

@@ -211,7 +211,7 @@ class CacheWork(PagedWork):
             key, value = offer_kept(self.visit, key, value)
         self._write(key, value)
         if begin > 0:
-            key, value = self._read(0, end)
+            key, value = self._read(0, end, again=False)
         return key, value
 
     def attend(

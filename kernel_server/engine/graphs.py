@@ -7,6 +7,11 @@ runs as always, since the pages and the number of keys differ from token to toke
 are the very kernels of the stock layer, in its order, on the same shapes: the bits are the same,
 and whoever switches this on compares them (`loading`).
 
+A graph ends by putting what it gives where the next layer's begins to read, outside of the memory
+that graphs share: a layer that goes on at once from the one before finds its input there. What a
+session is given is a copy of its own, and from anything but the very last of these the input is
+copied in, since others have run the layer meanwhile.
+
 A layer that is looked into, or that somebody has hooked, runs as always; so does one that cannot be
 recorded. Which layers run, and when, is decided in `segments`.
 """
@@ -69,13 +74,64 @@ class _Attention:
 class _Recorded:
     """One layer: its graphs, what they read and what they give."""
 
+    #: where it reads its input
     hidden: Tensor
-    #: by path, the tensors among its arguments, and all the others
-    given: dict[str, _Given]
-    plain: dict[str, Any]
+    arguments: _Arguments
     before: torch.cuda.CUDAGraph
     attention: _Attention
     after: torch.cuda.CUDAGraph
+    output: Tensor
+
+
+@dataclass(slots=True)
+class _Arguments:
+    """What a layer is called with besides the residual stream, by path: tensors, and the rest."""
+
+    given: dict[str, _Given]
+    plain: dict[str, Any]
+    #: whether the layer before reads the same from the same memory, and nothing that can change
+    as_before: bool = False
+
+    def compare(self, before: _Arguments | None, call: Call) -> None:
+        """Note whether they are those of the layer before."""
+        tops = (*call.rest, *call.keywords.values())
+        self.as_before = (
+            before is not None
+            and not any(isinstance(value, (list, dict)) for value in tops)
+            and self.given.keys() == before.given.keys()
+            and all(one is before.given[path] for path, one in self.given.items())
+            and self.plain.keys() == before.plain.keys()
+            and all(value is before.plain[path] for path, value in self.plain.items())
+        )
+
+    def take(self, call: Call) -> bool:
+        """Put a call's tensors where the graphs read them; False, and nothing is changed, if it is
+        another kind of call than the one that was recorded."""
+        found: list[tuple[_Given, Tensor]] = []
+        plain = self.plain
+        count = 0
+        for path, value in leaves((call.rest, call.keywords)):
+            count += 1
+            if isinstance(value, Tensor):
+                given = self.given.get(path)
+                if given is None or value.shape != given.memory.shape:
+                    return False
+                found.append((given, value))
+            elif path not in plain or not (plain[path] is value or plain[path] == value):
+                return False
+        if count != len(plain) + len(self.given):
+            return False
+        for given, value in found:
+            given.take(value)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The layer that ran last, as a graph."""
+
+    index: int
+    call: Call
     output: Tensor
 
 
@@ -97,7 +153,11 @@ class LayerGraphs:
         if any(sites.router is not None for sites in model.sites):
             raise NotRecorded("it has experts, chosen token by token")
         self._model = model
+        self._layers = list(model.layers)
         self._recorded: list[_Recorded | None] = [None] * model.num_layers
+        #: where each layer reads its input; no graph has it for memory of its own
+        self._inputs: list[Tensor] = []
+        self._last: _Last | None = None
         self._calls = [0] * model.num_layers
         #: layers that cannot be recorded, and why
         self.refused: dict[int, str] = {}
@@ -112,23 +172,42 @@ class LayerGraphs:
 
     def call_layer(self, index: int, hidden: Tensor, call: Call, work: PagedWork) -> Tensor:
         """The residual stream `[1, 1, hidden]` after the layer; `work` stands at it."""
-        recorded = self._recorded[index]
+        recorded, last = self._recorded[index], self._last
+        self._last = None  # until this layer has run to its end
         if recorded is None:
             self._calls[index] += 1
             if self._calls[index] > _WARM_CALLS and self._may_record(index):
                 return self._record(index, hidden, call, work)
-        elif self._may_record(index) and (given := _arguments(recorded, hidden, call)) is not None:
-            return _replay(recorded, hidden, given, work)
+        elif self._may_record(index) and self._take(recorded, index, hidden, call, last):
+            recorded.before.replay()
+            at = recorded.attention
+            at.output.copy_(work.attend(at.module, at.query, at.key, at.value, None, at.options))
+            recorded.after.replay()
+            output = recorded.output.clone()
+            self._last = _Last(index, call, output)
+            return output
         return self._model.call_layer(index, hidden, call)
 
+    def _take(
+        self, recorded: _Recorded, index: int, hidden: Tensor, call: Call, last: _Last | None
+    ) -> bool:
+        """Have the layer's graphs find its input and arguments; False if it does not run as one."""
+        if hidden.shape != recorded.hidden.shape:
+            return False
+        if last is not None and last.index != index - 1:
+            last = None
+        as_before = recorded.arguments.as_before and last and _same_objects(call, last.call)
+        if not as_before and not recorded.arguments.take(call):
+            return False
+        if last is None or hidden is not last.output:
+            # others have run the layer before meanwhile, or the value was edited
+            recorded.hidden.copy_(hidden)
+        return True
+
     def _may_record(self, index: int) -> bool:
-        layer = self._model.layers[index]
+        layer = self._layers[index]
         # a hook is to be called, and a replay calls nothing
-        return (
-            index not in self.refused
-            and not layer._forward_hooks
-            and not (layer._forward_pre_hooks)
-        )
+        return not (layer._forward_hooks or layer._forward_pre_hooks or index in self.refused)
 
     # -- recording ----------------------------------------------------------------------------
 
@@ -165,16 +244,24 @@ class LayerGraphs:
             for path, value in leaves((call.rest, call.keywords))
             if not isinstance(value, Tensor)
         }
-        mine = hidden.clone()
+        if not self._inputs:
+            self._inputs = [torch.empty_like(hidden) for _ in self._layers]
+        mine = self._inputs[index].copy_(hidden)
+        following = self._inputs[index + 1] if index + 1 < len(self._inputs) else None
         cut = _Cut(work, self._pool)
         with cut.recording(), working(cut):
             output = self._model.call_layer(index, mine, Call(rest, keywords, call.by_name))
+            if output.shape != hidden.shape or output.dtype != hidden.dtype:
+                raise NotRecorded(f"it gives {list(output.shape)} for {list(hidden.shape)}")
+            if following is not None:
+                following.copy_(output)
         if cut.attention is None:
             raise NotRecorded("it did not come to its attention")
-        if output.shape != hidden.shape or output.dtype != hidden.dtype:
-            raise NotRecorded(f"it gives {list(output.shape)} for {list(hidden.shape)}")
         cut.after.replay()
-        return _Recorded(mine, given, plain, cut.before, cut.attention, cut.after, output)
+        arguments = _Arguments(given, plain)
+        before = self._recorded[index - 1] if index else None
+        arguments.compare(None if before is None else before.arguments, call)
+        return _Recorded(mine, arguments, cut.before, cut.attention, cut.after, output)
 
     def _place(self, value: Tensor) -> _Given:
         """Memory that holds this argument; that of another layer, which was given the same."""
@@ -231,38 +318,12 @@ class _Cut:
         return output
 
 
-def _arguments(
-    recorded: _Recorded, hidden: Tensor, call: Call
-) -> list[tuple[_Given, Tensor]] | None:
-    """The tensors among a call's arguments with where they go; None if it is another kind of call
-    than the one that was recorded."""
-    if hidden.shape != recorded.hidden.shape:
-        return None
-    found: list[tuple[_Given, Tensor]] = []
-    plain = recorded.plain
-    count = 0
-    for path, value in leaves((call.rest, call.keywords)):
-        count += 1
-        if isinstance(value, Tensor):
-            given = recorded.given.get(path)
-            if given is None or value.shape != given.memory.shape:
-                return None
-            found.append((given, value))
-        elif path not in plain or not (plain[path] is value or plain[path] == value):
-            return None
-    return found if count == len(plain) + len(recorded.given) else None
-
-
-def _replay(
-    recorded: _Recorded, hidden: Tensor, given: list[tuple[_Given, Tensor]], work: PagedWork
-) -> Tensor:
-    # although the layer before may have just given it: where it put it, graphs of any layer work,
-    # and a session that stood meanwhile would find what they left there
-    recorded.hidden.copy_(hidden)
-    for one, value in given:
-        one.take(value)
-    recorded.before.replay()
-    at = recorded.attention
-    at.output.copy_(work.attend(at.module, at.query, at.key, at.value, None, at.options))
-    recorded.after.replay()
-    return recorded.output.clone()
+def _same_objects(call: Call, other: Call) -> bool:
+    """Whether two calls are given the very same arguments."""
+    ours, theirs = call.keywords, other.keywords
+    return (
+        len(call.rest) == len(other.rest)
+        and len(ours) == len(theirs)
+        and all(a is b for a, b in zip(call.rest, other.rest, strict=True))
+        and all(theirs.get(name, theirs) is value for name, value in ours.items())
+    )

@@ -128,6 +128,8 @@ class KVCache:
         kinds = torch.arange(2 * shape.group_layers, device=self.device)
         self._kinds = kinds[:, None]
         self._page_stride = 2 * shape.group_layers
+        #: whether no layer leaves a margin in its rows
+        self._filled = all(layer.alike and layer.row == shape.row for layer in shape.layers)
 
     @property
     def page_bytes(self) -> int:
@@ -167,12 +169,15 @@ class KVCache:
         page = self.pool[table[position // size], :, :, position % size]
         return list(page.flatten(0, 1).unbind())
 
-    def write_one(self, slot: Tensor, states: Tensor) -> None:
-        """Write one token's keys or values, `[1, heads, 1, dim]`, to its slot."""
-        flat = states.reshape(-1)
-        if flat.shape[0] != self.shape.row:
-            slot = slot[: flat.shape[0]]
-        slot.copy_(flat)
+    def write_token(self, slots: list[Tensor], key: Tensor, value: Tensor) -> None:
+        """Write one token's keys and values, each `[1, heads, 1, dim]`, to their two slots.
+
+        In one call: a decode waits for the host at every layer.
+        """
+        states = [key.reshape(-1), value.reshape(-1)]
+        if not self._filled:
+            slots = [slot[: flat.shape[0]] for slot, flat in zip(slots, states, strict=True)]
+        torch._foreach_copy_(slots, states)
 
     def write(self, rows: Tensor, states: Tensor) -> None:
         """Write the keys or values of several tokens, `[1, heads, tokens, dim]`."""
@@ -182,23 +187,45 @@ class KVCache:
             slots = slots[:, : flat.shape[1]]
         slots.index_copy_(0, rows, flat)
 
+    def room(self, num_pages: int, begin: int, end: int, layer: LayerKV) -> Room:
+        """Memory to gather the keys and values of so many pages in, of one layer after the other.
+
+        begin, end: positions that are seen, counted from the first page's start.
+        """
+        pieces = self._pieces.new_empty(2 * num_pages, self._pieces.shape[1])
+        return Room(pieces, *self._seen(pieces, begin, end, layer))
+
+    def gather(self, room: Room, rows: Tensor) -> None:
+        """Put the keys and values of these rows, one layer's, where `room` shows them."""
+        torch.index_select(self._pieces, 0, rows, out=room.pieces)
+
     def read(self, rows: Tensor, begin: int, end: int, layer: LayerKV) -> tuple[Tensor, Tensor]:
         """Gather keys and values, each `[1, heads, end - begin, dim]`, counted from the first
-        gathered page's start.
+        gathered page's start, in memory of their own."""
+        return self._seen(self._pieces.index_select(0, rows), begin, end, layer)
 
-        Few calls, since the host is what a decode waits for: each takes its time, and gives the
-        interpreter away to whoever else wants it.
-        """
-        gathered = self._pieces.index_select(0, rows)
+    def _seen(self, pieces: Tensor, begin: int, end: int, layer: LayerKV) -> tuple[Tensor, Tensor]:
         if layer.alike and layer.row == self.shape.row:
-            both = gathered.view(2, -1, layer.key_heads, layer.key_dim)
+            both = pieces.view(2, -1, layer.key_heads, layer.key_dim)
             key, value = both.narrow(1, begin, end - begin).transpose(1, 2).split(1)
             return key, value
-        keys, values = gathered.view(2, -1, self.shape.row).narrow(1, begin, end - begin)
+        keys, values = pieces.view(2, -1, self.shape.row).narrow(1, begin, end - begin)
         return (
             _heads_of(keys, layer.key_heads, layer.key_dim),
             _heads_of(values, layer.value_heads, layer.value_dim),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Gathered rows `[2 * pages, …]`, and what they show: keys and values `[1, heads, keys, dim]`.
+
+    Whoever gathers the next layer here writes over those of the last.
+    """
+
+    pieces: Tensor
+    key: Tensor
+    value: Tensor
 
 
 def _heads_of(states: Tensor, heads: int, dim: int) -> Tensor:

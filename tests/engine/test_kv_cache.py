@@ -58,14 +58,21 @@ def test_what_is_written_is_read_from_scattered_pages(dims: tuple[int, int]) -> 
     for layer in range(3):
         cache.write(slots[2 * layer], keys[:, :, :9] + layer)
         cache.write(slots[2 * layer + 1], values[:, :, :9] - layer)
-        cache.write_one(last[2 * layer], keys[:, :, 9:] + layer)
-        cache.write_one(last[2 * layer + 1], values[:, :, 9:] - layer)
+        one = keys[:, :, 9:] + layer, values[:, :, 9:] - layer
+        cache.write_token(last[2 * layer : 2 * layer + 2], *one)
 
     for layer in range(3):
         for first in (0, 3):
             key, value = cache.read(rows[layer], first, 10, cache.shape.layers[layer])
             assert torch.equal(key, keys[:, :, first:] + layer)
             assert torch.equal(value, values[:, :, first:] - layer)
+
+    for first in (0, 3):  # and in one place, layer after layer
+        room = cache.room(3, first, 10, cache.shape.layers[0])
+        for layer in range(3):
+            cache.gather(room, rows[layer])
+            assert torch.equal(room.key, keys[:, :, first:] + layer)
+            assert torch.equal(room.value, values[:, :, first:] - layer)
 
 
 def test_writing_touches_no_other_page_and_no_other_token() -> None:
