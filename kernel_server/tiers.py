@@ -19,8 +19,8 @@ from kernel_server.engine.tiers import Copier, CopyDone, DiskPool, HostPool
 from kernel_server.protocol.errors import BadArgument, DjinnError
 from kernel_server.protocol.messages import ErrorInfo, error_info
 from kernel_server.state.events import CopiesDone, PoolGrown, StateEvent, Ticked
-from kernel_server.state.residency import Slots
 from kernel_server.state.shape import ModelShape
+from kernel_server.state.slots import Slots
 from kernel_server.telemetry import Row, untouched_bytes
 
 #: How often idle sessions are looked for, and running ones recorded, seconds.

@@ -203,7 +203,7 @@ class Engine:
                 self.cache.poison(errand.pages)
             case CopyPages():
                 assert self._copier is not None, "a copy between tiers, and there is one only"
-                self._copier.begin(Copy(errand.ticket, errand.way, errand.moves))
+                self._copier.begin(Copy(errand.ticket, errand.way, errand.sources, errand.targets))
             case _:
                 raise TypeError(f"{type(errand).__name__} is not an errand")
 

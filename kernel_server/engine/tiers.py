@@ -147,12 +147,13 @@ class DiskPool:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Pages to be copied, as (from slot, to slot), in this order."""
+    """Pages to be copied, from each of these slots to the one at its place in the other list."""
 
     ticket: int
     #: one of `WAYS`
     way: str
-    moves: tuple[tuple[int, int], ...]
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,22 +249,26 @@ class Copier:
                     job = jobs.get(block=not begun)
                     ended = job is None
             if job is not None:
-                burst = self._rested(way, burst) if given and begun else 0
+                burst = self._rested(begun[-1], burst) if given and begun else 0
                 begun.append(self._begin(*job))
-                burst += len(begun[-1].copy.moves) * self._device.shape[1]
+                burst += self._nbytes(begun[-1])
             elif begun:
                 self._finish(begun.popleft())
 
-    def _rested(self, way: str, burst: int) -> int:
+    def _rested(self, last: _Begun, burst: int) -> int:
         """Let the engine of this way rest if it has been given so many bytes; what is left of them.
 
-        Nothing is told meanwhile: the next copy follows at once.
+        last: what it was given last. Nothing is told meanwhile: the next copy follows at once.
         """
         if burst < _BURST:
             return burst
         with contextlib.suppress(Exception):  # told of the copy that it befell
-            self._streams[way].synchronize()
+            if last.end is not None:
+                last.end.synchronize()
         return 0
+
+    def _nbytes(self, made: _Begun) -> int:
+        return len(made.copy.sources) * self._device.shape[1]
 
     def _begin(self, copy: Copy, after: Any, arrival: _Arrival | None) -> _Begun:
         """Give a copy to the device; on a CPU, and to the disk, carry it out."""
@@ -275,7 +280,7 @@ class Copier:
             if self._cuda:
                 # what was given to the device before that still uses its slots
                 with contextlib.suppress(Exception):
-                    self._streams[copy.way].synchronize()
+                    _wait_for(self._streams[copy.way])
         if arrival is not None:
             if made.error is not None:
                 # told first: whoever goes on without the pages must find that they are not there
@@ -300,7 +305,7 @@ class Copier:
         self._tell(made)
 
     def _tell(self, made: _Begun) -> None:
-        nbytes = 0 if made.error else len(made.copy.moves) * self._device.shape[1]
+        nbytes = 0 if made.error else self._nbytes(made)
         self._told(CopyDone(made.copy.ticket, nbytes, made.seconds, made.error))
 
     def _carry_out(self, made: _Begun, after: Any) -> None:
@@ -312,10 +317,10 @@ class Copier:
         host = self._host
         assert host is not None, "a copy to the host, and there is no host pool"
         down = copy.way == "device-host"
+        on_device, below = (copy.sources, copy.targets)[:: 1 if down else -1]
         pairs = []
-        for a, b, count in neighbours(copy.moves, host.slots_per_piece):
-            device, there = (a, b) if down else (b, a)
-            part = self._device.narrow(0, device, count).view(-1), host.slots(there, count)
+        for slot, there, count in neighbours(on_device, below, host.slots_per_piece):
+            part = self._device.narrow(0, slot, count).view(-1), host.slots(there, count)
             pairs.append(part if down else part[::-1])
         if not self._cuda:
             for source, target in pairs:
@@ -325,7 +330,8 @@ class Copier:
         stream = self._streams[copy.way]
         with torch.cuda.stream(stream):
             stream.wait_event(after)
-            made.begin, made.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            made.begin = torch.cuda.Event(enable_timing=True)
+            made.end = torch.cuda.Event(enable_timing=True, blocking=True)
             made.begin.record(stream)
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
@@ -334,7 +340,7 @@ class Copier:
     def _disk_copy(self, copy: Copy) -> None:
         host, disk = self._host, self._disk
         assert host is not None and disk is not None, "a copy to the disk, and there is none"
-        for source, target in copy.moves:
+        for source, target in zip(copy.sources, copy.targets, strict=True):
             if copy.way == "host-disk":
                 disk.write(target, host.slot(source).numpy().data)
             else:
@@ -353,6 +359,14 @@ class _Begun:
     end: Any = None
     seconds: float = 0.0
     error: Exception | None = None
+
+
+def _wait_for(stream: Any) -> None:
+    """Wait for all that a stream was given. By an event made for it: waiting for the stream itself
+    takes a core as long as it lasts, which the interpreter's other threads need."""
+    end = torch.cuda.Event(blocking=True)
+    end.record(stream)
+    end.synchronize()
 
 
 class _Arrival:
@@ -377,24 +391,29 @@ def _touch(part: Tensor, threads: int = 4) -> None:
         worker.join()
 
 
-def neighbours(moves: Sequence[tuple[int, int]], per_piece: int) -> list[tuple[int, int, int]]:
-    """Moves as (from slot, to slot, count): slots in a row that go to slots in a row are one copy.
+def neighbours(
+    slots: Sequence[int], host: Sequence[int], per_piece: int
+) -> list[tuple[int, int, int]]:
+    """Pairs of a slot and a slot of the host as (first, first of the host, count): slots in a row
+    that go with slots in a row are one copy.
 
     per_piece: slots of the host's pool that are pinned together, of which none goes with a slot of
-    the next piece. Either slot may be the host's.
+    the next piece.
 
-    >>> neighbours([(4, 9), (3, 8), (7, 1)], 100)
-    [(3, 8, 2), (7, 1, 1)]
+    >>> neighbours([4, 3, 7], [9, 8, 1], 100)
+    [(7, 1, 1), (3, 8, 2)]
     """
     found: list[tuple[int, int, int]] = []
-    for a, b in sorted(moves):
-        if found:
-            first, there, count = found[-1]
-            within = all(n // per_piece == (n + count) // per_piece for n in (first, there))
-            if (a, b) == (first + count, there + count) and within:
-                found[-1] = first, there, count + 1
-                continue
-        found.append((a, b, 1))
+    first = below = count = room = 0
+    for there, slot in sorted(zip(host, slots, strict=True)):
+        if count < room and there == below + count and slot == first + count:
+            count += 1
+            continue
+        if count:
+            found.append((first, below, count))
+        first, below, count, room = slot, there, 1, per_piece - there % per_piece
+    if count:
+        found.append((first, below, count))
     return found
 
 

@@ -6,14 +6,14 @@ Which pages are copied, and when, is decided by `leaving` and `paging`; the byte
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kernel_server.protocol.messages import ErrorInfo
 from kernel_server.state.core import Core
 from kernel_server.state.events import CopiesDone
 from kernel_server.state.instructions import CopyPages
-from kernel_server.state.residency import Move, Tier
+from kernel_server.state.residency import Moves, Row, Tier
 from kernel_server.state.sessions import Session
 
 #: Pages in one copy: the first of them can be used before the last has come.
@@ -38,7 +38,7 @@ class Swap:
 class Copying:
     """One copy under way."""
 
-    moves: tuple[Move, ...]
+    moves: Moves
     #: whose pages they are; None where nobody is told
     session_id: str | None
     reason: str
@@ -47,7 +47,7 @@ class Copying:
     def what(self, count: int) -> str:
         """In words: so many pages, from where to where."""
         pages = "1 page" if count == 1 else f"{count} pages"
-        return f"{pages} {self.moves[0].source} to {self.moves[0].target}"
+        return f"{pages} {self.moves.source} to {self.moves.target}"
 
 
 class Copies(Core):
@@ -56,32 +56,62 @@ class Copies(Core):
     def _copy(
         self,
         session: Session | None,
-        pages: list[int],
+        pages: Sequence[int],
         source: Tier,
         target: Tier,
         reason: str,
         *,
         long: bool = False,
+        more: int = 0,
     ) -> None:
-        """Begin copies in runs of a few pages; of more where nobody waits for the first, `long`."""
-        run = LONG_RUN if long else RUN
-        swap = Swap(left=-(-len(pages) // run))
-        for start in range(0, len(pages), run):
-            some = pages[start : start + run]
-            moves = self.residency.begin_all(some, source, target)
+        """Begin copies in runs of a few pages; of more where nobody waits for the first, `long`.
+
+        The pages are copied in this order, and lie as is best for the next time. more: pages of the
+        session that are to follow later.
+        """
+        if not pages:
+            return
+        rows = self._as_to_lie(session, pages, source, target)
+        begun = self.residency.begin_all(pages, source, target, rows=rows, more=more)
+        parts = begun.cut(LONG_RUN if long else RUN)
+        swap = Swap(left=len(parts))
+        owner = None if session is None or reason == WRITE_BEHIND else session.id
+        for moves in parts:
             self._tickets_made += 1
             ticket = self._tickets_made
-            owner = None if session is None or reason == WRITE_BEHIND else session.id
             self.copying[ticket] = Copying(moves, owner, reason, swap)
             if target == "device":
-                self.inbound.update(dict.fromkeys(some, ticket))
+                self.inbound.update(dict.fromkeys(moves.pages, ticket))
             self.emit(
                 CopyPages(
                     ticket=ticket,
-                    way=f"{source}-{target}",
-                    moves=tuple((move.source_slot, move.target_slot) for move in moves),
+                    way=moves.way,
+                    sources=moves.source_slots,
+                    targets=moves.target_slots,
                 )
             )
+
+    def _as_to_lie(
+        self, session: Session | None, pages: Sequence[int], source: Tier, target: Tier
+    ) -> list[Row] | None:
+        """How the pages are to lie where they go: on the device as they lie below, so that they
+        come in few copies; below in the order of the session's tables, in which they will be
+        needed, each behind the page before it if that can be."""
+        if target == "device":
+            slots = self.residency.slots_in(source, pages)
+            return [(None, [page for _, page in sorted(zip(slots, pages, strict=True))])]
+        if session is None or source != "device":
+            return None
+        rows: list[tuple[int | None, list[int]]] = []
+        going, before, last = set(pages), None, None
+        for page in itertools.chain.from_iterable(session.tables):
+            if page in going:
+                if last is None or before != last:
+                    rows.append((before, []))
+                rows[-1][1].append(page)
+                last = page
+            before = page
+        return [*rows]
 
     def _drop_all(self, pages: Iterable[tuple[int, Session]], reason: str) -> None:
         """Let pages leave the device that have a good copy below, and tell whose they were."""

@@ -339,12 +339,12 @@ class Core:
 
     def release(self, pages: list[int] | tuple[int, ...]) -> None:
         """Drop an owner of each page; with checks on, freed ones are filled with NaN."""
-        slots = []
-        for page in self.pool.release(pages):
-            slots.append(self.residency.forget(page))
-            self.failed_reads.pop(page, None)
-            self.lost.pop(page, None)
-        self._poison([slot for slot in slots if slot is not None])
+        freed = self.pool.release(pages)
+        if self.failed_reads or self.lost:
+            for page in freed:
+                self.failed_reads.pop(page, None)
+                self.lost.pop(page, None)
+        self._poison(self.residency.forget_all(freed))
 
     def leave_device(self, pages: Iterable[int]) -> None:
         """Let pages leave the device that have a good copy below."""

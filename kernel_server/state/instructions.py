@@ -139,8 +139,9 @@ class CopyPages:
     ticket: int
     #: `device-host`, `host-device`, `host-disk` or `disk-host`
     way: str
-    #: (from slot, to slot)
-    moves: tuple[tuple[int, int], ...]
+    #: slots, one of each page, in the same order
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from kernel_server.state.copies import LONG_RUN, RUN, WRITE_BEHIND, by_session
 from kernel_server.state.core import DECODES_BETWEEN
 from kernel_server.state.eviction import Resting, eviction_order
 from kernel_server.state.refusing import Refusing
-from kernel_server.state.residency import Tier
+from kernel_server.state.residency import TIERS, Tier
 from kernel_server.state.sessions import Session
 
 #: Why a page goes to the disk that nobody asked to go there.
@@ -51,20 +51,28 @@ class Leaving(Refusing):
 
     # -- the device ---------------------------------------------------------------------------
 
-    def _leavers(self, needed: Iterable[int] = (), whom: Session | None = None) -> Leavers:
-        """What may leave the device so that `whom` can run, without the pages `needed`."""
-        found, keep = Leavers(), set(needed)
+    def _leavers(
+        self, needed: Iterable[int] = (), whom: Session | None = None, enough: int | None = None
+    ) -> Leavers:
+        """What may leave the device so that `whom` can run, without the pages `needed`.
+
+        enough: nothing else is looked for once so many can leave at once.
+        """
+        found, residency = Leavers(), self.residency
+        there, dirty, moving = residency.pages_in["device"], residency.dirty, residency.moving
+        there = there.difference(needed)
         for page, session in self._by_expendability(whom):
-            place = self.residency.place(page)
-            if page in keep or place.device is None:
+            if page not in there:
                 continue
-            if place.moving:
+            if page in moving:
                 # on its way down, it can be dropped once it is there
                 found.coming += page not in self.inbound
-            elif self.residency.can_drop(page):
-                found.droppable.append((page, session))
-            else:
+            elif page in dirty:
                 found.copyable.append((page, session))
+            else:
+                found.droppable.append((page, session))
+                if len(found.droppable) == enough:
+                    break
         return found
 
     def _make_room(self, count: int, whom: Session, needed: Set[int]) -> bool:
@@ -72,7 +80,7 @@ class Leaving(Refusing):
 
         Raises OutOfPages when they cannot.
         """
-        found = self._leavers(needed, whom)
+        found = self._leavers(needed, whom, enough=count)
         lacking = count - len(found.droppable)
         below = self.room_below(needed)
         if lacking > found.coming + min(len(found.copyable), below):
@@ -194,14 +202,14 @@ class Leaving(Refusing):
     def _free_host(self, count: int, needed: Set[int] = frozenset()) -> None:
         """Free slots of the host at once, where the disk has a copy; have others copied there."""
         freed, pushed = 0, list[int]()
+        device, host, disk = (self.residency.pages_in[tier] for tier in TIERS)
         for page, _ in self._by_expendability(None):
-            place = self.residency.place(page)
-            if place.host is None or place.moving or page in needed:
+            if page not in host or page in self.residency.moving or page in needed:
                 continue
-            if place.disk is not None and freed < count:
+            if page in disk and freed < count:
                 self.residency.drop(page, "host")
                 freed += 1
-            elif place.disk is None and place.device is None and len(pushed) < count:
+            elif page not in disk and page not in device and len(pushed) < count:
                 pushed.append(page)
             if freed >= count:
                 break
@@ -227,13 +235,15 @@ class Leaving(Refusing):
             if not self.host_room() and not (self.pressing and self._press()):
                 return
             session = self._next_to_clean()
-            pages = [] if session is None else self._dirty(session)
-            if session is None or not pages:
+            dirty = [] if session is None else self._dirty(session)
+            if session is None or not dirty:
                 continue
-            self.to_clean[session.id] = None
+            # the same one next, so that its pages lie together
+            self.to_clean = {session.id: None} | self.to_clean
             long = self._beside_decodes()
-            pages = pages[: min(LONG_RUN if long else RUN, self.host_room())]
-            self._copy(session, pages, "device", "host", WRITE_BEHIND, long=long)
+            pages = dirty[: min(LONG_RUN if long else RUN, self.host_room())]
+            more = len(dirty) - len(pages)
+            self._copy(session, pages, "device", "host", WRITE_BEHIND, long=long, more=more)
             room -= 1
             if self.slot is not None:
                 self.wrote_behind_in = self.slot.number

@@ -144,10 +144,11 @@ class Paging(Exchanging):
     def copies_done(self, event: CopiesDone) -> None:
         """Count what arrived, and let those that waited for it go on."""
         copying = self.copying.pop(event.ticket)
-        for move in copying.moves:
-            # the page of this number may be another one by now, on its way by another copy
-            if self.inbound.get(move.page) == event.ticket:
-                del self.inbound[move.page]
+        if copying.moves.target == "device":
+            for page in copying.moves.pages:
+                # the page of this number may be another one by now, on its way by another copy
+                if self.inbound.get(page) == event.ticket:
+                    del self.inbound[page]
         if event.error is None:
             self._made(copying.moves)
         else:

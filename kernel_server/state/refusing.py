@@ -16,7 +16,7 @@ from typing import Any
 from kernel_server.protocol.errors import SessionFailed, TornPage
 from kernel_server.protocol.messages import ErrorInfo
 from kernel_server.state.copies import Copies, Copying
-from kernel_server.state.residency import Move, Tier
+from kernel_server.state.residency import Moves, Tier
 from kernel_server.state.sessions import Session
 
 #: How long a tier refuses after a copy to it failed, seconds.
@@ -39,28 +39,27 @@ class Refusing(Copies):
 
     # -- copies ---------------------------------------------------------------------------------
 
-    def _made(self, moves: tuple[Move, ...]) -> None:
+    def _made(self, moves: Moves) -> None:
         """Count a copy that was made."""
         self.residency.done_all(moves)
-        if self.failed_reads and _is_read(moves[0]):
-            for move in moves:
-                self.failed_reads.pop(move.page, None)
-        target = moves[0].target
-        if not _is_read(moves[0]) and self.residency.slots[target].refusal is None:
-            self.refusals.pop(target, None)
+        if self.failed_reads and moves.is_read:
+            for page in moves.pages:
+                self.failed_reads.pop(page, None)
+        if not moves.is_read and self.residency.slots[moves.target].refusal is None:
+            self.refusals.pop(moves.target, None)
 
     def _not_made(self, copying: Copying, error: ErrorInfo) -> None:
         """Count a copy that was not made, and tell of it where nobody else would be told."""
-        first = copying.moves[0]
-        pages = [move.page for move in copying.moves if self.residency.failed(move)]
-        if _is_read(first):
+        moves = copying.moves
+        pages = self.residency.failed_all(moves)
+        if moves.is_read:
             for page in pages:
                 self._not_read(page, error)
             return
-        if first.source == "device":
+        if moves.source == "device":
             # nothing else would have them copied again once there is room
             self.to_clean.update(dict.fromkeys(s for p in pages for s in self._owners(p)))
-        if not self._refuse(first.target, error.message):
+        if not self._refuse(moves.target, error.message):
             return
         session = self.sessions.get(copying.session_id or "")
         if session is None or session.scratch:
@@ -144,8 +143,3 @@ class Refusing(Copies):
             f"{count} of session {session.id} could not be read back: {error.message}; launch it"
             " again with the same seed"
         )
-
-
-def _is_read(move: Move) -> bool:
-    """Whether a copy brings a page up."""
-    return move.target == "device" or move.source == "disk"

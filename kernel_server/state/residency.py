@@ -18,121 +18,90 @@ good copy remains.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal, NamedTuple
+
+from kernel_server.state.slots import Slots
 
 Tier = Literal["device", "host", "disk"]
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")
 
+#: Pages that are to lie in a row, and the page behind which, if there is one.
+Row = tuple[int | None, Sequence[int]]
 
-@dataclass(slots=True)
-class Slots:
-    """The slots of one tier: free ones on a stack, lowest on top.
 
-    capacity: those that may be used. budget: no more than so many, however many there are.
-    refusal: why none can be taken now, because writing to the tier failed.
+class Place(NamedTuple):
+    """Where one page is now. A slot is None where the page has none in that tier.
+
+    clean: the copies below hold what the device holds. moving: copies under way that read or write
+    its slots.
     """
 
-    capacity: int
-    budget: int | None = None
-    refusal: str | None = None
-    _free: list[int] = field(default_factory=list)
-    _taken: set[int] = field(default_factory=set)
-    _made: int = 0
-    #: slots taken and given back since the beginning
-    changes: int = 0
-
-    def __post_init__(self) -> None:
-        self.grow(self.capacity)
-
-    def grow(self, capacity: int) -> None:
-        """Make slots up to `capacity`; the pool behind them must have them already."""
-        if capacity > self._made:
-            self._free[:0] = range(capacity - 1, self._made - 1, -1)
-            self._made = capacity
-        self.capacity = capacity if self.budget is None else min(capacity, self.budget)
-
-    def limit(self, budget: int) -> None:
-        """Use no more than `budget` slots from now on; what is taken stays until it leaves."""
-        self.budget = budget
-        self.capacity = min(self._made, budget)
-
-    @property
-    def used(self) -> int:
-        return self._made - len(self._free)
-
-    @property
-    def room(self) -> int:
-        """Slots that may be taken; negative while more are taken than the budget allows."""
-        room = self.capacity - self.used
-        return room if self.refusal is None else min(room, 0)
-
-    @property
-    def num_free(self) -> int:
-        """Slots that may be taken: fewer than are empty when the capacity was lowered, and none
-        while the tier refuses."""
-        return max(0, self.room)
-
-    def take(self) -> int:
-        return self.take_some(1)[0]
-
-    def take_some(self, count: int) -> list[int]:
-        """So many slots, the lowest first."""
-        assert 0 <= count <= self.num_free, "no slot is free"
-        left = len(self._free) - count
-        slots = self._free[left:][::-1]
-        del self._free[left:]
-        self._taken.update(slots)
-        self.changes += count
-        return slots
-
-    def give_back(self, slot: int, *, last: bool = False) -> None:
-        """last: the slot is to be taken after all others, since it may be the one at fault."""
-        if not last:
-            self.give_back_some((slot,))
-            return
-        assert slot in self._taken, f"slot {slot} is free already"
-        self._taken.remove(slot)
-        self._free.insert(0, slot)
-        self.changes += 1
-
-    def give_back_some(self, slots: Sequence[int]) -> None:
-        """The last of them is taken first."""
-        given = set(slots)
-        assert len(given) == len(slots) and given <= self._taken, f"free already, of {slots}"
-        self._taken -= given
-        self._free += slots
-        self.changes += len(slots)
-
-
-@dataclass(slots=True)
-class Place:
-    """Where one page is. A slot is None where the page has none in that tier."""
-
-    device: int | None = None
-    host: int | None = None
-    disk: int | None = None
-    #: the copies below hold what the device holds
-    clean: bool = False
-    #: counts the writes, so that a copy begun before one is known to be stale
-    version: int = 0
-    #: copies under way that read or write its slots
-    moving: int = 0
+    device: int | None
+    host: int | None
+    disk: int | None
+    clean: bool
+    moving: int
 
     def slot(self, tier: Tier) -> int | None:
         found: int | None = getattr(self, tier)
         return found
 
 
-class Move(NamedTuple):
-    """One copy of one page under way."""
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Copies of pages that go the same way, as columns: what is done for hundreds of pages is not
+    done page by page.
 
-    page: int
+    versions: what `source_slots` held when the copies were begun.
+    """
+
     source: Tier
     target: Tier
-    source_slot: int
-    target_slot: int
-    version: int
+    pages: tuple[int, ...]
+    source_slots: tuple[int, ...]
+    target_slots: tuple[int, ...]
+    versions: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    @property
+    def way(self) -> str:
+        return f"{self.source}-{self.target}"
+
+    @property
+    def is_read(self) -> bool:
+        """Whether they bring pages up."""
+        return self.target == "device" or self.source == "disk"
+
+    def cut(self, length: int) -> list[Moves]:
+        """The same in parts of so many pages, in order."""
+        if len(self.pages) <= length:
+            return [self]
+        return [self._part(at, at + length) for at in range(0, len(self.pages), length)]
+
+    def each(self) -> list[Moves]:
+        return self.cut(1)
+
+    def _part(self, start: int, end: int) -> Moves:
+        return Moves(
+            self.source,
+            self.target,
+            self.pages[start:end],
+            self.source_slots[start:end],
+            self.target_slots[start:end],
+            self.versions[start:end],
+        )
+
+
+@dataclass(slots=True)
+class _Dead:
+    """Slots of a page that was forgotten while copies still used them, and how many do."""
+
+    slots: dict[Tier, int]
+    moving: int
 
 
 class Residency:
@@ -142,8 +111,8 @@ class Residency:
 
         residency = Residency(device=4, host=8)
         residency.create(7)
-        move = residency.begin(7, "device", "host")
-        residency.done(move)
+        moves = residency.begin(7, "device", "host")
+        residency.done_all(moves)
         residency.drop(7, "device")
     """
 
@@ -151,10 +120,15 @@ class Residency:
         self.slots: dict[Tier, Slots] = {
             "device": Slots(device), "host": Slots(host), "disk": Slots(disk),
         }  # fmt: skip
-        self._places: dict[int, Place] = {}
-        #: slots of pages that were forgotten while a copy still used them
-        self._dying: dict[int, Place] = {}
-        self._next_dead = -1
+        # by tier, page -> slot; whoever asks for many pages asks a set or a dictionary once
+        self._slot_of: dict[Tier, dict[int, int]] = {tier: {} for tier in TIERS}
+        #: page -> a number that no other content of any page has had: changed by every write, so
+        #: that a copy begun before one is known to be stale
+        self._versions: dict[int, int] = {}
+        self._num_versions = 0
+        self._dying: list[_Dead] = []
+        #: pages of which several copies are under way -> how many besides the first
+        self._more: dict[int, int] = {}
         #: changes whenever a page leaves the device or comes back: slots learnt before may differ
         self.epoch = 0
         # sets, so that whoever looks at all pages of a session need not look at each
@@ -168,20 +142,28 @@ class Residency:
     # -- looking ------------------------------------------------------------------------------
 
     def place(self, page: int) -> Place:
-        return self._places[page]
+        """Where the page is; it must have a place."""
+        assert page in self._versions, f"page {page} has no place"
+        device, host, disk = (self._slot_of[tier].get(page) for tier in TIERS)
+        moving = (page in self.moving) + self._more.get(page, 0)
+        return Place(device, host, disk, page not in self.dirty, moving)
 
     def device_slot(self, page: int) -> int:
         """The page's slot on the device, where it must be."""
-        slot = self._places[page].device
+        slot = self._slot_of["device"].get(page)
         assert slot is not None, f"page {page} is not on the device"
         return slot
 
+    def slots_in(self, tier: Tier, pages: Sequence[int]) -> tuple[int, ...]:
+        """The slots of pages that all have one in a tier, in their order."""
+        return _of(self._slot_of[tier], pages)
+
     def is_resident(self, page: int) -> bool:
-        return self._places[page].device is not None
+        return page in self._slot_of["device"]
 
     def can_drop(self, page: int) -> bool:
         """Whether it may leave the device at once: a good copy is below, and nothing reads it."""
-        place = self._places[page]
+        place = self.place(page)
         below = place.host is not None or place.disk is not None
         return place.device is not None and place.clean and below and not place.moving
 
@@ -196,7 +178,7 @@ class Residency:
     @property
     def num_absent(self) -> int:
         """Pages that are not on the device."""
-        return len(self._places) - len(self.pages_in["device"])
+        return len(self._versions) - len(self.pages_in["device"])
 
     def absent(self, pages: Iterable[int]) -> list[int]:
         """Of these pages, those that are not on the device."""
@@ -205,22 +187,19 @@ class Residency:
 
     def pages(self) -> list[int]:
         """All pages that have a place."""
-        return list(self._places)
+        return list(self._versions)
 
     def is_spare(self, page: int, tier: Tier) -> bool:
         """Whether its copy in a tier below can be given up, because another tier has the page."""
-        place = self._places[page]
-        others = any(place.slot(t) is not None for t in TIERS if t != tier)
-        return place.slot(tier) is not None and not place.moving and others
+        if page in self.moving or page not in self.pages_in[tier]:
+            return False
+        return any(page in self.pages_in[other] for other in TIERS if other != tier)
 
     def reclaimable_host(self, keep: Set[int] = frozenset()) -> int:
         """Slots of the host that come free when pages there, but those to keep, go to the disk."""
-        both = alone = 0
-        for page, place in self._places.items():
-            if place.host is not None and page not in keep:
-                both += place.disk is not None
-                alone += place.disk is None and place.device is None and not place.moving
-        return both + min(alone, self.free("disk"))
+        there, disk = self.pages_in["host"] - keep, self.pages_in["disk"]
+        alone = len(there - disk - self.pages_in["device"] - self.moving)
+        return len(there & disk) + min(alone, self.free("disk"))
 
     def count(self, tables: Iterable[Sequence[int]]) -> dict[str, int]:
         """Of the pages in these tables, how many each tier holds."""
@@ -236,159 +215,180 @@ class Residency:
 
     def create(self, page: int) -> int:
         """Give a new page a slot on the device; nothing of it is copied."""
-        assert page not in self._places, f"page {page} has a place already"
-        slot = self.slots["device"].take()
-        self._places[page] = Place(device=slot)
-        self.pages_in["device"].add(page)
-        self.dirty.add(page)
-        return slot
+        return self.create_all((page,))[0]
+
+    def create_all(self, pages: Sequence[int]) -> list[int]:
+        """What `create` does for each page; slots go up in the order of the pages."""
+        slots = self.slots["device"].take_some(len(pages))
+        for page in pages:
+            assert page not in self._versions, f"page {page} has a place already"
+            self._touch(page)
+        self._slot_of["device"].update(zip(pages, slots, strict=True))
+        self.pages_in["device"].update(pages)
+        self.dirty.update(pages)
+        return slots
 
     def forget(self, page: int) -> int | None:
         """The page is nobody's: its slots are free, once no copy uses them.
 
         Returns its device slot if that is free now.
         """
-        place = self._places.pop(page)
-        for pages in (self.dirty, self.moving, *self.pages_in.values()):
-            pages.discard(page)
-        if place.moving:
-            self._dying[self._next_dead] = place
-            self._next_dead -= 1
-            return None
-        self._release(place)
-        return place.device
+        return next(iter(self.forget_all((page,))), None)
+
+    def forget_all(self, pages: Sequence[int]) -> list[int]:
+        """What `forget` does for each page; the device slots that are free now."""
+        if not self.moving.isdisjoint(pages):
+            busy = [page for page in pages if page in self.moving]
+            for page in busy:
+                self._dying.append(_Dead(self._taken_from(page), 1 + self._more.pop(page, 0)))
+                del self._versions[page]
+            self.moving.difference_update(busy)
+            self.dirty.difference_update(busy)
+            pages = [page for page in pages if page in self._versions]
+        freed: dict[Tier, list[int]] = {}
+        for tier, slot_of in self._slot_of.items():
+            there = self.pages_in[tier].intersection(pages)
+            freed[tier] = [slot_of.pop(page) for page in pages if page in there]
+            self.slots[tier].give_back_some(freed[tier])
+            self.pages_in[tier] -= there
+        self.dirty.difference_update(pages)
+        for page in pages:
+            del self._versions[page]
+        return freed["device"]
 
     def write(self, page: int) -> None:
         """The page on the device is about to be written: its copies are stale, and let go."""
-        place = self._places[page]
-        assert place.device is not None, f"page {page} is written and not on the device"
-        place.version += 1
-        place.clean = False
+        assert page in self._slot_of["device"], f"page {page} is written and not on the device"
+        self._touch(page)
         self.dirty.add(page)
-        if not place.moving:
-            self._let_copies_go(page, place)
+        if page not in self.moving:
+            self._let_copies_go(page)
 
-    def begin(self, page: int, source: Tier, target: Tier) -> Move:
-        """Take a slot in `target` for a copy from `source`; tell `done` or `failed` later."""
-        return self.begin_all((page,), source, target)[0]
+    def begin(self, page: int, source: Tier, target: Tier) -> Moves:
+        """Take a slot in `target` for a copy from `source`; tell `done_all` or `failed_all`."""
+        return self.begin_all((page,), source, target)
 
-    def begin_all(self, pages: Sequence[int], source: Tier, target: Tier) -> tuple[Move, ...]:
-        """What `begin` does for each page, in one go."""
-        places = [self._places[page] for page in pages]
-        # read by name: a call for each page would be most of a swap's time
-        there = [getattr(place, target) for place in places]
-        fresh = self.slots[target].take_some(there.count(None))
-        taken, moves = iter(fresh), list[Move]()
-        for page, place, slot in zip(pages, places, there, strict=True):
-            from_slot = getattr(place, source)
-            assert from_slot is not None, f"page {page} is not in {source}"
-            assert source == "device" or place.clean or place.device is None, "a stale copy is read"
-            if slot is None:
-                slot = next(taken)
-                setattr(place, target, slot)
+    def begin_all(
+        self,
+        pages: Sequence[int],
+        source: Tier,
+        target: Tier,
+        *,
+        rows: Iterable[Row] | None = None,
+        more: int = 0,
+    ) -> Moves:
+        """What `begin` does for each page, in one go.
+
+        rows: the same pages as they are to lie in `target`, so that slots in a row on one side meet
+        slots in a row on the other. more: how many are to follow that belong behind them.
+        """
+        slot_of, slots = self._slot_of[target], self.slots[target]
+        assert slot_of.keys().isdisjoint(pages), f"of pages {pages} some are in {target} already"
+        assert source == "device" or self.dirty.isdisjoint(pages), "a stale copy is read"
+        from_slots = _of(self._slot_of[source], pages)
+        assert len(pages) <= slots.num_free, "no slot is free"
+        left: list[int] = []
+        for before, row in ((None, pages),) if rows is None else rows:
+            slot = None if before is None else slot_of.get(before)
+            if slot is not None and (behind := slots.take_behind(slot, len(row))):
+                slot_of.update(zip(row, behind, strict=True))
             else:
-                # only a copy to below that has gone stale is made again in its slot
-                assert source == "device" and not place.clean and not place.moving
-            place.moving += 1
-            moves.append(Move(page, source, target, from_slot, slot, place.version))
-        self.moving.update(pages)
+                left += row
+        slot_of.update(zip(left, slots.take_some(len(left), of=len(left) + more), strict=True))
         self.pages_in[target].update(pages)
-        if target == "device" and fresh:
+        if not self.moving.isdisjoint(pages):
+            for page in self.moving.intersection(pages):
+                self._more[page] = self._more.get(page, 0) + 1
+        self.moving.update(pages)
+        if target == "device" and pages:
             self.epoch += 1
-        return tuple(moves)
+        return Moves(
+            source,
+            target,
+            tuple(pages),
+            from_slots,
+            _of(slot_of, pages),
+            _of(self._versions, pages),
+        )
 
-    def done_all(self, moves: Sequence[Move]) -> None:
-        """What `done` does for each copy, in one go for pages that nothing happened to since."""
-        made, rest = list[int](), list[int]()
-        for move in moves:
-            page, source, target, _, slot, version = move
-            place = self._places.get(page)
-            if place is None or place.version != version or getattr(place, target) != slot:
-                self.done(move)
-                continue
-            place.moving -= 1
-            if source == "device" or target == "device":
-                place.clean = True
-            made.append(page)
-            if not place.moving:
-                rest.append(page)
-        self.dirty.difference_update(made)
-        self.moving.difference_update(rest)
+    def done_all(self, moves: Moves) -> list[int]:
+        """The copies were made; the pages of those that are worth nothing (written or forgotten
+        meanwhile)."""
+        pages = moves.pages
+        if tuple(map(self._versions.get, pages)) == moves.versions:
+            # nothing happened to any of them since, or to the slots
+            self._end_moves(pages)
+            if "device" in (moves.source, moves.target):
+                self.dirty.difference_update(pages)
+            return []
+        return [move.pages[0] for move in moves.each() if not self._done(move)]
 
-    def done(self, move: Move) -> bool:
-        """The copy was made; False when it is worth nothing (written or forgotten meanwhile)."""
-        place = self._found(move)
-        place.moving -= 1
-        if self._places.get(move.page) is not place:
-            self._bury(place)
+    def _done(self, move: Moves) -> bool:
+        (page,) = move.pages
+        if not self._is_there(move):
             return False
-        if "device" in (move.source, move.target):
+        good = self._versions[page] == move.versions[0]
+        if good:
+            if "device" in (move.source, move.target):
+                self.dirty.discard(page)
+        elif page not in self.moving:
             # a page may be written as soon as it is there, before anyone is told
-            place.clean = place.version == move.version
-        good = place.version == move.version
-        if not good and not place.moving:
-            self._let_copies_go(move.page, place)
-        self._sort(move.page, place)
+            self._let_copies_go(page)
         return good
 
-    def failed(self, move: Move) -> bool:
-        """The copy was not made: its slot is free again, the page is where it was; False when the
-        page was forgotten meanwhile."""
-        place = self._found(move)
-        place.moving -= 1
-        if self._places.get(move.page) is not place:
-            self._bury(place)
+    def failed_all(self, moves: Moves) -> list[int]:
+        """The copies were not made: their slots are free again, the pages are where they were;
+        returns those that were not forgotten meanwhile."""
+        return [move.pages[0] for move in moves.each() if self._failed(move)]
+
+    def _failed(self, move: Moves) -> bool:
+        (page,), (slot,), target = move.pages, move.target_slots, move.target
+        if not self._is_there(move):
             return False
-        setattr(place, move.target, None)
-        self.pages_in[move.target].remove(move.page)
-        self.slots[move.target].give_back(move.target_slot, last=True)
-        if move.target == "device":
+        del self._slot_of[target][page]
+        self.pages_in[target].remove(page)
+        self.slots[target].give_back(slot, last=True)
+        if target == "device":
             self.epoch += 1
             # who was to write it waited for it in vain: what lies below is as good as it was
-            place.clean = True
-        elif place.version != move.version and not place.moving:
-            self._let_copies_go(move.page, place)
-        self._sort(move.page, place)
+            self.dirty.discard(page)
+        elif self._versions[page] != move.versions[0] and page not in self.moving:
+            self._let_copies_go(page)
         return True
 
     def drop(self, page: int, tier: Tier) -> None:
         """Give up the page's slot in one tier; a good copy must remain in another."""
-        place = self._places[page]
-        slot = place.slot(tier)
-        assert slot is not None and not place.moving, f"page {page} cannot leave {tier}"
+        place = self.place(page)
+        assert place.slot(tier) is not None and not place.moving, f"page {page} cannot leave {tier}"
         others = [t for t in TIERS if t != tier and place.slot(t) is not None]
         if tier == "device":
             assert place.clean and others, f"page {page} would be lost"
         elif place.device is None:
             assert others, f"page {page} would be lost"
-        setattr(place, tier, None)
+        self.slots[tier].give_back(self._slot_of[tier].pop(page))
         self.pages_in[tier].remove(page)
-        self.slots[tier].give_back(slot)
         if tier == "device":
             self.epoch += 1
-        if place.device is not None and place.host is None and place.disk is None:
-            place.clean = False
-        self._sort(page, place)
+        elif others == ["device"]:
+            self.dirty.add(page)
 
     def leave_device(self, pages: Iterable[int]) -> list[int]:
         """Have pages leave the device that have a good copy below; the slots they leave.
 
         What `drop` does for each, in one go: a clean session of hundreds of pages leaves at once.
         """
-        places, left = self._places, list[int]()
         gone = list(pages)
-        for page in gone:
-            place = places[page]
-            slot = place.device
-            below = place.host is not None or place.disk is not None
-            assert slot is not None and not place.moving, f"page {page} cannot leave device"
-            assert place.clean and below, f"page {page} would be lost"
-            place.device = None
-            left.append(slot)
-        if left:
-            self.slots["device"].give_back_some(left)
-            self.epoch += 1
-            self.pages_in["device"].difference_update(gone)
+        if not gone:
+            return []
+        there = set(gone)
+        stay = there & self.moving or there - self.pages_in["device"]
+        assert not stay and len(there) == len(gone), f"pages {stay or gone} cannot leave device"
+        lost = there & self.dirty or there - self.pages_in["host"] - self.pages_in["disk"]
+        assert not lost, f"pages {lost} would be lost"
+        left = list(map(self._slot_of["device"].pop, gone))
+        self.slots["device"].give_back_some(left)
+        self.epoch += 1
+        self.pages_in["device"] -= there
         return left
 
     # -- checking -----------------------------------------------------------------------------
@@ -396,60 +396,77 @@ class Residency:
     def check(self, pages: Iterable[int]) -> None:
         """Assert that exactly these pages have places, every slot one page, and none is lost."""
         wanted = set(pages)
-        assert set(self._places) == wanted, "pages with a place differ from those there are"
-        for tier in TIERS:
-            taken = [p.slot(tier) for p in (*self._places.values(), *self._dying.values())]
-            used = [slot for slot in taken if slot is not None]
+        assert set(self._versions) == wanted, "pages with a place differ from those there are"
+        for tier, slot_of in self._slot_of.items():
+            dead = [one.slots[tier] for one in self._dying if tier in one.slots]
+            used = [*slot_of.values(), *dead]
             assert len(used) == len(set(used)) == self.slots[tier].used, f"slots of {tier} leak"
-        for tier, counted in self.pages_in.items():
-            there = {p for p, place in self._places.items() if place.slot(tier) is not None}
-            assert there == counted, f"in {tier} are {there}, {counted} counted"
-        moving = {page for page, place in self._places.items() if place.moving}
-        assert moving == self.moving, f"{moving} are under way, {self.moving} counted"
-        for page, place in self._places.items():
-            below = place.host is not None or place.disk is not None
-            assert place.device is not None or below, f"page {page} is nowhere"
-            assert not place.clean or below, f"page {page} is clean without a copy"
-            stuck = place.device is not None and not place.clean
-            assert stuck == (page in self.dirty), f"page {page} is counted wrongly as dirty or not"
-        assert self.dirty <= wanted, "pages that are gone count as dirty"
+            self.slots[tier].check()
+            counted = self.pages_in[tier]
+            assert slot_of.keys() == counted, f"in {tier} are {set(slot_of)}, {counted} counted"
+        assert all(one.moving > 0 for one in self._dying), "slots of nobody are not given back"
+        device, host, disk = (self.pages_in[tier] for tier in TIERS)
+        nowhere = wanted - device - host - disk
+        assert not nowhere, f"pages {nowhere} are nowhere"
+        assert self.dirty <= device, f"{self.dirty - device} are not there, and counted as dirty"
+        alone = (wanted - self.dirty) - host - disk
+        assert not alone, f"pages {alone} are clean without a copy"
+        assert self.moving <= wanted and self._more.keys() <= self.moving
+        still = self.dirty - self.moving
+        assert still.isdisjoint(host | disk), "stale copies of written pages are kept"
+        assert len(set(self._versions.values())) == len(wanted), "two pages of one version"
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _sort(self, page: int, place: Place) -> None:
-        """Count a page among those it belongs to, after a copy or a loss of one."""
-        if not place.moving:
-            self.moving.discard(page)
-        if place.device is not None and not place.clean:
-            self.dirty.add(page)
-        else:
-            self.dirty.discard(page)
+    def _touch(self, page: int) -> None:
+        """Count what the page holds as something new."""
+        self._num_versions += 1
+        self._versions[page] = self._num_versions
 
-    def _found(self, move: Move) -> Place:
-        place = self._places.get(move.page)
-        if place is not None and getattr(place, move.target) == move.target_slot:
-            return place
-        for place in self._dying.values():
-            if place.slot(move.target) == move.target_slot:
-                return place
-        raise AssertionError(f"no page has the slot of {move}")
+    def _end_moves(self, pages: Sequence[int]) -> None:
+        if not self._more:
+            self.moving.difference_update(pages)
+            return
+        for page in pages:
+            if left := self._more.pop(page, 0):
+                if left > 1:
+                    self._more[page] = left - 1
+            else:
+                self.moving.discard(page)
 
-    def _bury(self, place: Place) -> None:
-        if not place.moving:
-            key = next(key for key, dead in self._dying.items() if dead is place)
-            del self._dying[key]
-            self._release(place)
+    def _is_there(self, move: Moves) -> bool:
+        """End the move of one page; False when the page was forgotten meanwhile."""
+        (page,), (slot,) = move.pages, move.target_slots
+        if self._slot_of[move.target].get(page) == slot:
+            self._end_moves((page,))
+            return True
+        dead = next((one for one in self._dying if one.slots.get(move.target) == slot), None)
+        assert dead is not None, f"no page has the slot of {move}"
+        dead.moving -= 1
+        if not dead.moving:
+            self._dying.remove(dead)
+            for tier, left in dead.slots.items():
+                self.slots[tier].give_back(left)
+        return False
 
-    def _let_copies_go(self, page: int, place: Place) -> None:
-        for tier in ("host", "disk"):
-            slot = place.slot(tier)
+    def _taken_from(self, page: int, tiers: Iterable[Tier] = TIERS) -> dict[Tier, int]:
+        """The slots of a page, which the page has no more; nobody else has them yet."""
+        found: dict[Tier, int] = {}
+        for tier in tiers:
+            slot = self._slot_of[tier].pop(page, None)
             if slot is not None:
-                setattr(place, tier, None)
+                found[tier] = slot
                 self.pages_in[tier].remove(page)
-                self.slots[tier].give_back(slot)
+        return found
 
-    def _release(self, place: Place) -> None:
-        for tier in TIERS:
-            slot = place.slot(tier)
-            if slot is not None:
-                self.slots[tier].give_back(slot)
+    def _let_copies_go(self, page: int) -> None:
+        for tier, slot in self._taken_from(page, ("host", "disk")).items():
+            self.slots[tier].give_back(slot)
+
+
+def _of(column: dict[int, int], pages: Sequence[int]) -> tuple[int, ...]:
+    """What a column holds for these pages, in their order."""
+    if len(pages) > 1:
+        found: tuple[int, ...] = itemgetter(*pages)(column)
+        return found
+    return tuple(column[page] for page in pages)

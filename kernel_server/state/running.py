@@ -161,8 +161,8 @@ class Running(Holding):
         if not plan.num_pages:
             return []
         pages = self.pool.allocate(plan.num_pages, session.owner)
-        for page in pages:
-            self.residency.create(page)
+        self.residency.create_all(pages)
+        pages.reverse()  # the first of a table in the lowest slot, as they will lie below
         copies = []
         for group, index in plan.shared:
             table = session.tables[group]

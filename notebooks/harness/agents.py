@@ -97,7 +97,7 @@ def watching_wakes(local: Local) -> Iterator[Wakes]:
     def note_copy(event: Any) -> None:
         copying = state.copying[event.ticket]
         wake = wakes._open.get(copying.session_id or "")
-        if wake is not None and copying.moves[0].target == "device":
+        if wake is not None and copying.moves.target == "device":
             wake.arrived_s = time.perf_counter()
         copies_done(event)
 

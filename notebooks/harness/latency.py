@@ -327,7 +327,7 @@ def copy_spans(local: Local) -> Iterator[Spans]:
         made = begin(copy, *given)
         on_device = made.end is not None
         first, last = (made.begin, made.end) if on_device else (made.began, time.perf_counter())
-        spans.copies.append((copy.way, len(copy.moves) * page, first, last))
+        spans.copies.append((copy.way, len(copy.sources) * page, first, last))
         return made
 
     with instead(copier, "_begin", note):

@@ -75,7 +75,8 @@ def taken_by(
 ) -> Taken:  # fmt: skip
     """Let `other` take the slots that an evicted session had, then let that one go on to its end.
 
-    Free slots lie on a stack, so a session with as many pages takes those that were left last.
+    What is taken together is taken from the shortest gap that holds it, so a session with as many
+    pages takes those that were left, where no other gap is as short.
     Ends both.
     """
     before = sums_of(local, slots)

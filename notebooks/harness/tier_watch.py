@@ -70,12 +70,11 @@ def watching_moves(local: Local) -> Iterator[Moves]:
 
     def note_copy(event: Any) -> None:
         copying = state.copying[event.ticket]
-        one = copying.moves[0]
         if event.error is not None:
             moves.failed.append(event.error.message)
         moves.copies.append(
             Copied(
-                f"{one.source}-{one.target}",
+                copying.moves.way,
                 len(copying.moves),
                 event.nbytes,
                 event.seconds,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +34,8 @@ class Tiers:
 
     def copy(self, way: str, *moves: tuple[int, int]) -> CopyDone:
         self.tickets += 1
-        self.copier.begin(Copy(self.tickets, way, moves))  # type: ignore[arg-type]
+        sources, targets = zip(*moves, strict=True)
+        self.copier.begin(Copy(self.tickets, way, sources, targets))
         if way == "host-device":
             self.copier.wait(self.tickets)
         return self.told.get(timeout=60)
@@ -89,7 +92,7 @@ def test_a_full_disk_is_told_and_its_slot_counts_for_nothing(tiers: Tiers, monke
 
 
 def test_who_waits_for_pages_that_could_not_come_learns_it_after_it_was_told(tiers: Tiers):
-    tiers.copier.begin(Copy(9, "host-device", ((0, 99),)))
+    tiers.copier.begin(Copy(9, "host-device", (0,), (99,)))
 
     assert not tiers.copier.wait(9)
     assert isinstance(tiers.told.get_nowait().error, (IndexError, RuntimeError))
@@ -104,13 +107,34 @@ def test_the_file_of_pages_is_private_and_goes_with_the_pool(tmp_path: Path):
 
 
 def test_slots_in_a_row_are_one_copy_within_a_pinned_piece():
-    moves = [(5, 20), (4, 19), (6, 21), (9, 3), (10, 2), (0, 7)]
-    found = neighbours(moves, per_piece=100)
-    assert found == [(0, 7, 1), (4, 19, 3), (9, 3, 1), (10, 2, 1)]
-    assert neighbours(moves, per_piece=20) == [
-        (0, 7, 1), (4, 19, 1), (5, 20, 2), (9, 3, 1), (10, 2, 1),
+    slots, host = [5, 4, 6, 9, 10, 0], [20, 19, 21, 3, 2, 7]
+    assert neighbours(slots, host, per_piece=100) == [(10, 2, 1), (9, 3, 1), (0, 7, 1), (4, 19, 3)]
+    assert neighbours(slots, host, per_piece=20) == [
+        (10, 2, 1), (9, 3, 1), (0, 7, 1), (4, 19, 1), (5, 20, 2),
     ]  # fmt: skip
-    assert neighbours([(5, 20), (6, 21)], per_piece=6) == [(5, 20, 1), (6, 21, 1)]
+    assert neighbours(range(3, 10), range(5, 12), per_piece=4) == [
+        (3, 5, 3), (6, 8, 4),
+    ], "the device's slots are in one piece"  # fmt: skip
+    assert neighbours([], [], per_piece=4) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_page_is_in_one_copy_and_no_two_copies_could_be_one(seed: int):
+    any_ = random.Random(seed)
+    per_piece = any_.randint(1, 12)
+    slots, host = ([*range(k, k + 30)] for k in (any_.randint(0, 9), any_.randint(0, 9)))
+    for _ in range(any_.randint(0, 6)):
+        a, b = any_.randrange(30), any_.randrange(30)
+        host[a], host[b] = host[b], host[a]
+    order = any_.sample(range(30), 30)
+    found = neighbours([slots[i] for i in order], [host[i] for i in order], per_piece)
+
+    pairs = [(a + i, b + i) for a, b, count in found for i in range(count)]
+    assert sorted(pairs) == sorted(zip(slots, host, strict=True))
+    assert all(b // per_piece == (b + count - 1) // per_piece for _, b, count in found)
+    for (a, b, count), (next_a, next_b, _) in itertools.pairwise(found):
+        follows = (next_a, next_b) == (a + count, b + count)
+        assert not follows or next_b % per_piece == 0, "one copy was enough"
 
 
 @pytest.mark.parametrize("page_bytes", [1000, 4096, 6000, 6553600])

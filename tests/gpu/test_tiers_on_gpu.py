@@ -121,7 +121,7 @@ def test_every_slot_of_a_pool_pinned_in_pieces_takes_copies(monkeypatch) -> None
         host.prepare(lambda ready: None)
         cache.pool.copy_(torch.randn(cache.pool.shape))
         for slot in range(host.num_slots):
-            copier.begin(Copy(slot, "device-host", ((slot % 8, slot),)))
+            copier.begin(Copy(slot, "device-host", (slot % 8,), (slot,)))
         assert [told.get(timeout=60).error for _ in range(host.num_slots)] == [None] * 400
         content = cache.pool.view(8, -1).view(torch.uint8).cpu()
         assert all(torch.equal(host.slot(n), content[n % 8]) for n in range(host.num_slots))
@@ -142,7 +142,7 @@ def test_copies_let_others_use_their_engine(monkeypatch) -> None:
     try:
         host.prepare(lambda ready: None)
         for ticket in range(count):
-            copier.begin(Copy(ticket, "device-host", tuple((n, n) for n in range(32))))
+            copier.begin(Copy(ticket, "device-host", (*range(32),), (*range(32),)))
         for _ in range(3):
             assert value.item() == 1
         assert told.qsize() < count // 2

@@ -185,7 +185,7 @@ def test_a_request_looks_at_its_pages_when_there_is_something_to_decide() -> Non
 
     world.state._settled = note
     request = world.send(m.Evict(session_id=session))
-    assert [len(copy.moves) for copy in world.engine.copies.values()] == [pages]
+    assert [len(copy.sources) for copy in world.engine.copies.values()] == [pages]
     world.work()
     assert world.answer_to(request).session.device_pages == 0
     request = world.send(m.Restore(session_id=session))
@@ -196,7 +196,7 @@ def test_a_request_looks_at_its_pages_when_there_is_something_to_decide() -> Non
     world.ask(m.Evict(session_id=session))
     world.go(session)
     world.done()
-    needed = [len(copy.moves) for copy in world.engine.copies.values()]
+    needed = [len(copy.sources) for copy in world.engine.copies.values()]
     assert max(needed) == RUN < pages, "whoever computes meanwhile waits for a few at a time"
     world.work()
     assert world.session(session).status == "finished"
@@ -225,7 +225,7 @@ def test_beside_decodes_few_copies_are_made_beforehand_and_large_ones() -> None:
     world = tiers(device=200, host=200, limits=Limits(copies_in_flight=2))
     dirty, under_way = world.state.residency.dirty, world.engine.copies
     waiting = [stopped(world, prompt=LONG_PROMPT) for _ in range(3)]
-    assert [len(copy.moves) for copy in under_way.values()] == [RUN, RUN]
+    assert [len(copy.sources) for copy in under_way.values()] == [RUN, RUN]
     begun, copy = list[tuple[int, int]](), world.state._copy
 
     def note(session: Any, pages: list[int], *given: Any, **how: Any) -> None:
@@ -393,8 +393,8 @@ class Counting(World):
 
     def _carry_out(self, instruction: Any) -> None:
         if isinstance(instruction, CopyPages) and "device" in instruction.way:
-            for move in self.state.copying[instruction.ticket].moves:
-                self.crossings[move.page] += 1
+            for page in self.state.copying[instruction.ticket].moves.pages:
+                self.crossings[page] += 1
         super()._carry_out(instruction)
 
 
@@ -474,7 +474,7 @@ def test_pages_change_places_through_one_spare_slot() -> None:
 def test_without_a_spare_slot_the_exchange_is_refused_and_nothing_moves() -> None:
     world = tiers(device=PAGES, host=PAGES)
     first, second = all_stopped(world, 2)
-    before = {p: dataclasses.replace(world.state.residency.place(p)) for p in _all_pages(world)}
+    before = {p: world.state.residency.place(p) for p in _all_pages(world)}
     world.run(first)
 
     session = world.session(first)

@@ -518,7 +518,7 @@ def test_any_copies_may_fail_at_any_time(seed: int) -> None:
                     ticket = any_.choice(sorted(world.engine.copies))
                     reads = world.engine.copies[ticket].way in ("disk-host", "host-device")
                     # less often in a row than a page is read, but in any copy
-                    pages = [move.page for move in world.state.copying[ticket].moves]
+                    pages = world.state.copying[ticket].moves.pages
                     tries = max(world.state.failed_reads.get(page, 0) for page in pages)
                     if reads and tries < READS - 1 and any_.random() < 0.3:
                         error = UNREADABLE

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kernel_server.state.residency import TIERS, Move, Residency, Tier
+from kernel_server.state.residency import TIERS, Moves, Residency, Tier
 
 
 class Shadow:
@@ -17,7 +17,7 @@ class Shadow:
         self.residency = Residency(device, host, disk)
         self.slots: dict[Tier, dict[int, tuple[int, int]]] = {tier: {} for tier in TIERS}
         self.wanted: dict[int, int] = {}
-        self.under_way: list[tuple[Move, tuple[int, int]]] = []
+        self.under_way: list[tuple[Moves, list[tuple[int, int]]]] = []
         self.next_page = 0
         self.counts: dict[str, int] = {}
 
@@ -52,20 +52,16 @@ class Shadow:
             return False
         page = self.any.choice(pages)
         # a page that is on its way to the device is not there yet
-        if any(m.page == page and m.target == "device" for m, _ in self.under_way):
+        if any(page in m.pages and m.target == "device" for m, _ in self.under_way):
             return False
         self.residency.write(page)
         self.wanted[page] += 1
         self.slots["device"][self.residency.device_slot(page)] = (page, self.wanted[page])
         return True
 
-    def _begin(self) -> bool:
-        r, page = self.residency, None
-        pages = self.pages("still")
-        if not pages:
-            return False
-        page = self.any.choice(pages)
-        place = r.place(page)
+    def _ways(self, page: int) -> list[tuple[Tier, Tier]]:
+        """The copies that may be begun of a page of which none is under way."""
+        r, place = self.residency, self.residency.place(page)
         ways: list[tuple[Tier, Tier]] = []
         if place.device is not None and not place.clean:
             ways = [("device", "host"), ("device", "disk")]
@@ -75,33 +71,46 @@ class Shadow:
         elif place.disk is not None:
             ways = [("disk", "host")]
             ways += [("disk", "device")] if place.device is None else []
-        ways = [(a, b) for a, b in ways if place.slot(b) is None and r.free(b)]
+        return [(a, b) for a, b in ways if place.slot(b) is None and r.free(b)]
+
+    def _begin(self) -> bool:
+        r, still = self.residency, self.pages("still")
+        ways = self._ways(self.any.choice(still)) if still else []
         if not ways:
             return False
         source, target = self.any.choice(ways)
-        move = r.begin(page, source, target)
-        self.under_way.append((move, self.slots[source][move.source_slot]))
+        pages = [page for page in still if (source, target) in self._ways(page)]
+        self.any.shuffle(pages)
+        pages = pages[: self.any.randint(1, r.free(target))]
+        before = self.any.choice([None, *self.wanted])
+        at = self.any.randint(0, len(pages))
+        rows = [(None, sorted(pages[:at])), (before, sorted(pages[at:]))]
+        moves = r.begin_all(pages, source, target, rows=rows, more=self.any.randint(0, 3))
+        assert moves.pages == tuple(pages)
+        assert moves.source_slots == r.slots_in(source, pages)
+        assert moves.target_slots == r.slots_in(target, pages)
+        content = {page: self.slots[source][r.slots_in(source, (page,))[0]] for page in pages}
+        for part in moves.cut(self.any.choice([1, 2, 9])):
+            self.under_way.append((part, [content[page] for page in part.pages]))
         return True
 
     def _settle(self) -> bool:
         if not self.under_way:
             return False
-        several = self.any.sample(self.under_way, self.any.randint(1, len(self.under_way)))
-        for move, content in several:
-            self.under_way.remove((move, content))
+        moves, contents = self.under_way.pop(self.any.randrange(len(self.under_way)))
+        for slot, content in zip(moves.target_slots, contents, strict=True):
             # what was read when the copy began or a later write: stale once it was written
-            self.slots[move.target][move.target_slot] = content
-        if len(several) > 1:
-            self.residency.done_all([move for move, _ in several])
-        else:
-            self.residency.done(several[0][0])
+            self.slots[moves.target][slot] = content
+        stale = [content for content in contents if self.wanted.get(content[0]) != content[1]]
+        assert self.residency.done_all(moves) == [page for page, _ in stale]
         return True
 
     def _fail(self) -> bool:
         if not self.under_way or self.any.random() < 0.7:
             return False
-        move, _ = self.under_way.pop(self.any.randrange(len(self.under_way)))
-        self.residency.failed(move)
+        moves, _ = self.under_way.pop(self.any.randrange(len(self.under_way)))
+        there = [page for page in moves.pages if page in self.wanted]
+        assert self.residency.failed_all(moves) == there
         return True
 
     def _drop(self) -> bool:
@@ -130,7 +139,7 @@ class Shadow:
         """Every copy that counts as good holds the last write."""
         for page, version in self.wanted.items():
             place = self.residency.place(page)
-            busy = {m.target for m, _ in self.under_way if m.page == page}
+            busy = {m.target for m, _ in self.under_way if page in m.pages}
             good: list[Tier] = [t for t in TIERS if place.slot(t) is not None and t not in busy]
             if place.device is not None and not place.clean:
                 good = [t for t in good if t == "device"]
@@ -147,7 +156,7 @@ def test_random_moves_lose_and_leak_nothing(seed: int):
     for _ in range(3000):
         shadow.step()
     for move, _ in shadow.under_way:
-        shadow.residency.done(move)
+        shadow.residency.done_all(move)
     for page in list(shadow.wanted):
         shadow.residency.forget(page)
 
@@ -162,7 +171,7 @@ def test_a_copy_made_while_its_page_was_written_is_worth_nothing():
     move = residency.begin(1, "device", "host")
     residency.write(1)
 
-    assert not residency.done(move)
+    assert residency.done_all(move) == [1]
     assert not residency.can_drop(1)
     assert residency.free("host") == 2
 
@@ -174,7 +183,7 @@ def test_a_slot_that_a_copy_uses_is_given_to_nobody():
     residency.forget(1)
 
     assert (residency.free("device"), residency.free("host")) == (0, 0)
-    residency.done(move)
+    assert residency.done_all(move) == [1]
     assert (residency.free("device"), residency.free("host")) == (1, 1)
 
 
@@ -183,7 +192,7 @@ def test_a_page_without_a_good_copy_cannot_leave_the_device():
     residency.create(1)
     with pytest.raises(AssertionError, match="would be lost"):
         residency.drop(1, "device")
-    residency.done(residency.begin(1, "device", "host"))
+    residency.done_all(residency.begin(1, "device", "host"))
     residency.drop(1, "device")
     with pytest.raises(AssertionError, match="would be lost"):
         residency.drop(1, "host")
@@ -199,3 +208,32 @@ def test_capacity_that_was_lowered_is_not_given_out_again():
     assert residency.free("device") == 0
     residency.forget(1)
     assert residency.free("device") == 1
+
+
+def test_what_lies_in_a_row_is_put_in_a_row():
+    residency = Residency(device=8, host=8)
+    residency.create_all(range(6))
+    moves = residency.begin_all((3, 4, 5, 0, 1, 2), "device", "host", rows=[(None, range(6))])
+
+    assert moves.source_slots == moves.target_slots == (3, 4, 5, 0, 1, 2)
+    residency.done_all(moves)
+    residency.write(2)
+    again = residency.begin_all((2,), "device", "host", rows=[(1, (2,))])
+    assert again.target_slots == (2,), "where it lay, behind the page before it"
+
+
+def test_copies_of_one_page_that_go_two_ways_end_one_by_one():
+    residency = Residency(device=1, host=1, disk=1)
+    residency.create(1)
+    residency.done_all(residency.begin(1, "device", "host"))
+    residency.drop(1, "device")
+    down, up = residency.begin(1, "host", "disk"), residency.begin(1, "host", "device")
+    assert residency.place(1).moving == 2
+    residency.done_all(down)
+
+    assert residency.moving == {1} and residency.place(1).moving == 1
+    residency.write(1)
+    assert residency.done_all(up) == [1]
+    assert (residency.moving, residency.dirty) == (set(), {1})
+    assert (residency.free("host"), residency.free("disk")) == (1, 1)
+    residency.check((1,))

@@ -53,6 +53,7 @@ from kernel_server.state.residency import Residency
 from kernel_server.state.scheduler import Scheduler
 from kernel_server.state.selectors import TokenSelector
 from kernel_server.state.server_state import Limits, ModelShape, ServerState
+from kernel_server.state.slots import Slots
 
 _LAYER = (
     m.SiteLayout(site="attention.q", heads=2, width=4),
@@ -146,7 +147,7 @@ class Engine:
             return
         self.arrived.add(copy.ticket)
         source, target = (self.tiers[tier] for tier in copy.way.split("-"))
-        for a, b in copy.moves:
+        for a, b in zip(copy.sources, copy.targets, strict=True):
             target[b] = dict(source[a])
 
     def reach(self, stretch: RunStretch) -> Point:
@@ -386,7 +387,7 @@ class World:
             self.engine.failed.add(ticket)
         del self.engine.copies[ticket]
         self.engine.arrived.discard(ticket)
-        nbytes = 0 if error else len(copy.moves) * self.shape.page_bytes
+        nbytes = 0 if error else len(copy.sources) * self.shape.page_bytes
         self.handle(CopiesDone(ticket=ticket, nbytes=nbytes, seconds=0.01, error=error))
 
     def done(self, point: int | None = None) -> None:
@@ -543,7 +544,7 @@ def snapshot(value: Any) -> Any:
         return {key: snapshot(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, deque)):
         return [snapshot(item) for item in value]
-    return value
+    return frozenset(value) if isinstance(value, set) else value
 
 
-_PARTS = (Breakpoints, Edits, PagePool, Residency, Scheduler, TokenSelector)
+_PARTS = (Breakpoints, Edits, PagePool, Residency, Scheduler, Slots, TokenSelector)
