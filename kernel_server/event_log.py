@@ -1,10 +1,16 @@
-"""Events of each owner, kept in order until they are pulled or too old. Nothing is decided here."""
+"""Events of each owner, kept in order until they are pulled or too old. Nothing is decided here.
+
+An answer to a poll costs the server more than all else that an event costs, and the interpreter it
+is made in is the engine's too. So an event wakes those who wait for its own owner's and nobody
+else, and of events that only tell how something goes on many go out together (`QUIET_S`).
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kernel_server.protocol.messages import Events
@@ -13,13 +19,31 @@ from kernel_server.protocol.messages import Events
 KEPT = 4096
 #: Longest wait a client may ask for, seconds.
 MAX_WAIT_S = 30.0
-#: Progress is sent at most this often, seconds: a person sees no more.
-PROGRESS_S = 0.1
+#: Events of these kinds tell how something goes on, and nobody waits for them.
+QUIET = ("progress", "swapped")
+#: They go out together with what comes next, but after so many seconds at the latest: a person sees
+#: no more.
+QUIET_S = 0.1
 #: Most events in one answer, and about how many bytes: a frame stays well under the wire's cap.
 MAX_BATCH = 256
 BATCH_BYTES = 2 << 20
 #: About how many bytes are kept per owner, whoever does not pull them: the oldest give way.
 KEPT_BYTES = 64 << 20
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is kept of one owner, and how those who wait for it are woken."""
+
+    changed: threading.Condition
+    #: (event, its bytes), oldest first; and the sum of these bytes
+    events: deque[tuple[Any, int]] = field(default_factory=deque)
+    nbytes: int = 0
+    #: sequence numbers of the newest event, and of the newest that goes out at once
+    last: int = 0
+    urgent: int = 0
+    #: quiet events that come until then wait for that time, seconds of the clock
+    quiet_until: float = 0.0
 
 
 class EventLog:
@@ -28,74 +52,83 @@ class EventLog:
     def __init__(self, kept: int = KEPT, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept = kept
         self._kept_bytes = kept_bytes
-        #: owner -> (event, its bytes), oldest first; and the sum of these bytes
-        self._events: dict[str, deque[tuple[Any, int]]] = {}
-        self._bytes: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._changed = threading.Condition()
+        self._owners: dict[str, _Kept] = {}  # owners are few
+        self._lock = threading.Lock()
         self._closed = False
-        self._woken = 0.0
 
     def append(self, owner: str, event: Any) -> None:
         """Keep an event and wake whoever waits for it.
 
-        Progress wakes nobody within `PROGRESS_S` of the last waking: sending it with every token
-        cost the engine 5 % of a small model's decode. It goes out with whatever comes next.
+        Those of `QUIET` wake nobody within `QUIET_S` of the last waking: sending progress with
+        every token cost the engine 5 % of a small model's decode.
         """
-        with self._changed:
-            self._keep(owner, event)
-            self._last[owner] = event.seq
+        of = self._of(owner)
+        with of.changed:
+            self._keep(of, event)
+            of.last = event.seq
             now = time.monotonic()
-            if event.kind == "progress" and now - self._woken < PROGRESS_S:
-                return
-            self._woken = now
-            self._changed.notify_all()
+            if event.kind in QUIET and now < of.quiet_until:
+                return  # who waits looks again by himself
+            of.urgent = event.seq
+            of.quiet_until = now + QUIET_S
+            of.changed.notify_all()
 
-    def _keep(self, owner: str, event: Any) -> None:
-        events = self._events.setdefault(owner, deque())
+    def _of(self, owner: str) -> _Kept:
+        found = self._owners.get(owner)
+        if found is None:
+            with self._lock:
+                found = self._owners.setdefault(owner, _Kept(threading.Condition()))
+        return found
+
+    def _keep(self, of: _Kept, event: Any) -> None:
         nbytes = weight(event)
-        events.append((event, nbytes))
-        held = self._bytes.get(owner, 0) + nbytes
-        while len(events) > self._kept or (held > self._kept_bytes and len(events) > 1):
-            held -= events.popleft()[1]
-        self._bytes[owner] = held
+        of.events.append((event, nbytes))
+        held = of.nbytes + nbytes
+        while len(of.events) > self._kept or (held > self._kept_bytes and len(of.events) > 1):
+            held -= of.events.popleft()[1]
+        of.nbytes = held
 
     def held_bytes(self, owner: str) -> int:
         """About how many bytes of events are kept for this owner."""
-        with self._changed:
-            return self._bytes.get(owner, 0)
+        return self._of(owner).nbytes
 
     def last_seq(self, owner: str) -> int:
         """Sequence number of the owner's newest event, 0 before the first."""
-        with self._changed:
-            return self._last.get(owner, 0)
+        return self._of(owner).last
 
     def poll(self, owner: str, after: int, timeout_s: float) -> Events:
         """Events after sequence number `after`, waiting up to `timeout_s` for the first."""
         deadline = time.monotonic() + min(max(timeout_s, 0.0), MAX_WAIT_S)
-        with self._changed:
-            while self._last.get(owner, 0) <= after and not self._closed:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
+        of = self._of(owner)
+        with of.changed:
+            while of.urgent <= after and not self._closed:
+                now = time.monotonic()
+                quiet = now < of.quiet_until
+                if now >= deadline or (of.last > after and not quiet):
                     break
-            kept = self._events.get(owner, ())
+                of.changed.wait((min(of.quiet_until, deadline) if quiet else deadline) - now)
             found = []
             # newest first: a client that keeps up reads a few, whatever is kept
-            for event, nbytes in reversed(kept):
+            for event, nbytes in reversed(of.events):
                 if event.seq <= after:
                     break
                 found.append((event, nbytes))
-            found.reverse()
-            missed = bool(found) and found[0][0].seq > after + 1
-            batch = _first(found)
-            last = batch[-1].seq if batch else max(after, 0)
-            return Events(events=batch, last_seq=last, missed=missed)
+            if found and of.urgent <= after:
+                of.quiet_until = time.monotonic() + QUIET_S
+        found.reverse()
+        missed = bool(found) and found[0][0].seq > after + 1
+        batch = _first(found)
+        last = batch[-1].seq if batch else max(after, 0)
+        return Events(events=_told_once(batch), last_seq=last, missed=missed)
 
     def close(self) -> None:
         """Let every waiting poll return."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        with self._lock:
+            owners = list(self._owners.values())
+        for of in owners:
+            with of.changed:
+                of.changed.notify_all()
 
 
 def _first(found: list[tuple[Any, int]]) -> tuple[Any, ...]:
@@ -108,6 +141,20 @@ def _first(found: list[tuple[Any, int]]) -> tuple[Any, ...]:
         batch.append(event)
         left -= nbytes
     return tuple(batch)
+
+
+def _told_once(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same events, of which one that is only about pages leaves out its session where a later
+    one of the answer tells how that is now."""
+    told: set[str] = set()
+    events = []
+    for event in reversed(batch):
+        if event.session is not None:
+            if event.kind == "swapped" and event.session_id in told:
+                event = replace(event, session=None)
+            told.add(event.session_id)
+        events.append(event)
+    return tuple(reversed(events))
 
 
 def weight(event: Any) -> int:

@@ -1,14 +1,15 @@
-"""Events in order, by sequence number, for their owner only; progress wakes seldom."""
+"""Events in order, by sequence number, for their owner only; what goes on wakes seldom."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from kernel_server.event_log import MAX_BATCH, PROGRESS_S, EventLog, weight
+from kernel_server.event_log import MAX_BATCH, QUIET_S, EventLog, weight
 from kernel_server.protocol import codec
 from kernel_server.protocol.messages import Event, SessionInfo
 from kernel_server.wire import PAYLOAD_CAP
@@ -119,13 +120,14 @@ def test_progress_wakes_seldom_and_goes_out_with_what_comes_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     log = EventLog()
-    wake, woken_at = log._changed.notify_all, list[float]()
+    changed = log._of("ann").changed
+    wake, woken_at = changed.notify_all, list[float]()
 
     def note() -> None:
-        woken_at.append(log._woken)
+        woken_at.append(time.monotonic())
         wake()
 
-    monkeypatch.setattr(log._changed, "notify_all", note)
+    monkeypatch.setattr(changed, "notify_all", note)
     answers: list[list[int]] = []
     done = threading.Event()
 
@@ -140,15 +142,92 @@ def test_progress_wakes_seldom_and_goes_out_with_what_comes_next(
 
     follower = threading.Thread(target=follow)
     follower.start()
+    began = time.monotonic()
     for seq in range(1, 60):
         log.append("ann", _event(seq, "progress"))
         time.sleep(0.002)
     log.append("ann", _event(60, "stopped"))
+    took = time.monotonic() - began
     follower.join(60)
 
     assert done.is_set()
     assert [seq for answer in answers for seq in answer] == list(range(1, 61))
     # how often the follower asks is the machine's business, how often it is woken is the log's
-    progress, stopped = woken_at[:-1], woken_at[-1]
-    assert all(b - a >= PROGRESS_S for a, b in itertools.pairwise(progress))
-    assert progress and stopped >= progress[-1]
+    assert len(answers) <= took / QUIET_S + 2
+    assert len(woken_at) <= took / QUIET_S + 2
+
+
+@pytest.mark.parametrize("kind", ["progress", "swapped"])
+def test_what_wakes_nobody_is_told_although_nothing_follows(kind: str) -> None:
+    log = EventLog()
+    log.append("ann", _event(1, "stopped"))
+    for seq in (2, 3, 4):
+        log.append("ann", _event(seq, kind))
+    began = time.monotonic()
+    found = log.poll("ann", 1, 60)
+
+    assert [e.seq for e in found.events] == [2, 3, 4]
+    assert time.monotonic() - began < 30
+    assert not log.poll("ann", 4, 0).events
+    log.append("ann", _event(5, kind))
+    seen = [event.seq for event in log.poll("ann", 4, 0).events]
+    assert seen == [5], "who does not wait gets what is there"
+
+
+def test_an_event_wakes_those_of_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog()
+    answers: dict[str, list[int]] = {}
+    waits: dict[str, int] = {"ann": 0, "bob": 0}
+    followers = []
+    for owner in waits:
+        changed = log._of(owner).changed
+        wait = changed.wait
+
+        def note(timeout: float, wait: Any = wait, owner: str = owner) -> bool:
+            waits[owner] += 1
+            return bool(wait(timeout))
+
+        def follow(owner: str = owner) -> None:
+            answers[owner] = [event.seq for event in log.poll(owner, 0, 60).events]
+
+        monkeypatch.setattr(changed, "wait", note)
+        followers.append(threading.Thread(target=follow))
+        followers[-1].start()
+    while min(waits.values()) < 1:
+        time.sleep(0.001)
+    for seq in range(1, 6):
+        log.append("bob", _event(seq))
+    followers[1].join(60)
+
+    assert answers == {"bob": answers["bob"]} and answers["bob"][0] == 1
+    assert waits["ann"] == 1, "woken for nothing"
+    log.close()
+    followers[0].join(60)
+    assert answers["ann"] == []
+
+
+def test_of_many_swaps_in_an_answer_the_last_tells_how_the_session_is() -> None:
+    log = EventLog()
+    for seq in range(1, 5):
+        log.append("ann", replace(_long(seq, 10), kind="swapped", text=f"swap {seq}"))
+    log.append("ann", replace(_long(5, 10), kind="stopped"))
+    log.append("ann", replace(_long(6, 10), kind="swapped"))
+    events = log.poll("ann", 0, 0).events
+
+    assert [event.seq for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event.text for event in events[:4]] == ["swap 1", "swap 2", "swap 3", "swap 4"]
+    assert [event.session is not None for event in events] == [False] * 4 + [True] * 2
+    assert [event.session.revision for event in events[4:]] == [5, 6]
+    later = log.poll("ann", 3, 0).events[0]
+    assert later.seq == 4 and later.session is None
+    assert log.poll("ann", 0, 0).events == events, "what is kept is whole, and read again"
+
+
+def test_the_only_swap_in_an_answer_tells_of_its_session() -> None:
+    log = EventLog()
+    log.append("ann", replace(_long(1, 10), kind="swapped"))
+    first = log.poll("ann", 0, 0).events[0]
+    log.append("ann", replace(_long(2, 10), kind="swapped"))
+
+    assert first.session is not None
+    assert log.poll("ann", 1, 0).events[0].session is not None
