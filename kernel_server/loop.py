@@ -12,8 +12,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Protocol
 
 from kernel_server.event_log import EventLog
@@ -56,6 +54,26 @@ class Durable(Protocol):
     def after(self, action: Callable[[], None]) -> None: ...
 
 
+class _Answer:
+    """An answer that one thread waits for; a lock, since a `Future` takes several and is made for
+    every request."""
+
+    __slots__ = ("_given", "message")
+
+    def __init__(self) -> None:
+        self.message: Any = None
+        self._given = threading.Lock()
+        self._given.acquire()
+
+    def give(self, message: Any) -> None:
+        self.message = message
+        self._given.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it was given in time."""
+        return self._given.acquire(timeout=timeout_s)
+
+
 class Loop:
     """Feeds events to the state and instructions to the engine, one event at a time."""
 
@@ -74,7 +92,7 @@ class Loop:
         self._engine: Worker | None = None
         self._lock = threading.Lock()
         self._ids = itertools.count(1)
-        self._waiting: dict[int, Future[Any]] = {}
+        self._waiting: dict[int, _Answer] = {}
 
     def attach(self, engine: Worker) -> None:
         """Name the engine that carries out instructions."""
@@ -83,26 +101,24 @@ class Loop:
     def request(self, owner: str, message: Any) -> Any:
         """Hand a request to the state and return its response message."""
         request_id = next(self._ids)
-        future: Future[Any] = Future()
-        self._waiting[request_id] = future
+        answer = self._waiting[request_id] = _Answer()
         self.dispatch(
             Requested(request_id=request_id, owner=owner, message=message, now=time.monotonic())
         )
-        try:
-            return future.result(REPLY_DEADLINE_S)
-        except FutureTimeout:
-            self._waiting.pop(request_id, None)
-            fault = ServerFault(
-                f"no answer to {type(message).__name__} within {REPLY_DEADLINE_S:.0f} s;"
-                " the engine may be stuck in one layer"
-            )
-            return ErrorReply(error=error_info(fault))
+        if answer.wait(REPLY_DEADLINE_S):
+            return answer.message
+        self._waiting.pop(request_id, None)
+        fault = ServerFault(
+            f"no answer to {type(message).__name__} within {REPLY_DEADLINE_S:.0f} s;"
+            " the engine may be stuck in one layer"
+        )
+        return ErrorReply(error=error_info(fault))
 
     def reply(self, request_id: int, message: Any) -> None:
         """Answer a request; an answer nobody waits for any more is dropped."""
-        future = self._waiting.pop(request_id, None)
-        if future is not None:
-            future.set_result(message)
+        answer = self._waiting.pop(request_id, None)
+        if answer is not None:
+            answer.give(message)
 
     def dispatch(self, event: StateEvent) -> None:
         """Handle one event and carry out its instructions, in order with all others."""

@@ -46,7 +46,7 @@ def encode(message: Any) -> bytes:
         raise TypeError(f"{type(message).__name__} is not a message of the protocol")
     buffers: list[bytes | memoryview] = []
     tree = {"type": type(message).__name__, "body": _dump(message, buffers, 0)}
-    header = json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
+    header = _JSON.encode(tree).encode()
     return b"".join([_HEAD.pack(MAGIC, len(header)), header, *buffers])
 
 
@@ -64,7 +64,7 @@ def _dump(value: Any, buffers: list[bytes | memoryview] | None, depth: int) -> A
     if isinstance(value, int):
         return _checked_int(int(value), "a whole number")
     if (names := _FIELDS().get(type(value))) is not None:
-        return {name: _dump(getattr(value, name), buffers, depth + 1) for name in names}
+        return _dump_message(value, names, buffers, depth + 1)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, TokenList):
@@ -89,6 +89,24 @@ def _dump(value: Any, buffers: list[bytes | memoryview] | None, depth: int) -> A
     if isinstance(value, dict):
         return {"$dict": {str(k): _dump_plain(v, depth + 1) for k, v in value.items()}}
     raise TypeError(f"{type(value).__name__} does not cross the wire")
+
+
+def _dump_message(
+    value: Any, names: tuple[str, ...], buffers: list[bytes | memoryview] | None, depth: int
+) -> dict[str, Any]:
+    """The fields of a message; most of them are scalars, which cost no call."""
+    if depth > MAX_DEPTH:
+        raise BadMessage(f"message nested deeper than {MAX_DEPTH} levels")
+    body = {}
+    for name in names:
+        item = getattr(value, name)
+        kind = type(item)
+        if kind is int:
+            item = _checked_int(item, "a whole number")
+        elif not (item is None or kind is str or kind is bool):
+            item = _dump(item, buffers, depth)
+        body[name] = item
+    return body
 
 
 def _dump_plain(value: Any, depth: int) -> Any:
@@ -152,7 +170,7 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
     try:
         # as text: from bytes json would guess among the encodings
         header = str(view[start : start + header_length], "utf-8")
-        tree = json.loads(header, parse_constant=_refuse)
+        tree = _FROM_JSON.decode(header)
     except (ValueError, RecursionError) as error:
         raise BadMessage(f"the header is not JSON: {error}") from None
     if not isinstance(tree, dict) or set(tree) != {"type", "body"}:
@@ -169,6 +187,11 @@ def decode(data: bytes | bytearray | memoryview) -> Any:
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+# made once: `json.dumps` and `json.loads` make theirs for every message
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_FROM_JSON = json.JSONDecoder(parse_constant=_refuse)
 
 
 class _Buffers:
