@@ -249,26 +249,28 @@ class Copier:
                     job = jobs.get(block=not begun)
                     ended = job is None
             if job is not None:
-                burst = self._rested(begun[-1], burst) if given and begun else 0
+                more = self._nbytes(job[0])
+                burst = self._rested(begun[-1], burst, more) if given and begun else 0
                 begun.append(self._begin(*job))
-                burst += self._nbytes(begun[-1])
+                burst += more
             elif begun:
                 self._finish(begun.popleft())
 
-    def _rested(self, last: _Begun, burst: int) -> int:
-        """Let the engine of this way rest if it has been given so many bytes; what is left of them.
+    def _rested(self, last: _Begun, burst: int, more: int) -> int:
+        """Let the engine of this way rest if `more` bytes are too many after those it has been
+        given; what is left of those.
 
         last: what it was given last. Nothing is told meanwhile: the next copy follows at once.
         """
-        if burst < _BURST:
+        if burst + more <= _BURST:
             return burst
         with contextlib.suppress(Exception):  # told of the copy that it befell
             if last.end is not None:
                 last.end.synchronize()
         return 0
 
-    def _nbytes(self, made: _Begun) -> int:
-        return len(made.copy.sources) * self._device.shape[1]
+    def _nbytes(self, copy: Copy) -> int:
+        return len(copy.sources) * self._device.shape[1]
 
     def _begin(self, copy: Copy, after: Any, arrival: _Arrival | None) -> _Begun:
         """Give a copy to the device; on a CPU, and to the disk, carry it out."""
@@ -305,7 +307,7 @@ class Copier:
         self._tell(made)
 
     def _tell(self, made: _Begun) -> None:
-        nbytes = 0 if made.error else self._nbytes(made)
+        nbytes = 0 if made.error else self._nbytes(made.copy)
         self._told(CopyDone(made.copy.ticket, nbytes, made.seconds, made.error))
 
     def _carry_out(self, made: _Begun, after: Any) -> None:

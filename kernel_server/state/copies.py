@@ -18,8 +18,11 @@ from kernel_server.state.sessions import Session
 
 #: Pages in one copy: the first of them can be used before the last has come.
 RUN = 16
-#: Pages in one copy that nobody computes on meanwhile: each copy takes the host's time besides.
+#: Pages in one copy that is made beforehand beside decodes: each takes the host's time besides.
 LONG_RUN = 64
+#: Pages in one copy that was asked for, while nobody computes on them: one event tells of all of
+#: them in any case.
+WHOLE_RUN = 256
 #: Of copies that nobody is told of: they were made before anyone needed room.
 WRITE_BEHIND = "write-behind"
 
@@ -61,10 +64,10 @@ class Copies(Core):
         target: Tier,
         reason: str,
         *,
-        long: bool = False,
+        run: int | None = None,
         more: int = 0,
     ) -> None:
-        """Begin copies in runs of a few pages; of more where nobody waits for the first, `long`.
+        """Begin copies of `run` pages each, or of `RUN`: few where somebody waits for the first.
 
         The pages are copied in this order, and lie as is best for the next time. more: pages of the
         session that are to follow later.
@@ -73,7 +76,7 @@ class Copies(Core):
             return
         rows = self._as_to_lie(session, pages, source, target)
         begun = self.residency.begin_all(pages, source, target, rows=rows, more=more)
-        parts = begun.cut(LONG_RUN if long else RUN)
+        parts = begun.cut(run or RUN)
         swap = Swap(left=len(parts))
         owner = None if session is None or reason == WRITE_BEHIND else session.id
         for moves in parts:

@@ -134,6 +134,8 @@ class Core:
         self.settling: dict[str, Any] = {}
         self._story = Story(self.limits.story_entries)
         self._out: list[Instruction] = []
+        #: session -> what this event told of it last, and `Residency.changes` then
+        self._told: dict[str, tuple[int, SessionInfo]] = {}
 
     # -- ways out ---------------------------------------------------------------------------
 
@@ -168,6 +170,8 @@ class Core:
         self.event_seq[session.owner] = seq
         session.revision += 1
         shown = None if kind in ("progress", "terminated") else self._info(session, seq)
+        if shown is not None:
+            self._told[session.id] = self.residency.changes, shown
         event = Event(
             seq=seq,
             kind=kind,
@@ -182,6 +186,15 @@ class Core:
 
     def info(self, session: Session) -> SessionInfo:
         return self._info(session, self.event_seq.get(session.owner, 0))
+
+    def told_info(self, session: Session) -> SessionInfo:
+        """The same, of a session of which nothing but its pages can have changed since this event
+        began to tell of it: what was told then, if it holds."""
+        changes, told = self._told.get(session.id, (None, None))
+        if told is None or changes != self.residency.changes:
+            return self.info(session)
+        assert not self.checking or told == self.info(session), f"{session.id} is otherwise now"
+        return told
 
     def _info(self, session: Session, seq: int) -> SessionInfo:
         return session.info(self.shape, seq, self._pages_in(session))

@@ -162,11 +162,11 @@ class Leaving(Refusing):
         reason: str,
         needed: Set[int] = frozenset(),
         *,
-        long: bool = False,
+        run: int | None = None,
     ) -> int:
         """Copy pages to the host, as many as there is room for; returns how many.
 
-        needed: pages that are not to go deeper for it. long: in long copies.
+        needed: pages that are not to go deeper for it. run: pages in one copy.
         """
         if self.refuses("host"):
             return 0  # to free slots of it would be in vain
@@ -175,7 +175,7 @@ class Leaving(Refusing):
             self._free_host(lacking, needed)
         going = pages[: self.host_room()]
         for session, some in by_session(going):
-            self._copy(session, some, "device", "host", reason, long=long)
+            self._copy(session, some, "device", "host", reason, run=run)
         return len(going)
 
     # -- the host -----------------------------------------------------------------------------
@@ -240,10 +240,10 @@ class Leaving(Refusing):
                 continue
             # the same one next, so that its pages lie together
             self.to_clean = {session.id: None} | self.to_clean
-            long = self._beside_decodes()
-            pages = dirty[: min(LONG_RUN if long else RUN, self.host_room())]
+            run = LONG_RUN if self._beside_decodes() else RUN
+            pages = dirty[: min(run, self.host_room())]
             more = len(dirty) - len(pages)
-            self._copy(session, pages, "device", "host", WRITE_BEHIND, long=long, more=more)
+            self._copy(session, pages, "device", "host", WRITE_BEHIND, run=run, more=more)
             room -= 1
             if self.slot is not None:
                 self.wrote_behind_in = self.slot.number
@@ -288,6 +288,8 @@ class Leaving(Refusing):
     def _dirty(self, session: Session) -> list[int]:
         """Its pages on the device that have no good copy below, and none under way."""
         dirty, moving = self.residency.dirty, self.residency.moving
+        if all(map(dirty.isdisjoint, session.tables)):
+            return []
         return [p for table in session.tables for p in table if p in dirty and p not in moving]
 
     # -- budgets ------------------------------------------------------------------------------

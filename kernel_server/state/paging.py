@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kernel_server.protocol.errors import DjinnError, NotStopped, OutOfPages, SessionFailed
 from kernel_server.protocol.location import Point, layers_begun, layers_executed
+from kernel_server.state.copies import WHOLE_RUN
 from kernel_server.state.events import CopiesDone
 from kernel_server.state.exchanging import Exchanging
 from kernel_server.state.pages import WritePlan
@@ -145,10 +146,10 @@ class Paging(Exchanging):
         """Count what arrived, and let those that waited for it go on."""
         copying = self.copying.pop(event.ticket)
         if copying.moves.target == "device":
-            for page in copying.moves.pages:
-                # the page of this number may be another one by now, on its way by another copy
-                if self.inbound.get(page) == event.ticket:
-                    del self.inbound[page]
+            # a page of this number may be another one by now, on its way by another copy
+            coming = self.inbound
+            for page in [p for p in copying.moves.pages if coming.get(p) == event.ticket]:
+                del coming[page]
         if event.error is None:
             self._made(copying.moves)
         else:
@@ -214,13 +215,13 @@ class Paging(Exchanging):
                 self._copy(session, on_disk[:free], "disk", "host", reason)
                 return not free
             free = residency.free("device")
-            self._copy(session, absent[:free], "host", "device", reason, long=True)
+            self._copy(session, absent[:free], "host", "device", reason, run=WHOLE_RUN)
             return not free
         used = self._used_by_others(session)
-        mine = [p for p in pages if p not in used]
-        if dirty := [p for p in mine if p in residency.dirty]:
-            going = [(page, session) for page in dirty]
-            return not self._push_down(going, reason, long=True)
+        mine = pages if used.isdisjoint(pages) else [p for p in pages if p not in used]
+        if not residency.dirty.isdisjoint(mine):
+            going = [(page, session) for page in mine if page in residency.dirty]
+            return not self._push_down(going, reason, run=WHOLE_RUN)
         if tier == "disk":
             places = {p: residency.place(p) for p in mine}
             high = [p for p in mine if places[p].disk is None]
@@ -232,8 +233,9 @@ class Paging(Exchanging):
                 if places[page].disk is not None and places[page].host is not None:
                     residency.drop(page, "host")
         # nothing is under way and nothing dirty: what is there has a good copy below
-        on_device = residency.pages_in["device"]
-        self._drop(session, [p for p in mine if p in on_device], reason)
+        there = residency.pages_in["device"]
+        on_device = mine if there.issuperset(mine) else [p for p in mine if p in there]
+        self._drop(session, on_device, reason)
         return True
 
     def require_way(self, session: Session, tier: Tier) -> None:

@@ -180,10 +180,12 @@ class Residency:
         """Pages that are not on the device."""
         return len(self._versions) - len(self.pages_in["device"])
 
-    def absent(self, pages: Iterable[int]) -> list[int]:
+    def absent(self, pages: Sequence[int]) -> list[int]:
         """Of these pages, those that are not on the device."""
         there = self.pages_in["device"]
-        return [page for page in pages if page not in there]
+        if there.issuperset(pages):
+            return []
+        return list(pages) if there.isdisjoint(pages) else [p for p in pages if p not in there]
 
     def pages(self) -> list[int]:
         """All pages that have a place."""
@@ -206,6 +208,8 @@ class Residency:
         found: dict[str, int] = dict.fromkeys(TIERS, 0)
         for table in tables:
             for tier, there in self.pages_in.items():
+                if not there:
+                    continue
                 # nearly always all of a table or nothing of it
                 whole = there.issuperset(table)
                 found[tier] += len(table) if whole else len(there.intersection(table))

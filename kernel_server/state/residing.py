@@ -96,7 +96,7 @@ class Residing(Saving):
             assert error is not None
             self.reply(request_id, m.ErrorReply(error=m.error_info(error)))
             return
-        self.reply(request_id, m.SessionReply(session=self.info(session)))
+        self.reply(request_id, m.SessionReply(session=self.told_info(session)))
 
     def _require_still(self, session: Session) -> None:
         if session.status == "running":

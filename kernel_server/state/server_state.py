@@ -123,7 +123,7 @@ class ServerState(Budgets):
 
     def handle(self, event: StateEvent) -> list[Instruction]:
         """Change the state by one event; returns what is to be done, in order."""
-        self._out = []
+        self._out, self._told = [], {}
         self.num_events += 1
         if self.recorded is not None:
             self.recorded.append(event)

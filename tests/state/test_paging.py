@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 import random
 from collections import Counter
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
-from kernel_server.state import copies
+from kernel_server.state import paging
 from kernel_server.state.copies import RUN
 from kernel_server.state.core import DECODES_BETWEEN
 from kernel_server.state.events import Ticked
@@ -205,7 +206,7 @@ def test_a_request_looks_at_its_pages_when_there_is_something_to_decide() -> Non
 
 def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although others of the same request are under way."""
-    monkeypatch.setattr(copies, "LONG_RUN", 16)
+    monkeypatch.setattr(paging, "WHOLE_RUN", 16)
     world = tiers(device=100, host=100, limits=Limits(copies_in_flight=0))
     session = stopped(world, prompt=LONG_PROMPT)
     request = world.send(m.Evict(session_id=session))
@@ -217,6 +218,69 @@ def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(world.replies[request], m.ErrorReply)
     world.work()
     assert device_pages(world, session) == len(pages_of(world, session))
+    world.finish_checks()
+
+
+def pieces(copies: Any) -> int:
+    """How many copies of slots in a row to slots in a row these are."""
+    found = 0
+    for copy in copies:
+        pairs = sorted(zip(copy.sources, copy.targets, strict=True))
+        found += 1
+        found += sum((a + 1, b + 1) != after for (a, b), after in itertools.pairwise(pairs))
+    return found
+
+
+def swapped_in(world: World, session: str) -> tuple[int, int]:
+    """Pieces in which a session leaves and comes back, as long as it takes to be asked twice."""
+    request = world.send(m.Evict(session_id=session))
+    left = pieces(world.engine.copies.values())
+    world.work()
+    assert world.answer_to(request).session.device_pages == 0
+    request = world.send(m.Restore(session_id=session))
+    came = pieces(world.engine.copies.values())
+    world.work()
+    assert world.answer_to(request).session.device_pages == len(pages_of(world, session))
+    return left, came
+
+
+def test_pages_that_move_together_lie_in_a_row_and_move_in_one_piece() -> None:
+    """A swap of 64 pages was half as many copies, since slots were taken from a stack."""
+    world = tiers(device=200, host=200, limits=Limits(copies_in_flight=2))
+    sessions = [stopped(world, prompt=LONG_PROMPT[:50], max_new_tokens=9) for _ in range(3)]
+    world.work()  # all of them are copied beforehand, in turns of a few pages
+    pages = len(pages_of(world, sessions[0]))
+    assert pages > 2 * RUN
+
+    for session in (*sessions, *sessions[::-1]):
+        assert swapped_in(world, session) == (0, 1)
+    for other, session in enumerate(sessions):
+        # the page of each group that it writes goes back to where its copy was
+        world.run(session, m.RunTo, location="layers.1.output")
+        world.run(session, m.RunTo, location="logits")
+        assert swapped_in(world, session) == (0, 1)
+        world.ask(m.Evict(session_id=sessions[other - 1]))
+    world.finish_checks()
+
+
+def test_a_session_that_has_grown_is_whole_again_after_it_was_copied() -> None:
+    """Its new pages lie elsewhere, a group's each; below they are put in their order."""
+    world = tiers(device=200, host=200, limits=Limits(copies_in_flight=0))
+    session, other = (stopped(world, prompt=LONG_PROMPT[:30], max_new_tokens=30) for _ in range(2))
+    groups, before = SHAPE.num_groups, len(pages_of(world, session))
+    for _ in range(10):
+        for one in (session, other):
+            world.run(one, m.RunTo, location="logits")
+    grown = len(pages_of(world, session)) - before
+    assert grown >= 2 * groups
+    left, came = swapped_in(world, session)
+
+    assert 1 < left <= groups + grown and came == 1
+    assert swapped_in(world, session) == (0, 1)
+    world.ask(m.Evict(session_id=session))
+    world.go(session)
+    assert pieces(world.engine.copies.values()) == len(world.engine.copies), "in the order of need"
+    world.work()
     world.finish_checks()
 
 
