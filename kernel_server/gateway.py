@@ -117,7 +117,7 @@ class Gateway:
         self.events = events
         self.transfers = Transfers(transfer_bytes)
         self.jobs = Jobs(jobs)
-        self._pacer = pacer or Pacer()
+        self.pacer = pacer or Pacer()
         self.vectors = Vectors() if vectors is None else vectors
         self.debug = debug
         self._served: Served | None = None
@@ -236,14 +236,18 @@ class Gateway:
         """Have the engine do something: one thing of an owner's at a time, counted as their time.
 
         The engine does it between two layers of whoever runs, who waits for it. Pages that leave or
-        come are copied beside it, each way on its own, so these wait for their own kind alone.
+        come are copied beside it, each way on its own, so these wait for their own kind alone, and
+        what they take of others' time the loop counts.
         """
-        with self.jobs.turn(owner, _BESIDE.get(type(request), "engine")):
+        if (beside := _BESIDE.get(type(request))) is not None:
+            with self.jobs.turn(owner, beside):
+                return served.loop.request(owner, request)
+        with self.jobs.turn(owner):
             began = time.monotonic()
             try:
                 return served.loop.request(owner, request)
             finally:
-                self._pacer.spend(owner, time.monotonic() - began)
+                self.pacer.spend(owner, time.monotonic() - began)
 
     def _ready(self) -> Served:
         if self._failure is not None:

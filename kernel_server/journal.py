@@ -79,6 +79,7 @@ class Journal:
         self._unwritable: dict[str, str] = {}
         self._trouble = ""
         self._told: Callable[[str], None] = lambda text: None
+        self._recorded: Callable[[str, float], None] = lambda session_id, seconds: None
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         try:
             _make(folder)
@@ -131,9 +132,15 @@ class Journal:
 
     # -- for the loop ---------------------------------------------------------------------------
 
-    def start(self, told: Callable[[str], None]) -> None:
-        """Begin to write. told: called with why nothing is durable, or '' when all is again."""
+    def start(
+        self,
+        told: Callable[[str], None],
+        recorded: Callable[[str, float], None] | None = None,
+    ) -> None:
+        """Begin to write. told: called with why nothing is durable, or '' when all is again.
+        recorded: with each session that was written, and the thread's own time it took, seconds."""
         self._told = told
+        self._recorded = recorded or self._recorded
         self._thread.start()
 
     @property
@@ -208,7 +215,9 @@ class Journal:
             if self._spoilt:
                 self._begin_anew()
             for instruction in self._behind.values():
+                began = time.thread_time()
                 self._append_or_tell(instruction)
+                self._recorded(instruction.session_id, time.thread_time() - began)
             self._sync()
         except OSError as error:
             self._undo()

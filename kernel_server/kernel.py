@@ -139,7 +139,13 @@ class Kernel:
             journal=journal is not None,
         )
         self.journal = journal
-        self.loop = Loop(self.state, self.gateway.events, debug=config.debug, journal=journal)
+        self.loop = Loop(
+            self.state,
+            self.gateway.events,
+            debug=config.debug,
+            journal=journal,
+            pacer=self.gateway.pacer,
+        )
         self.engine = Engine(
             self.ready.segments,
             self.ready.cache,
@@ -149,6 +155,7 @@ class Kernel:
             texts=self.words.text if self.words is not None else None,
             copier=self.tiers.open(self.loop.dispatch),
             debug=config.debug,
+            errand_done=self.loop.errand_done,
         )
         self.loop.attach(self.engine)
         self._thread = threading.Thread(target=self.engine.run, name="engine", daemon=True)
@@ -180,7 +187,9 @@ class Kernel:
     def _take_up(self, journal: Journal) -> None:
         """Let the sessions of the server before this one come back, and record from now on."""
         found = journal.contents
-        journal.start(lambda text: self.loop.dispatch(DurabilityChanged(text=text)))
+        journal.start(
+            lambda text: self.loop.dispatch(DurabilityChanged(text=text)), self.loop.taken_for
+        )
         sessions = tuple((record, arrays) for record, arrays, *_ in found.sessions.values())
         self.loop.dispatch(
             JournalRead(

@@ -1,7 +1,8 @@
 """The only place where state and engine meet: take an event, handle it, carry out what follows.
 
 Whoever has an event calls `dispatch`; the state is decided under one lock in the caller's own
-thread, so a control call is answered without waiting for the engine.
+thread, so a control call is answered without waiting for the engine. It is also the place that
+knows whose session runs, and for whom others work: it tells the pacer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from kernel_server.event_log import EventLog
+from kernel_server.pacing import Pacer
 from kernel_server.protocol.errors import ServerFault
 from kernel_server.protocol.location import NOT_STARTED
 from kernel_server.protocol.messages import ErrorReply, error_info
 from kernel_server.state.events import (
+    CopiesDone,
     EditsApplied,
     EditsFailed,
     Recorded,
@@ -27,7 +30,15 @@ from kernel_server.state.events import (
     StretchDone,
     StretchFailed,
 )
-from kernel_server.state.instructions import Instruction, Interrupt, Publish, Reply, WriteJournal
+from kernel_server.state.instructions import (
+    CopyPages,
+    Instruction,
+    Interrupt,
+    Publish,
+    ReadTensors,
+    Reply,
+    WriteJournal,
+)
 from kernel_server.state.server_state import ServerState
 
 log = logging.getLogger(__name__)
@@ -75,7 +86,10 @@ class _Answer:
 
 
 class Loop:
-    """Feeds events to the state and instructions to the engine, one event at a time."""
+    """Feeds events to the state and instructions to the engine, one event at a time.
+
+    pacer: told whose session runs, and what others than its own thread do for a call.
+    """
 
     def __init__(
         self,
@@ -84,8 +98,13 @@ class Loop:
         *,
         debug: bool = False,
         journal: Durable | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self.state = state
+        self._pacer = pacer or Pacer()
+        self._runner: str | None = None
+        #: who wants the copies that the engine has not begun yet, by ticket; None: nobody
+        self._to_begin: dict[int, str | None] = {}
         self._journal = journal
         self.events = events
         self.debug = debug
@@ -123,13 +142,26 @@ class Loop:
     def dispatch(self, event: StateEvent) -> None:
         """Handle one event and carry out its instructions, in order with all others."""
         with self._lock:
-            try:
-                instructions = self.state.handle(event)
-            except Exception as error:
-                self._report_fault(event, error)
-                return
-            for instruction in instructions:
-                self._carry_out(instruction)
+            if isinstance(event, CopiesDone):
+                owner, began = self._owner_of_copy(event.ticket), time.thread_time()
+                self._handle(event)
+                self._copied_for(owner, time.thread_time() - began)
+            else:
+                self._handle(event)
+            slot = self.state.slot
+            runner = None if slot is None else slot.session.owner
+            if runner != self._runner:
+                self._runner = runner
+                self._pacer.runs(runner)
+
+    def _handle(self, event: StateEvent) -> None:
+        try:
+            instructions = self.state.handle(event)
+        except Exception as error:
+            self._report_fault(event, error)
+            return
+        for instruction in instructions:
+            self._carry_out(instruction)
 
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
@@ -143,6 +175,10 @@ class Loop:
                 self._write(instruction)
             case Interrupt():
                 self.engine.interrupt(instruction.session_id)
+            case CopyPages():
+                # told of it may be before the engine has told that it was begun
+                self._to_begin[instruction.ticket] = self._owner_of_copy(instruction.ticket)
+                self.engine.submit(instruction)
             case _:
                 self.engine.submit(instruction)
 
@@ -165,6 +201,35 @@ class Loop:
             action()
         else:
             self._journal.after(action)
+
+    # -- whose time it is -----------------------------------------------------------------------
+
+    def errand_done(self, errand: Instruction, seconds: float) -> None:
+        """The engine's thread, and so whoever runs on it, was kept by an errand for so long."""
+        if isinstance(errand, CopyPages):
+            self._copied_for(self._to_begin.pop(errand.ticket), seconds)
+        elif isinstance(errand, ReadTensors):
+            # the gateway counts, for those who ask, how long its request keeps the engine
+            self._pacer.take(errand.owner, seconds)
+        else:
+            self.taken_for(getattr(errand, "session_id", ""), seconds)
+
+    def taken_for(self, session_id: str, seconds: float) -> None:
+        """Something was done for a session that holds others up, for so long."""
+        session = self.state.sessions.get(session_id)
+        if session is not None:
+            self._pacer.take(session.owner, seconds)
+
+    def _copied_for(self, owner: str | None, seconds: float) -> None:
+        """Copies were begun, or told of, for an owner; None: of the server's own accord."""
+        if owner is not None:
+            self._pacer.spend(owner, seconds)
+            self._pacer.take(owner, seconds)
+
+    def _owner_of_copy(self, ticket: int) -> str | None:
+        copying = self.state.copying.get(ticket)
+        session = self.state.sessions.get((copying and copying.session_id) or "")
+        return None if session is None else session.owner
 
     def _end_run(self, session_id: str, fault: ServerFault) -> None:
         failed = StretchFailed(

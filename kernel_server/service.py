@@ -297,11 +297,11 @@ class Service:
                 with pacer.queue(owner):  # one waits by the clock, an owner's others for that one
                     while (wait_s := pacer.wait_s(owner)) > 0 and not self._ended.wait(wait_s):
                         pass
-                    expected_s, began = pacer.begin(owner), time.thread_time()
+                    begun, began = pacer.begin(owner), time.thread_time()
                 try:
                     connection.serve_one()
                 finally:
-                    pacer.end(owner, expected_s, time.thread_time() - began)
+                    pacer.end(owner, begun, time.thread_time() - began)
         except (EOFError, OSError):  # the peer went, or was too slow
             return
 

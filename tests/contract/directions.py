@@ -54,7 +54,13 @@ ALLOWED: dict[str, frozenset[str]] = {
         {_PROTOCOL, "kernel_server.journal_frames", "kernel_server.state.instructions"}
     ),
     "kernel_server.loop": frozenset(
-        {_PROTOCOL, "kernel_server.state", "kernel_server.engine", "kernel_server.event_log"}
+        {
+            _PROTOCOL,
+            "kernel_server.state",
+            "kernel_server.engine",
+            "kernel_server.event_log",
+            "kernel_server.pacing",
+        }
     ),
     "kernel_server.edit_values": frozenset(
         {_PROTOCOL, "kernel_server.loop", "kernel_server.transfers", "kernel_server.vectors"}
