@@ -14,6 +14,7 @@ import secrets
 import select
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ import djinn_nb
 from djinn_nb import Session, Stopped
 from kernel_server.service import Service
 from kernel_server.wire import Address
+from notebooks.harness import tier_watch
 from notebooks.harness.child import Child, answer, child
 from notebooks.harness.exactness import Prompt
 from notebooks.harness.inprocess import Local
@@ -34,22 +36,32 @@ class OtherClient:
     session_id: of that session.
     """
 
-    def __init__(self, process: Child, session_id: str) -> None:
+    def __init__(self, local: Local, process: Child, session_id: str) -> None:
+        self._local = local
         self._process = process
         self.session_id = session_id
 
     @contextlib.contextmanager
-    def swapping(self) -> Iterator[list[int]]:
+    def swapping(self) -> Iterator[list[float]]:
         """Have the session's pages leave the device and come back, again and again, at least once;
-        yields a list that holds how often, at the end."""
-        done = [0]
-        self._process.send(swap=True)
-        assert self._process.read() == {"begun": True}
-        try:
-            yield done
-        finally:
-            self._process.send(swap=False)
-            done[0] = int(self._process.read()["swaps"])
+        yields a list that holds, at the end, how often, in how many seconds, and how many bytes
+        were copied for it both ways: pages that have a copy below leave without one.
+
+        As at any server, whoever swaps is held while a session of another's runs (`pacing`).
+        """
+        done: list[float] = [0, 0.0, 0]
+        with tier_watch.watching_moves(self._local) as moves:
+            self._process.send(swap=True)
+            assert self._process.read() == {"begun": True}
+            began = time.perf_counter()
+            try:
+                yield done
+            finally:
+                self._process.send(swap=False)
+                swaps = int(self._process.read()["swaps"])
+                seconds = time.perf_counter() - began
+                asked_for = [one for one in moves.copies if one.session_id == self.session_id]
+                done[:] = [swaps, seconds, sum(one.nbytes for one in asked_for)]
 
     def finish(self) -> tuple[int, ...]:
         """Run the session to its end; the tokens it drew."""
@@ -63,12 +75,13 @@ def other_client(local: Local, prompt: Prompt, layer: int) -> Iterator[OtherClie
     token = secrets.token_urlsafe(32)
     with tempfile.TemporaryDirectory(prefix="djinn-") as folder:
         address = Address(path=f"{folder}/socket")
-        service = Service(local.kernel.gateway.handle, {OWNER: token}, address).start()
+        gateway = local.kernel.gateway
+        service = Service(gateway.handle, {OWNER: token}, address, pacer=gateway.pacer).start()
         try:
             module = "notebooks.harness.other_client"
             with child(module, str(service.address), DJINN_TOKEN=token) as process:
                 process.send(ids=list(prompt.ids), new_tokens=prompt.new_tokens, layer=layer)
-                yield OtherClient(process, str(process.read()["session"]))
+                yield OtherClient(local, process, str(process.read()["session"]))
                 process.send(end=True)
                 process.read()
         finally:

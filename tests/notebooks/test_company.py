@@ -56,7 +56,10 @@ def test_somebody_else_swaps_a_session_of_their_own(local, reference):
         for _ in range(2):
             with tier_watch.watching_moves(local) as moves, other.swapping() as done:
                 _, tokens = company.run_alone(local, PROMPT)
-            assert done[0] >= 1 and tokens == reference.tokens
+            swaps, seconds, nbytes = done
+            assert swaps >= 1 and seconds > 0 and tokens == reference.tokens
+            asked_for = [one for one in moves.copies if one.session_id == other.session_id]
+            assert nbytes == sum(one.nbytes for one in asked_for) > 0
             assert moves.left > 0 and moves.nbytes("host-device") > 0
         assert other.finish() == reference.tokens
     tier_watch.wait_until_settled(local)
