@@ -153,7 +153,7 @@ class Kernel:
             reply=self.loop.reply,
             offer=self._offer,
             texts=self.words.text if self.words is not None else None,
-            copier=self.tiers.open(self.loop.dispatch),
+            copier=self.tiers.open(self.loop.dispatch, self.loop.copy_begun),
             debug=config.debug,
             errand_done=self.loop.errand_done,
         )

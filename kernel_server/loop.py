@@ -214,6 +214,10 @@ class Loop:
         else:
             self.taken_for(getattr(errand, "session_id", ""), seconds)
 
+    def copy_begun(self, ticket: int, seconds: float) -> None:
+        """A copy took the host so long to give to the device; it is not told done yet."""
+        self._copied_for(self._owner_of_copy(ticket), seconds)
+
     def taken_for(self, session_id: str, seconds: float) -> None:
         """Something was done for a session that holds others up, for so long."""
         session = self.state.sessions.get(session_id)

@@ -66,8 +66,13 @@ class Tiers:
             num_disk_pages=disk,
         )
 
-    def open(self, dispatch: Dispatch) -> Copier | None:
-        """Make the pools; None where the device is the only tier."""
+    def open(
+        self, dispatch: Dispatch, begun: Callable[[int, float], None] | None = None
+    ) -> Copier | None:
+        """Make the pools; None where the device is the only tier.
+
+        begun: told, before a copy is told done, its ticket and the time the host took to begin it.
+        """
         host, disk = self._pages
         if not host:
             return None
@@ -77,6 +82,8 @@ class Tiers:
             self._disk = DiskPool(self._folder / f"djinn-pages-{os.getpid()}", disk, page)
 
         def told(done: CopyDone) -> None:
+            if begun is not None and done.host_s:
+                begun(done.ticket, done.host_s)
             dispatch(
                 CopiesDone(
                     ticket=done.ticket,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kernel_server.engine.tiers import CopyDone
 from kernel_server.protocol import codec
 from kernel_server.protocol import messages as m
 from notebooks.harness.company import start
@@ -120,6 +122,26 @@ def test_copies_count_for_who_wants_them(local: Local) -> None:
             threads = ("engine", "copies host-device")
             wanted = {Told(what, BOB, each) for what in ("spend", "take") for each in threads}
             wait_until(lambda: wanted <= set(found))
+
+
+def test_what_the_host_takes_to_begin_a_copy_counts_too(local: Local) -> None:
+    copier, found = local.kernel.engine._copier, list[tuple[str, float]]()
+    assert copier is not None
+    tell, take = copier._told, local.kernel.gateway.pacer.take
+
+    def took(done: CopyDone) -> None:
+        tell(dataclasses.replace(done, host_s=5.0))  # as on a GPU, and longer
+
+    def note(owner: str, used_s: float) -> None:
+        found.append((owner, used_s))
+        take(owner, used_s)
+
+    with running(local), stopped(local) as session:
+        settled(local)
+        with instead(copier, "_told", took), instead(local.kernel.gateway.pacer, "take", note):
+            ask(local, m.Evict(session_id=session.id, to="host"))
+            ask(local, m.Restore(session_id=session.id))
+            wait_until(lambda: (BOB, 5.0) in found)
 
 
 def test_copies_made_beforehand_are_nobodys(local: Local) -> None:
