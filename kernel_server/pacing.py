@@ -27,9 +27,8 @@ BURST_S = 0.05
 SHARE = 1 / 3
 #: How much of the time of a session that runs all other owners may take in the long run. It is to
 #: slow down by no more than 10 % while others swap without a pause. A second of the interpreter
-#: costs a decode that is bound by the host up to 1.3 s, since it gives the interpreter away at each
-#: of its operations and waits for it; and what is copied costs it 2 %: 1.02 / (1 - 1.3 / 20) = 1.09
-#: (notebooks/LOG.md).
+#: costs a decode up to 1.3 s, since it gives the interpreter away at each of its operations and
+#: waits for it, and the bus costs it some 2 %: 1.02 / (1 - 1.3 / 20) = 1.09 (notebooks/LOG.md).
 RUN_SHARE = 1 / 20
 #: What is taken from a run, and exceeds what may be taken at once by more than this, is forgotten,
 #: seconds: one long answer must not lock its owner out for twenty times as long.

@@ -186,8 +186,10 @@ def test_control_who_swaps_while_nobody_runs_is_not_held(pacer: Pacer, clock: Cl
 
 def test_the_owner_of_the_run_is_not_held_for_it(pacer: Pacer, clock: Clock) -> None:
     used = swap_beside(pacer, clock, 10, "ann")
-
     assert used["ann"] == pytest.approx(10, rel=0.01)
+    pacer.runs("bob")
+
+    assert pacer.wait_s("ann") == 0  # nor was anything taken from anybody before
 
 
 def test_one_swap_now_and_then_is_never_held(pacer: Pacer, clock: Clock) -> None:
@@ -204,9 +206,9 @@ def test_once_the_run_has_ended_nobody_is_held_for_it(pacer: Pacer, clock: Clock
     swap_beside(pacer, clock, 60, "bob")
     call(pacer, "bob", 0.1)
     assert pacer.wait_s("bob") > 0
-    pacer.runs("bob")
-
-    assert pacer.wait_s("bob") == 0
+    for runner in ("bob", None):
+        pacer.runs(runner)
+        assert pacer.wait_s("bob") == 0
 
 
 def test_a_held_call_is_held_until_it_is_under_the_share_and_no_longer(
