@@ -23,7 +23,7 @@ from notebooks.harness.exactness import Prompt
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import InProcessTransport, Local
 from notebooks.harness.pressure import evict, restore
-from notebooks.harness.tier_watch import give_up_copies
+from notebooks.harness.tier_watch import counting_copies, give_up_copies, wait_until_settled
 
 #: Tokens at the beginning of a run that are not timed: the prefill, and what warms up.
 WARM = 3
@@ -60,6 +60,35 @@ def run_alone(local: Local, prompt: Prompt) -> tuple[list[float], tuple[int, ...
     tokens = tuple(session.tokens[len(prompt.ids) :])
     session.terminate()
     return found, tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One run of a session beside something that is done again and again.
+
+    between_ms: of its tokens. done: how often, in so many seconds; nbytes: that were copied between
+    tiers meanwhile, whichever way; its own, which are copied once it has ended, among them.
+    """
+
+    between_ms: list[float]
+    tokens: tuple[int, ...]
+    done: int
+    seconds: float
+    nbytes: int
+
+
+def run_beside(
+    local: Local, prompt: Prompt, work: Callable[[], contextlib.AbstractContextManager[list[int]]]
+) -> Beside:
+    """Run a session from its launch to its end, with `work` beside it: `meanwhile`, or another
+    client that swaps."""
+    wait_until_settled(local)  # nothing is left of what was done in the round before
+    with counting_copies(local) as copied:
+        began = time.perf_counter()
+        with work() as done:
+            found, tokens = run_alone(local, prompt)
+        seconds = time.perf_counter() - began
+    return Beside(found, tokens, done[0], seconds, copied.total())
 
 
 @contextlib.contextmanager

@@ -104,15 +104,18 @@ def at_once(*works: Callable[[], Any]) -> None:
             done.result()
 
 
-def plain_duplex(device: str, nbytes: int, repetitions: int) -> list[float]:
+def plain_duplex(
+    device: str, nbytes: int, repetitions: int, memory: torch.Tensor | None = None
+) -> list[float]:
     """GB/s of both of two copies of `nbytes`, one each way at the same time, host memory pinned.
 
-    On a GPU they run on two streams; on a CPU two threads copy within its memory.
+    On a GPU they run on two streams; on a CPU two threads copy within its memory. memory: of the
+    host, twice as large at least; without it, memory of its own.
     """
     cuda = device.startswith("cuda")
+    both = latency.host_memory(device, 2 * nbytes) if memory is None else memory[: 2 * nbytes]
     pairs = []
-    for goes_down in (True, False):
-        host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda)
+    for goes_down, host in zip((True, False), both.split(nbytes), strict=True):
         there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         pairs.append((host, there) if goes_down else (there, host))
     once = _on_streams if cuda else _on_threads

@@ -334,12 +334,20 @@ def copy_spans(local: Local) -> Iterator[Spans]:
         yield spans
 
 
+def host_memory(device: str, nbytes: int, *, pinned: bool = True) -> torch.Tensor:
+    """Memory of the machine, pinned where the device is a GPU, which takes a second for each GB."""
+    return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.startswith("cuda") and pinned)
+
+
 def plain_copies(
-    device: str, nbytes: int, repetitions: int, *, pinned: bool = True
+    device: str, nbytes: int, repetitions: int, *, memory: torch.Tensor | None = None
 ) -> dict[str, list[float]]:
-    """GB/s of one copy of `nbytes` each way, host memory pinned; on a CPU, within its memory."""
+    """GB/s of one copy of `nbytes` each way; on a CPU, within its memory.
+
+    memory: of the host, as large at least; without it, pinned memory of its own.
+    """
     cuda = device.startswith("cuda")
-    host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=cuda and pinned)
+    host = host_memory(device, nbytes) if memory is None else memory[:nbytes]
     there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     rates: dict[str, list[float]] = {}
     for way, source, target in (("device-host", there, host), ("host-device", host, there)):

@@ -85,7 +85,8 @@ def other_client(local: Local, prompt: Prompt, layer: int) -> Iterator[OtherClie
                 process.send(end=True)
                 process.read()
         finally:
-            service.close()
+            # its last poll for events has nobody to answer, and ends by itself
+            service.close(timeout_s=0.2)
 
 
 def main() -> None:

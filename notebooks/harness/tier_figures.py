@@ -123,7 +123,9 @@ def checkpoint_cost(path: Path) -> Any:
         tokens = here[here["name"] == "time between tokens, median of a round"]
         for place, (_, row) in enumerate(tokens.iterrows()):
             right.plot([place] * len(row["values"]), row["values"], "o", markersize=4)
-        right.set_xticks(range(len(tokens)), list(tokens["beside"]))
+        copied = here[here["name"] == "bytes copied a second"].set_index("beside")["value"]
+        labels = [f"{arm}\n{copied[arm]:.1f} GB/s" for arm in tokens["beside"]]
+        right.set_xticks(range(len(tokens)), labels)
         right.set_ylim(bottom=0)
         right.set_ylabel("ms between tokens, median of a round")
         right.set_title(f"{model}: a session that runs, beside copies of another", fontsize=10)

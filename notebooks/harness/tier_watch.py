@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,22 @@ def watching_moves(local: Local) -> Iterator[Moves]:
         instead(mirror, "take", note_event),
     ):
         yield moves
+
+
+@contextlib.contextmanager
+def counting_copies(local: Local) -> Iterator[Counter[str]]:
+    """Bytes of all copies between tiers by way, and nothing else of them: next to nothing is done
+    beside what is timed."""
+    state, found = local.kernel.state, Counter[str]()
+    done = state.copies_done
+
+    def note(event: Any) -> None:
+        one = state.copying[event.ticket].moves[0]
+        found[f"{one.source}-{one.target}"] += event.nbytes
+        done(event)
+
+    with instead(state, "copies_done", note):
+        yield found
 
 
 @dataclass(slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from djinn_nb import Stopped
@@ -144,3 +146,15 @@ def test_a_second_process_decodes_as_many_tokens_and_says_what_it_holds():
     assert len(times) == 3 and min(times) > 0
     assert other.held_bytes > 10 << 20
     assert other._process.ended
+
+
+def test_a_run_beside_something_says_what_was_done_and_how_many_bytes_moved(local, reference):
+    with other_client(local, PROMPT, 2) as other:
+        swapped = company.run_beside(local, PROMPT, other.swapping)
+        quiet = company.run_beside(local, PROMPT, lambda: contextlib.nullcontext([0]))
+
+    assert swapped.tokens == quiet.tokens == reference.tokens
+    assert swapped.done >= 1 and swapped.nbytes >= local.cache.page_bytes
+    assert quiet.done == 0
+    assert min(quiet.between_ms) > 0 and quiet.seconds * 1e3 > sum(quiet.between_ms)
+    assert "copies_done" not in vars(local.kernel.state)
