@@ -7,7 +7,7 @@ import contextlib
 import pytest
 
 from djinn_nb import Stopped
-from notebooks.harness import checkpoint, company, tier_watch, tiny
+from notebooks.harness import checkpoint, company, forks, standing, tier_watch, tiny
 from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
 from notebooks.harness.inprocess import OWNER, local_kernel
 from notebooks.harness.other_client import other_client
@@ -158,3 +158,32 @@ def test_a_run_beside_something_says_what_was_done_and_how_many_bytes_moved(loca
     assert quiet.done == 0
     assert min(quiet.between_ms) > 0 and quiet.seconds * 1e3 > sum(quiet.between_ms)
     assert "copies_done" not in vars(local.kernel.state)
+
+
+def test_many_stand_still_that_share_no_page_once_each_has_run_on(local):
+    prompts = [Prompt(random_ids(4, 320, seed=seed), new_tokens=3) for seed in (3, 4)]
+    with watching(local) as watch:
+        references = [reference_run(local, watch, prompt) for prompt in prompts]
+    before = forks.pages_in_use(local)
+    still = standing.Standing(local, prompts, 2)
+    for count in (3, 7, 2):
+        still.become(count)
+        assert len(still.sessions) == count and still.shared_pages() == 0
+    groups = local.cache.shape.num_groups
+
+    assert forks.pages_in_use(local) - before == 2 * groups
+    assert still.forked == 1 + 2 and still.shared_before >= 3
+    for session, kind in still.sessions:
+        end = session.continue_()
+        assert tuple(end.session.tokens[4:]) == references[kind].tokens
+    still.become(0)
+    assert forks.pages_in_use(local) == before
+
+
+def test_sessions_longer_than_a_page_do_share_pages(local):
+    prompt = Prompt(random_ids(local.cache.shape.page_tokens + 1, 320, seed=5), new_tokens=3)
+    still = standing.Standing(local, [prompt], 2)
+    still.become(2)
+
+    assert still.shared_pages() >= 1
+    still.become(0)

@@ -24,3 +24,13 @@ def test_a_ratio_is_that_of_one_round():
 def test_the_spread_leaves_a_tenth_out_at_each_end():
     assert rounds.told([float(i) for i in range(11)]) == "5 [1 .. 9]"
     assert rounds.told([2.0]) == "2"
+
+
+def test_a_visit_is_compared_with_the_base_before_and_after_it():
+    # the machine grows slower all the time, by as much from one visit to the next
+    visits = [(0, 1.0), (1, 1.1), (0, 1.2), (16, 2.6), (0, 1.4)]
+
+    found = rounds.beside_base(visits, base=0)
+
+    assert [what for what, _ in found] == [1, 16]
+    assert [ratio for _, ratio in found] == pytest.approx([1.0, 2.0])
