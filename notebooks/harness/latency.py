@@ -9,12 +9,14 @@ the logits of all are compared.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from djinn_nb import Session
 from kernel_server.protocol import messages as m
@@ -23,7 +25,7 @@ from kernel_server.state.events import Requested, StretchDone
 from notebooks.harness.exactness import Prompt, Trace, Watch, different, layer_calls
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
-from notebooks.harness.pressure import evict
+from notebooks.harness.pressure import evict, restore
 from notebooks.harness.tier_watch import Moves, wait_until_settled, watching_moves
 
 
@@ -92,57 +94,188 @@ class Resumption:
     misplaced: int = 0
     surplus_pages: int = 0
 
+    @property
+    def work_ms(self) -> list[float]:
+        """To the stop and on from it, together."""
+        return [a + b for a, b in zip(self.before_ms, self.client_ms, strict=True)]
+
+    @property
+    def times(self) -> tuple[list[float], ...]:
+        return self.client_ms, self.server_ms, self.before_ms
+
+
+@dataclass(slots=True)
+class Turns:
+    """Ways through a forward, taken by turns. The entries of one repetition are neighbours in time,
+    in one order and the reverse of it from repetition to repetition: what a machine that becomes
+    slower does to one way it does to the other.
+
+    whole_ms: without a stop. rerun_ms: from token 0 to the logits of the first decode.
+    by_hand_ms: of a manual offload. device, host: resumed from a stop, by where the pages lay.
+    unlike: logits of whole and manual forwards that differ from the reference run's.
+    """
+
+    whole_ms: list[float] = field(default_factory=list)
+    rerun_ms: list[float] = field(default_factory=list)
+    by_hand_ms: list[float] = field(default_factory=list)
+    device: Resumption = field(default_factory=Resumption)
+    host: Resumption = field(default_factory=Resumption)
+    unlike: int = 0
+
+
+def ratios(ours_ms: Sequence[float], theirs_ms: Sequence[float]) -> list[float]:
+    """Of each repetition, ours by theirs: two things measured one after the other."""
+    return [ours / theirs for ours, theirs in zip(ours_ms, theirs_ms, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Where a manual offload keeps bytes: a piece of the host's memory (pinned on a GPU) and one as
+    long on the device. Made once, since pinning takes a second for each GiB."""
+
+    away: Tensor
+    here: Tensor
+
+    @classmethod
+    def of(cls, local: Local, tokens: int) -> Offload:
+        """Room for the pages of a session of so many tokens."""
+        shape, device = local.cache.shape, local.cache.device
+        nbytes = shape.num_groups * shape.pages_for(tokens) * shape.page_bytes
+        return cls(
+            torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda"),
+            torch.empty(nbytes, dtype=torch.uint8, device=device),
+        )
+
+    def bring(self, nbytes: int) -> None:
+        """Begin one copy to the device."""
+        on_gpu = self.here.device.type == "cuda"
+        self.here[:nbytes].copy_(self.away[:nbytes], non_blocking=on_gpu)
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A kernel, its watch, a prompt of a given length and its reference run."""
+    """A kernel, its watch, a prompt of a given length, its reference run, and room for an offload
+    by hand."""
 
     local: Local
     watch: Watch
     prompt: Prompt
     reference: Trace
+    offload: Offload
 
-    def in_decode(self, layer: int, place: str, repetitions: int) -> Resumption:
-        """Stop after `layer` of one decode after the other and resume to the logits.
+    #: forwards of a reference run that `in_decode` needs for each repetition
+    FORWARDS: ClassVar[int] = 4
 
-        place: where the pages lie meanwhile, `device`, `host` or `disk`.
-        """
-        found = Resumption()
-        session = self.prompt.launch(self.local)
+    def in_decode(self, layer: int, repetitions: int) -> Turns:
+        """One session, decode by decode: without a stop; stopped after `layer` and resumed, from
+        the device and from the host; and stopped, with its pages brought by hand."""
+        local, found = self.local, Turns()
+        session = self.prompt.launch(local)
         session.run_to("logits")
-        with watching_moves(self.local) as moves, timing(self.local) as clock:
-            for forward in range(1, repetitions + 2):
-                with self._watched(forward == 1):
-                    before = timed_ms(self.local, session.run_to, f"layers.{layer}.output")
-                    self._resume(session, forward, layer, place, found, moves, clock)
-                found.before_ms.append(before)
-        session.terminate()
-        return _warm(found)
 
-    def in_prefill(self, layer: int, place: str, repetitions: int) -> Resumption:
-        """Stop after `layer` of the prefill and resume to its logits; a session each."""
-        found = Resumption()
-        with watching_moves(self.local) as moves, timing(self.local) as clock:
+        def whole(forward: int) -> None:
+            found.whole_ms.append(self._timed(session.run_to, "logits"))
+            found.unlike += self._unlike(session, forward)
+
+        def stopped(forward: int, place: str, of: Resumption) -> None:
+            of.before_ms.append(self._timed(session.run_to, f"layers.{layer}.output"))
+            self._resume(session, forward, layer, place, of, moves)
+            if place != "device":  # the layers before the stop were left where they were
+                restore(session)
+
+        def by_hand(forward: int) -> None:
+            session.run_to(f"layers.{layer}.output")
+            found.by_hand_ms.append(self._timed(self._by_hand, session, layer))
+            found.unlike += self._unlike(session, forward)
+
+        ways: list[Callable[[int], None]] = [
+            whole,
+            lambda forward: stopped(forward, "device", found.device),
+            lambda forward: stopped(forward, "host", found.host),
+            by_hand,
+        ]
+        with watching_moves(local) as moves:
+            forwards = itertools.count(1)
             for number in range(repetitions + 1):
-                made: list[Session] = []
-
-                def begin(made: list[Session] = made) -> None:
-                    made.append(self.prompt.launch(self.local))
-                    made[0].run_to(f"layers.{layer}.output")
-
                 with self._watched(number == 0):
-                    before = timed_ms(self.local, begin)
-                    self._resume(made[0], 0, layer, place, found, moves, clock)
-                found.before_ms.append(before)
-                made[0].terminate()
-        return _warm(found)
+                    for way in _in_turn(ways, number):
+                        way(next(forwards))
+        session.terminate()
+        _without_first(found.whole_ms, found.by_hand_ms, *found.device.times, *found.host.times)
+        return found
+
+    def in_prefill(self, layer: int, repetitions: int) -> Turns:
+        """A session each: its prefill without a stop, and on to the logits of a decode; stopped
+        after `layer` of the prefill and resumed, from the device and from the host."""
+        local, found = self.local, Turns()
+
+        def whole() -> None:
+            made: list[Session] = []
+            found.whole_ms.append(self._timed(self._launch, "logits", made))
+            found.unlike += self._unlike(made[0], 0)
+            found.rerun_ms.append(found.whole_ms[-1] + timed_ms(local, made[0].run_to, "logits"))
+            found.unlike += self._unlike(made[0], 1)
+            made[0].terminate()
+
+        def stopped(place: str, of: Resumption) -> None:
+            made: list[Session] = []
+            of.before_ms.append(self._timed(self._launch, f"layers.{layer}.output", made))
+            self._resume(made[0], 0, layer, place, of, moves)
+            made[0].terminate()
+
+        ways: list[Callable[[], None]] = [
+            whole,
+            lambda: stopped("device", found.device),
+            lambda: stopped("host", found.host),
+        ]
+        with watching_moves(local) as moves:
+            for way in ways[1:]:  # watched and not timed
+                way()
+            with self.watch.away():
+                for number in range(repetitions):
+                    for way in _in_turn(ways, number):
+                        way()
+        _without_first(*found.device.times, *found.host.times)
+        return found
+
+    def rerun_calls(self) -> int:
+        """Layer calls from token 0 to the logits of the first decode."""
+        made: list[Session] = []
+        self.watch.layers.clear()
+        self._launch("logits", made)
+        made[0].run_to("logits")
+        made[0].terminate()
+        return len(self.watch.layers)
+
+    def _launch(self, location: str, made: list[Session]) -> None:
+        made.append(self.prompt.launch(self.local))
+        made[0].run_to(location)
+
+    def _timed(self, work: Callable[..., Any], *given: Any) -> float:
+        """Milliseconds of this, begun when nothing moves between the tiers any more."""
+        wait_until_settled(self.local)
+        return timed_ms(self.local, work, *given)
 
     def _watched(self, yes: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if yes else self.watch.away()
 
+    def _unlike(self, session: Session, forward: int) -> int:
+        stop = session.stop
+        assert stop is not None and stop.location == "logits", stop
+        return different(stop.value.numpy(), self.reference.logits[forward : forward + 1])
+
+    def _by_hand(self, session: Session, layer: int) -> None:
+        """Bring the bytes that the layers after the stop read in one copy, wait, and run them."""
+        shape = self.local.cache.shape
+        tables = self.local.kernel.state.sessions[session.id].tables
+        pages = sum(len(table) for table in tables[(layer + 1) // shape.group_layers :])
+        self.offload.bring(pages * shape.page_bytes)
+        synchronize(self.local)
+        session.step_out()
+
     def _resume(
         self, session: Session, forward: int, layer: int, place: str, found: Resumption,
-        moves: Moves, clock: Clock,
+        moves: Moves,
     ) -> None:  # fmt: skip
         local, watch = self.local, self.watch
         if place == "device":
@@ -153,11 +286,13 @@ class Bench:
         moves.copies.clear()
         watch.layers.clear()
         watch.logits.clear()
-        watched, ends = not found.client_ms, list[Any]()
-        found.client_ms.append(timed_ms(local, lambda: ends.append(session.step_out())))
-        found.server_ms.append(clock.server_ms)
+        watched = not found.client_ms
         wanted = self.reference.logits[forward : forward + 1]
-        found.unlike += different(ends[0].value.numpy(), wanted)
+        # only here: it waits for the device where the engine does not
+        with timing(local) as clock:
+            found.client_ms.append(timed_ms(local, session.step_out))
+        found.server_ms.append(clock.server_ms)
+        found.unlike += self._unlike(session, forward)
         if watched:
             found.unlike += different(watch.logits[-1], wanted)
             found.misplaced += abs(len(watch.layers) - self.calls_left(layer, forward))
@@ -180,74 +315,15 @@ class Bench:
         groups = inside.tables[done // self.local.cache.shape.group_layers :]
         return sum(not state.residency.is_resident(p) for table in groups for p in table)
 
-    def uninterrupted_decode(self, repetitions: int) -> list[float]:
-        """Milliseconds of whole decodes, from logits to logits."""
-        session = self.prompt.launch(self.local)
-        session.run_to("logits")
-        with self.watch.away():
-            times = [timed_ms(self.local, session.run_to, "logits") for _ in range(repetitions + 1)]
-        session.terminate()
-        return times[1:]
 
-    def uninterrupted_prefill(self, repetitions: int) -> list[float]:
-        """Milliseconds of whole prefills, from launch to logits."""
-        with self.watch.away():
-            return [self._from_token_0(0)[0] for _ in range(repetitions + 1)][1:]
-
-    def rerun(self, repetitions: int) -> tuple[list[float], int]:
-        """Milliseconds from token 0 to the logits of the first decode, and its layer calls."""
-        calls = self._from_token_0(1)[1]
-        with self.watch.away():
-            return [self._from_token_0(1)[0] for _ in range(repetitions)], calls
-
-    def _from_token_0(self, forward: int) -> tuple[float, int]:
-        made: list[Session] = []
-
-        def work() -> None:
-            made.append(self.prompt.launch(self.local))
-            for _ in range(forward + 1):
-                made[0].run_to("logits")
-
-        self.watch.layers.clear()
-        took = timed_ms(self.local, work)
-        made[0].terminate()
-        return took, len(self.watch.layers)
-
-    def by_hand(self, layer: int, repetitions: int) -> list[float]:
-        """Milliseconds of a manual offload that does the same work: one copy back, then the rest.
-
-        The bytes that the layers after the stop read lie in one piece of host memory (pinned on a
-        GPU), are copied to the device in one go and waited for; then the session, which is there,
-        runs on.
-        """
-        local = self.local
-        shape, cuda = local.cache.shape, local.cache.device.type == "cuda"
-        session = self.prompt.launch(local)
-        session.run_to("logits")
-        times: list[float] = []
-        for _ in range(repetitions + 1):
-            session.run_to(f"layers.{layer}.output")
-            wait_until_settled(local)
-            tables = local.kernel.state.sessions[session.id].tables
-            pages = sum(len(t) for t in tables[(layer + 1) // shape.group_layers :])
-            away = torch.zeros(pages * shape.page_bytes, dtype=torch.uint8, pin_memory=cuda)
-            here = torch.empty(away.shape, dtype=torch.uint8, device=local.cache.device)
-
-            def work(away: Any = away, here: Any = here) -> None:
-                here.copy_(away, non_blocking=cuda)
-                synchronize(local)
-                session.step_out()
-
-            with self.watch.away():
-                times.append(timed_ms(local, work))
-        session.terminate()
-        return times[1:]
+def _in_turn(ways: list[Any], number: int) -> list[Any]:
+    return ways if number % 2 == 0 else ways[::-1]
 
 
-def _warm(found: Resumption) -> Resumption:
-    for times in (found.client_ms, found.server_ms, found.before_ms):
+def _without_first(*lists: list[float]) -> None:
+    """Take away what was watched."""
+    for times in lists:
         del times[0]
-    return found
 
 
 # -- copies ---------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def resume_latency(path: Path) -> Any:
             ours = hand[hand["tokens"] == tokens]
             colour = f"C{place}"
             row[0].plot(ours["layer"], ours["value"], "x:", color=colour, linewidth=0.8)
-            again = rerun[rerun["tokens"] == tokens]["value"].iloc[0]
-            row[0].axhline(again, color=colour, linestyle="-.", linewidth=0.8)
+            again = rerun[rerun["tokens"] == tokens]
+            row[0].plot(again["layer"], again["value"], "-.", color=colour, linewidth=0.8)
         row[0].plot([], [], "kx:", label="manual offload")
         row[0].plot([], [], "k-.", label="rerun from token 0")
         row[0].legend(fontsize=7)

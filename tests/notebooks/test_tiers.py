@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from djinn_nb import Session
 from notebooks.harness import capacity, latency, pressure, tier_watch, tiny
 from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
 from notebooks.harness.inprocess import local_kernel
-from notebooks.harness.latency import Bench
+from notebooks.harness.latency import Bench, Offload
 
 PROMPT = Prompt(random_ids(20, 320, seed=1), new_tokens=5)
 
@@ -150,28 +151,76 @@ def test_plain_eager_holds_what_there_is_room_for(local):
     assert (count, nbytes) == (2, 2 * 21 * row)
 
 
-@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.fixture
+def bench(local):
+    prompt = Prompt(PROMPT.ids, Bench.FORWARDS * 3 + 1)  # two repetitions, and one that is watched
+    with watching(local, layers=False) as watch:
+        reference = reference_run(local, watch, prompt)
+    with watching(local) as watch:
+        yield Bench(local, watch, prompt, reference, Offload.of(local, 20 + prompt.new_tokens))
+
+
 @pytest.mark.parametrize("where", ["in_decode", "in_prefill"])
-def test_a_timed_resumption_runs_what_is_left_and_brings_what_that_needs(
-    local, reference, where, place
-):
-    with watching(local) as watch:
-        bench = Bench(local, watch, PROMPT, reference)
-        found = getattr(bench, where)(1, place, 2)
+def test_a_timed_resumption_runs_what_is_left_and_brings_what_that_needs(bench, where):
+    found = getattr(bench, where)(1, 2)
 
-    assert (found.unlike, found.misplaced, found.surplus_pages) == (0, 0, 0)
-    assert len(found.client_ms) == len(found.before_ms) == 2
-    assert all(0 < s < c for s, c in zip(found.server_ms, found.client_ms, strict=True))
+    assert found.unlike == 0
+    for way in (found.device, found.host):
+        assert (way.unlike, way.misplaced, way.surplus_pages) == (0, 0, 0)
+        assert len(way.client_ms) == len(way.before_ms) == len(found.whole_ms) == 2
+        assert all(0 < s < c for s, c in zip(way.server_ms, way.client_ms, strict=True))
+        assert all(w > c for w, c in zip(way.work_ms, way.client_ms, strict=True))
+    by_hand, rerun = (2, 0) if where == "in_decode" else (0, 2)
+    assert (len(found.by_hand_ms), len(found.rerun_ms)) == (by_hand, rerun)
+    assert all(r > w > 0 for r, w in zip(found.rerun_ms, found.whole_ms, strict=False))
 
 
-def test_a_rerun_from_token_0_makes_more_calls_than_are_left(local, reference):
-    with watching(local) as watch:
-        bench = Bench(local, watch, PROMPT, reference)
-        times, calls = bench.rerun(2)
+def test_the_ways_through_a_decode_are_taken_by_turns_in_one_session(bench, monkeypatch):
+    """Each repetition in the reverse order of the one before, all pages there for each way."""
+    asked, absent = [], []
+    run_to, launch = Session.run_to, Prompt.launch
 
-        assert len(times) == 2 and calls == local.num_layers * (3 + 1)  # three chunks, a decode
-        assert bench.calls_left(1, 1) == local.num_layers - 2
-        assert bench.calls_left(1, 0) == 3 * (local.num_layers - 2)
+    def noted(session, location, *given):
+        asked.append(str(location))
+        info = session.refresh()
+        absent.append(info.num_pages - info.device_pages)
+        return run_to(session, location, *given)
+
+    launched = []
+    monkeypatch.setattr(Session, "run_to", noted)
+    monkeypatch.setattr(Prompt, "launch", lambda *given: launched.append(1) or launch(*given))
+    bench.in_decode(1, 2)
+
+    stop = "layers.1.output"
+    one_way, back = ["logits", stop, stop, stop], [stop, stop, stop, "logits"]
+    assert asked == ["logits", *one_way, *back, *one_way] and len(launched) == 1
+    assert absent == [0] * len(asked)
+
+
+def test_ratios_are_of_neighbours():
+    assert latency.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError):
+        latency.ratios([2.0], [1.0, 3.0])
+
+
+def test_an_offload_by_hand_moves_the_bytes_it_is_asked_for(local):
+    offload = Offload.of(local, 20)
+    shape = local.cache.shape
+    assert offload.away.nbytes == offload.here.nbytes
+    assert offload.away.nbytes == shape.num_groups * shape.pages_for(20) * shape.page_bytes
+    offload.away.fill_(7)
+    offload.here.zero_()
+
+    offload.bring(shape.page_bytes)
+
+    latency.synchronize(local)
+    assert int((offload.here == 7).sum()) == shape.page_bytes
+
+
+def test_a_rerun_from_token_0_makes_more_calls_than_are_left(bench, local):
+    assert bench.rerun_calls() == local.num_layers * (3 + 1)  # three chunks, a decode
+    assert bench.calls_left(1, 1) == local.num_layers - 2
+    assert bench.calls_left(1, 0) == 3 * (local.num_layers - 2)
 
 
 def test_spans_have_every_byte_that_was_evicted_and_restored(local, reference):
