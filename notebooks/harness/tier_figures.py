@@ -163,9 +163,10 @@ def concurrent(path: Path) -> Any:
 
 
 def sleep_resume(path: Path) -> Any:
-    """Agents on the device over time, and the parts of a wake as they were."""
+    """Agents on the device over time, and the parts of a wake as they were, of models that have
+    agents."""
     records = read_table(path)
-    models = list(dict.fromkeys(records["model"]))
+    models = list(dict.fromkeys(records[records["name"] == "time of a sample"]["model"]))
     figure, axes = _pairs(len(models), 3.8)
     for (left, right), model in zip(axes, models, strict=True):
         here = records[records["model"] == model]
