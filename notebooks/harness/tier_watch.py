@@ -243,6 +243,19 @@ def away_within(local: Local, sessions: Sequence[Session], seconds: float) -> in
         time.sleep(0.02)
 
 
+def left_because(local: Local, sessions: Sequence[Session], words: str, seconds: float) -> int:
+    """How many of these sessions left the device for a reason with these words, by the events of
+    it, as soon as all did, or after so many seconds: events may be on their way still."""
+    end = time.monotonic() + seconds
+    ids = {one.id for one in sessions}
+    while True:
+        swaps = local.server.swaps()
+        told = ids.intersection(swaps[swaps["text"].str.contains(words, regex=False)]["session"])
+        if told == ids or time.monotonic() > end:
+            return len(told)
+        time.sleep(0.02)
+
+
 def there_within(local: Local, session: Session, seconds: float) -> bool:
     """Whether all pages of a session are on the device, at the latest after so many seconds."""
     end = time.monotonic() + seconds

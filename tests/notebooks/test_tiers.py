@@ -122,6 +122,16 @@ def test_stopped_sessions_hold_beside_their_pages_what_one_of_them_does(forward)
         tier_watch.wait_until_nothing_is_held(local)
 
 
+def test_why_a_session_left_is_what_its_events_say(local, reference):
+    def evicted(held):
+        pressure.evict(held.session)
+        ours = [held.session]
+        assert tier_watch.left_because(local, ours, "asked for", 30.0) == 1
+        assert tier_watch.left_because(local, ours, "left alone", 0.0) == 0
+
+    held_and_resumed(local, reference, evicted)
+
+
 def test_whoever_waits_for_copies_made_beforehand_waits_for_all(local, reference, monkeypatch):
     with watching(local) as watch:
         monkeypatch.setattr(local.kernel.state, "write_behind", lambda: None)
