@@ -107,8 +107,8 @@ class Resumption:
 @dataclass(slots=True)
 class Turns:
     """Ways through a forward, taken by turns. The entries of one repetition are neighbours in time,
-    in one order and the reverse of it from repetition to repetition: what a machine that becomes
-    slower does to one way it does to the other.
+    in one order and then in the reverse of it: what a machine that becomes slower does to one way
+    it does to the other.
 
     whole_ms: without a stop. rerun_ms: from token 0 to the logits of the first decode.
     by_hand_ms: of a manual offload. device, host: resumed from a stop, by where the pages lay.
@@ -123,9 +123,9 @@ class Turns:
     unlike: int = 0
 
 
-def ratios(ours_ms: Sequence[float], theirs_ms: Sequence[float]) -> list[float]:
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Of each repetition, ours by theirs: two things measured one after the other."""
-    return [ours / theirs for ours, theirs in zip(ours_ms, theirs_ms, strict=True)]
+    return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ class Bench:
             forwards = itertools.count(1)
             for number in range(repetitions + 1):
                 with self._watched(number == 0):
-                    for way in _in_turn(ways, number):
+                    for way in _in_turn(ways, layer + number):
                         way(next(forwards))
         session.terminate()
         _without_first(found.whole_ms, found.by_hand_ms, *found.device.times, *found.host.times)
@@ -233,7 +233,7 @@ class Bench:
                 way()
             with self.watch.away():
                 for number in range(repetitions):
-                    for way in _in_turn(ways, number):
+                    for way in _in_turn(ways, layer + number):
                         way()
         _without_first(*found.device.times, *found.host.times)
         return found
@@ -425,6 +425,12 @@ def plain_copies(
     cuda = device.startswith("cuda")
     host = host_memory(device, nbytes) if memory is None else memory[:nbytes]
     there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    return copies_between(host, there, repetitions)
+
+
+def copies_between(host: Tensor, there: Tensor, repetitions: int) -> dict[str, list[float]]:
+    """GB/s of one copy each way between bytes of the host and as many on the device."""
+    cuda, nbytes = there.device.type == "cuda", there.nbytes
     rates: dict[str, list[float]] = {}
     for way, source, target in (("device-host", there, host), ("host-device", host, there)):
         rates[way] = []
