@@ -422,7 +422,6 @@ def plain_copies(
 
     memory: of the host, as large at least; without it, pinned memory of its own.
     """
-    cuda = device.startswith("cuda")
     host = host_memory(device, nbytes) if memory is None else memory[:nbytes]
     there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
     return copies_between(host, there, repetitions)
