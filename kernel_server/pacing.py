@@ -8,7 +8,8 @@ rate of a share of the time, which is what an owner gets who wants more than all
 An owner whose session runs need not ask for anything, and is held up all the same by what is done
 for others meanwhile. That is counted apart, as *taken* from the run, and forgotten at the rate of a
 much smaller share, which all who take have together. Who takes more, and more than may be taken at
-once, waits likewise; but not for an owner who has taken as much from others' runs.
+once, waits likewise; but not for an owner who has taken as much from others' runs. What is used
+while no session runs is nobody's loss, but leaves less to be taken at once from the next run.
 
 An owner who is alone is never held. Decides how long; measuring and waiting are the callers'.
 """
@@ -50,7 +51,7 @@ class _Account:
     asked: float = float("-inf")
     used_s: float = 0.0
     mean_s: float = 0.0
-    #: what others' runs were held up by
+    #: what others' runs were held up by, or would have been
     taken_s: float = 0.0
 
 
@@ -114,7 +115,7 @@ class Pacer:
         return over_s / SHARE if over_s > LEAST_S else 0.0
 
     def _beside_run(self, owner: str, now: float) -> float:
-        if self._runner is None or not self._takes(owner):
+        if self._runner in (None, owner):
             return 0.0
         takers = self._settle_taken(now)
         over_s = self._of(owner).taken_s - self._of(self._runner).taken_s - self._burst_s
@@ -130,7 +131,7 @@ class Pacer:
         with self._lock:
             account = self._of(owner)
             account.asked = self._clock()
-            begun = Begun(account.mean_s, account.mean_s if self._takes(owner) else 0.0)
+            begun = Begun(account.mean_s, account.mean_s if self._runner != owner else 0.0)
             account.used_s += begun.used_s
             self._take(account, begun.taken_s)
             return begun
@@ -142,7 +143,7 @@ class Pacer:
             account.asked = self._clock()
             account.mean_s += _NEWEST * (used_s - account.mean_s)
             account.used_s = max(0.0, account.used_s + used_s - begun.used_s)
-            if begun.taken_s or self._takes(owner):
+            if begun.taken_s or self._runner != owner:
                 self._take(account, used_s - begun.taken_s)
 
     def spend(self, owner: str, used_s: float) -> None:
@@ -154,8 +155,14 @@ class Pacer:
         """Count time in which another owner's session, if one runs, could not go on because of a
         call; of the thread that serves the call it is counted anyway."""
         with self._lock:
-            if self._takes(owner):
+            if self._runner != owner:
                 self._take(self._of(owner), used_s)
+
+    def left_s(self, owner: str) -> float:
+        """What the owner may take at once from another's run now, seconds."""
+        with self._lock:
+            self._settle_taken(self._clock())
+            return max(0.0, self._burst_s - self._of(owner).taken_s)
 
     def _of(self, owner: str) -> _Account:
         found = self._accounts.get(owner)
@@ -163,14 +170,12 @@ class Pacer:
             found = self._accounts[owner] = _Account(settled=self._clock())
         return found
 
-    def _takes(self, owner: str) -> bool:
-        """Whether what is done for this owner is taken from another's run."""
-        return self._runner not in (None, owner)
-
     def _take(self, account: _Account, used_s: float) -> None:
         self._settle_taken(self._clock())
-        most_s = self._burst_s + DEBT_S
-        account.taken_s = min(max(0.0, account.taken_s + used_s), most_s)
+        most_s = self._burst_s + (0.0 if self._runner is None else DEBT_S)
+        if used_s > 0:
+            used_s = max(0.0, min(used_s, most_s - account.taken_s))
+        account.taken_s = max(0.0, account.taken_s + used_s)
 
     def _settle(self, account: _Account, now: float) -> _Account:
         account.used_s = max(0.0, account.used_s - SHARE * (now - account.settled))

@@ -282,9 +282,8 @@ class Copier:
         began = time.thread_time()
         try:
             self._carry_out(made, after)
-            if (
-                made.end is not None
-            ):  # where the bytes are copied here, that is past the interpreter
+            if made.end is not None:
+                # otherwise the bytes were copied here, which does not take the interpreter
                 made.host_s = time.thread_time() - began
         except Exception as found:
             made.error = found

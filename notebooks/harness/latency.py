@@ -155,13 +155,13 @@ class Offload:
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A kernel, its watch, a prompt of a given length, its reference run, and room for an offload
-    by hand."""
+    by hand, which `in_decode` needs."""
 
     local: Local
     watch: Watch
     prompt: Prompt
     reference: Trace
-    offload: Offload
+    offload: Offload | None = None
 
     #: forwards of a reference run that `in_decode` needs for each repetition
     FORWARDS: ClassVar[int] = 4
@@ -269,6 +269,7 @@ class Bench:
         shape = self.local.cache.shape
         tables = self.local.kernel.state.sessions[session.id].tables
         pages = sum(len(table) for table in tables[(layer + 1) // shape.group_layers :])
+        assert self.offload is not None, "no room for an offload by hand"
         self.offload.bring(pages * shape.page_bytes)
         synchronize(self.local)
         session.step_out()

@@ -20,14 +20,18 @@ from typing import Any
 
 import djinn_nb
 from djinn_nb import Session, Stopped
+from kernel_server.pacing import BURST_S, Pacer
 from kernel_server.service import Service
 from kernel_server.wire import Address
-from notebooks.harness import tier_watch
 from notebooks.harness.child import Child, answer, child
 from notebooks.harness.exactness import Prompt
 from notebooks.harness.inprocess import Local
 
 OWNER = "somebody else"
+#: Of what may be had at once, a part that counts as nothing.
+_LEFT = 0.1
+#: How long that may take, seconds.
+_UNTIL_S = 60.0
 
 
 class OtherClient:
@@ -36,32 +40,35 @@ class OtherClient:
     session_id: of that session.
     """
 
-    def __init__(self, local: Local, process: Child, session_id: str) -> None:
-        self._local = local
+    def __init__(self, pacer: Pacer, process: Child, session_id: str) -> None:
+        self._pacer = pacer
         self._process = process
         self.session_id = session_id
 
-    @contextlib.contextmanager
-    def swapping(self) -> Iterator[list[float]]:
-        """Have the session's pages leave the device and come back, again and again, at least once;
-        yields a list that holds, at the end, how often, in how many seconds, and how many bytes
-        were copied for it both ways: pages that have a copy below leave without one.
+    def swap_until_held(self) -> None:
+        """Swap until nothing may be had at once any more: a run that begins now is slowed down as
+        by one who swaps all along, however short it is."""
+        end = time.monotonic() + _UNTIL_S
+        with self.swapping():
+            while self._pacer.left_s(OWNER) > _LEFT * BURST_S:
+                assert time.monotonic() < end, "who swaps hardly uses the server"
+                time.sleep(0.001)
 
-        As at any server, whoever swaps is held while a session of another's runs (`pacing`).
+    @contextlib.contextmanager
+    def swapping(self) -> Iterator[list[int]]:
+        """Have the session's pages leave the device and come back, again and again, at least once;
+        yields a list that holds how often, at the end.
+
+        As at any server, whoever swaps is held while a session of another's runs.
         """
-        done: list[float] = [0, 0.0, 0]
-        with tier_watch.watching_moves(self._local) as moves:
-            self._process.send(swap=True)
-            assert self._process.read() == {"begun": True}
-            began = time.perf_counter()
-            try:
-                yield done
-            finally:
-                self._process.send(swap=False)
-                swaps = int(self._process.read()["swaps"])
-                seconds = time.perf_counter() - began
-                asked_for = [one for one in moves.copies if one.session_id == self.session_id]
-                done[:] = [swaps, seconds, sum(one.nbytes for one in asked_for)]
+        done = [0]
+        self._process.send(swap=True)
+        assert self._process.read() == {"begun": True}
+        try:
+            yield done
+        finally:
+            self._process.send(swap=False)
+            done[0] = int(self._process.read()["swaps"])
 
     def finish(self) -> tuple[int, ...]:
         """Run the session to its end; the tokens it drew."""
@@ -81,7 +88,7 @@ def other_client(local: Local, prompt: Prompt, layer: int) -> Iterator[OtherClie
             module = "notebooks.harness.other_client"
             with child(module, str(service.address), DJINN_TOKEN=token) as process:
                 process.send(ids=list(prompt.ids), new_tokens=prompt.new_tokens, layer=layer)
-                yield OtherClient(local, process, str(process.read()["session"]))
+                yield OtherClient(gateway.pacer, process, str(process.read()["session"]))
                 process.send(end=True)
                 process.read()
         finally:

@@ -120,14 +120,14 @@ def checkpoint_cost(path: Path) -> Any:
         left.set_ylabel("ms")
         left.legend(fontsize=7)
         left.set_title(f"{model}: a stopped session out and back", fontsize=10)
-        tokens = here[here["name"] == "time between tokens, median of a round"]
+        tokens = here[here["name"] == "time between tokens, mean of a round"]
         for place, (_, row) in enumerate(tokens.iterrows()):
             right.plot([place] * len(row["values"]), row["values"], "o", markersize=4)
         copied = here[here["name"] == "bytes copied a second"].set_index("beside")["value"]
         labels = [f"{arm}\n{copied[arm]:.1f} GB/s" for arm in tokens["beside"]]
         right.set_xticks(range(len(tokens)), labels)
         right.set_ylim(bottom=0)
-        right.set_ylabel("ms between tokens, median of a round")
+        right.set_ylabel("ms between tokens, mean of a round")
         right.set_title(f"{model}: a session that runs, beside copies of another", fontsize=10)
     return figure
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from kernel_server.pacing import DEBT_S, LONGEST_S, RUN_SHARE, SHARE, Pacer
@@ -182,6 +184,32 @@ def test_control_who_swaps_while_nobody_runs_is_not_held(pacer: Pacer, clock: Cl
     pacer.runs("ann")
 
     assert pacer.wait_s("bob") == 0  # that was nobody's loss
+    assert pacer.left_s("bob") < 0.001  # but he has had what may be had at once
+
+
+@pytest.mark.parametrize("told", [call, Pacer.take])
+def test_what_is_used_while_nobody_runs_cannot_be_had_at_once_later(
+    pacer: Pacer, told: Callable[[Pacer, str, float], None]
+) -> None:
+    for _ in range(300):
+        told(pacer, "bob", 0.001)
+    assert pacer.left_s("bob") < 0.002 and pacer.left_s("eve") == BURST_S
+    pacer.runs("ann")
+
+    assert pacer.wait_s("bob") == 0
+
+
+def test_many_short_runs_lose_no_more_than_a_long_one(pacer: Pacer, clock: Clock) -> None:
+    used_s = 0.0
+    for _ in range(100):
+        used_s += swap_beside(pacer, clock, 0.3, "bob")["bob"]
+        pacer.runs(None)
+        for _ in range(100):  # and swaps on while nobody runs
+            call(pacer, "bob", 0.002)
+            clock.now += 0.003
+
+    # a call that has begun when a run begins ends beside it
+    assert used_s - BURST_S <= 100 * (0.3 * RUN_SHARE + 0.002)
 
 
 def test_the_owner_of_the_run_is_not_held_for_it(pacer: Pacer, clock: Clock) -> None:
