@@ -111,8 +111,7 @@ def counting_copies(local: Local) -> Iterator[Counter[str]]:
     done = state.copies_done
 
     def note(event: Any) -> None:
-        one = state.copying[event.ticket].moves[0]
-        found[f"{one.source}-{one.target}"] += event.nbytes
+        found[state.copying[event.ticket].moves.way] += event.nbytes
         done(event)
 
     with instead(state, "copies_done", note):
