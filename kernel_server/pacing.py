@@ -28,11 +28,11 @@ BURST_S = 0.05
 SHARE = 1 / 3
 #: How much of the time of a session that runs all other owners may take in the long run. It is to
 #: slow down by no more than 10 % while others swap without a pause. A second of the interpreter
-#: costs a decode up to 1.3 s, since it gives the interpreter away at each of its operations and
-#: waits for it, and the bus costs it some 2 %: 1.02 / (1 - 1.3 / 20) = 1.09 (notebooks/LOG.md).
-RUN_SHARE = 1 / 20
+#: costs a decode up to 1.7 s, since it gives the interpreter away at each of its operations and
+#: waits for it, and the bus costs it some 2 %: 1.02 / (1 - 1.7 * 0.04) = 1.09 (notebooks/LOG.md).
+RUN_SHARE = 0.04
 #: What is taken from a run, and exceeds what may be taken at once by more than this, is forgotten,
-#: seconds: one long answer must not lock its owner out for twenty times as long.
+#: seconds: one long answer must not lock its owner out for 25 times as long.
 DEBT_S = 0.1
 #: An owner who has asked for nothing for this long does not hold others back, seconds.
 ACTIVE_S = 1.0

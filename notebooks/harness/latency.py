@@ -238,6 +238,16 @@ class Bench:
         _without_first(*found.device.times, *found.host.times)
         return found
 
+    def prefills(self, repetitions: int) -> list[float]:
+        """Milliseconds of whole prefills, from launch to logits; the first warms up."""
+        times = []
+        with self.watch.away():
+            for _ in range(repetitions + 1):
+                made: list[Session] = []
+                times.append(self._timed(self._launch, "logits", made))
+                made[0].terminate()
+        return times[1:]
+
     def rerun_calls(self) -> int:
         """Layer calls from token 0 to the logits of the first decode."""
         made: list[Session] = []
