@@ -129,7 +129,8 @@ def _forget_folders(executed: Path) -> None:
         if told.get(key):
             told[key] = Path(told[key]).name
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    executed.write_text(text, encoding="utf-8")
+    # a traceback names the files it went through
+    executed.write_text(text.replace(f"{HERE.parent}/", ""), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
