@@ -142,8 +142,9 @@ def writing_behind(local: Local, session: Session) -> Callable[[], None]:
         with loop._lock:
             state.to_clean[session.id] = None
         loop.dispatch(Ticked(now=time.time()))
-        while pages & state.residency.dirty:
-            time.sleep(0.001)
+        # seldom: each look takes the interpreter from the session that is timed
+        while not state.residency.dirty.isdisjoint(pages):
+            time.sleep(0.005)
 
     return work
 
