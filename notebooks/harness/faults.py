@@ -122,16 +122,16 @@ def zeroed_page(local: Local, layer: int) -> Iterator[None]:
 
     Of the session launched last; what was there is put back at the end.
     """
-    pool = local.cache.pool
-    session = list(local.kernel.state.sessions.values())[-1]
+    pool, state = local.cache.pool, local.kernel.state
+    session = list(state.sessions.values())[-1]
     group = min(layer + 1, local.num_layers - 1) // local.cache.shape.group_layers
-    page = session.tables[group][0]
-    before = pool[page].clone()
-    pool[page].zero_()
+    slot = state.residency.device_slot(session.tables[group][0])
+    before = pool[slot].clone()
+    pool[slot].zero_()
     try:
         yield
     finally:
-        pool[page].copy_(before)
+        pool[slot].copy_(before)
 
 
 @contextlib.contextmanager
