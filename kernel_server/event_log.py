@@ -2,7 +2,9 @@
 
 An answer to a poll costs the server more than all else that an event costs, and the interpreter it
 is made in is the engine's too. So an event wakes those who wait for its own owner's and nobody
-else, and of events that only tell how something goes on many go out together (`QUIET_S`).
+else, and of events that only tell how something goes on many go out together (`QUIET_S`). That
+something goes on at all is told with what comes next: who asked for it has had an answer, and the
+engine is to begin.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ KEPT = 4096
 MAX_WAIT_S = 30.0
 #: Events of these kinds tell how something goes on, and nobody waits for them.
 QUIET = ("progress", "swapped")
+#: One of these never goes out at once.
+NEVER_AT_ONCE = "continued"
 #: They go out together with what comes next, but after so many seconds at the latest: a person sees
 #: no more.
 QUIET_S = 0.1
@@ -67,8 +71,12 @@ class EventLog:
             self._keep(of, event)
             of.last = event.seq
             now = time.monotonic()
-            if event.kind in QUIET and now < of.quiet_until:
+            if event.kind in (*QUIET, NEVER_AT_ONCE) and now < of.quiet_until:
                 return  # who waits looks again by himself
+            if event.kind == NEVER_AT_ONCE:
+                of.quiet_until = now + QUIET_S
+                of.changed.notify_all()  # to wait until then
+                return
             of.urgent = event.seq
             of.quiet_until = now + QUIET_S
             of.changed.notify_all()
@@ -144,13 +152,13 @@ def _first(found: list[tuple[Any, int]]) -> tuple[Any, ...]:
 
 
 def _told_once(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same events, of which one that is only about pages leaves out its session where a later
-    one of the answer tells how that is now."""
+    """The same events, of which one that is only about pages, or about going on, leaves out its
+    session where a later one of the answer tells how that is now."""
     told: set[str] = set()
     events = []
     for event in reversed(batch):
         if event.session is not None:
-            if event.kind == "swapped" and event.session_id in told:
+            if event.kind in ("swapped", NEVER_AT_ONCE) and event.session_id in told:
                 event = replace(event, session=None)
             told.add(event.session_id)
         events.append(event)

@@ -157,7 +157,7 @@ def test_progress_wakes_seldom_and_goes_out_with_what_comes_next(
     assert len(woken_at) <= took / QUIET_S + 2
 
 
-@pytest.mark.parametrize("kind", ["progress", "swapped"])
+@pytest.mark.parametrize("kind", ["progress", "swapped", "continued"])
 def test_what_wakes_nobody_is_told_although_nothing_follows(kind: str) -> None:
     log = EventLog()
     log.append("ann", _event(1, "stopped"))
@@ -172,6 +172,32 @@ def test_what_wakes_nobody_is_told_although_nothing_follows(kind: str) -> None:
     log.append("ann", _event(5, kind))
     seen = [event.seq for event in log.poll("ann", 4, 0).events]
     assert seen == [5], "who does not wait gets what is there"
+
+
+@pytest.mark.parametrize("before_s", [0.0, 2 * QUIET_S])
+def test_going_on_is_told_with_what_comes_next(before_s: float) -> None:
+    """Whether or not nothing had happened for long: whoever waits is not answered for it alone."""
+    log = EventLog()
+    log.append("ann", _event(1, "stopped"))
+    time.sleep(before_s)
+    answers: list[list[int]] = []
+    waiting = threading.Event()
+    wait = log._of("ann").changed.wait
+    log._of("ann").changed.wait = lambda timeout: waiting.set() or wait(timeout)  # type: ignore
+
+    def follow() -> None:
+        answers.append([event.seq for event in log.poll("ann", 1, 60).events])
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    waiting.wait(60)
+    began = time.monotonic()
+    log.append("ann", _event(2, "continued"))
+    log.append("ann", _event(3, "stopped"))
+    took = time.monotonic() - began
+    follower.join(60)
+    # a machine that holds this thread up for so long between the two may answer for the first
+    assert answers == [[2, 3]] or took > QUIET_S
 
 
 def test_an_event_wakes_those_of_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:

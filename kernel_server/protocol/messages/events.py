@@ -11,7 +11,7 @@ from kernel_server.protocol.messages.parts import SessionInfo
 @message
 class Event:
     """Something that happened to a session. `session` is None for progress and for terminated,
-    and for a swap where a later event of the same answer has it.
+    and for a swap or going on where a later event of the same answer has it.
 
     `lease` warns that the session's lease ends in `remaining_s` seconds; at 0 it has ended: the
     session is `dormant` then, or `text` says why it cannot be.
