@@ -207,7 +207,7 @@ class Loop:
     def errand_done(self, errand: Instruction, seconds: float) -> None:
         """The engine's thread, and so whoever runs on it, was kept by an errand for so long."""
         if isinstance(errand, CopyPages):
-            self._copied_for(self._to_begin.pop(errand.ticket), seconds)
+            self._copied_for(self._to_begin.pop(errand.ticket, None), seconds)
         elif isinstance(errand, ReadTensors):
             # the gateway counts, for those who ask, how long its request keeps the engine
             self._pacer.take(errand.owner, seconds)

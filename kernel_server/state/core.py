@@ -5,6 +5,7 @@ and the few ways anything leaves it. Which requests and results do what is decid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import is_not
@@ -40,12 +41,6 @@ EventKind = Literal[
     "launched", "continued", "progress", "stopped", "finished", "failed", "terminated", "changed",
     "swapped", "durability", "lease",
 ]  # fmt: skip
-
-
-#: A copy is made beforehand beside one of so many decodes. Beside one of four the bus alone costs a
-#: decode 2 % (18 GB/s, H200), all of it 5 %; beside one of eight a session of 1.7 GB is copied
-#: within half a second, long before anyone wants its room.
-DECODES_BETWEEN = 8
 
 
 @dataclass(slots=True)
@@ -129,7 +124,7 @@ class Core:
         self.to_clean: dict[str, None] = {}
         #: how many stretches were begun, and the last beside which a copy was begun beforehand
         self.slots_begun = 0
-        self.wrote_behind_in = -DECODES_BETWEEN
+        self.wrote_behind_in: float = -math.inf
         #: so much of the device cannot leave at once that the host gives to the disk
         self.pressing = False
         #: session -> who asked for its pages to be in a tier

@@ -15,9 +15,9 @@ from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
 from kernel_server.state import paging
 from kernel_server.state.copies import RUN
-from kernel_server.state.core import DECODES_BETWEEN
 from kernel_server.state.events import Ticked
 from kernel_server.state.instructions import CopyPages
+from kernel_server.state.leaving import DECODES_BETWEEN
 from kernel_server.state.server_state import Limits
 from tests.state.world import SHAPE, World
 
