@@ -41,11 +41,14 @@ def capped(cap_bytes: int, device: str) -> Iterator[None]:
 def wait_until_freed(device: str, timeout_s: float = 30.0) -> None:
     """Wait until no tensor of a closed kernel is left on the card: its threads end a little later.
 
+    To be called when no kernel is open: cuBLAS's workspaces are given back as well, of which torch
+    keeps 32 MiB for each thread and stream that ever multiplied, and which recorded graphs use.
     Raises TimeoutError when more than 256 MiB stay.
     """
     gc.collect()
     if not device.startswith("cuda"):
         return
+    torch._C._cuda_clearCublasWorkspaces()  # there is no public name for it
     end = time.monotonic() + timeout_s
     while (held := torch.cuda.memory_allocated()) > 256 << 20:
         if time.monotonic() > end:
