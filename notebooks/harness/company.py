@@ -22,8 +22,12 @@ from kernel_server.state.instructions import RunStretch
 from notebooks.harness.exactness import Prompt
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import InProcessTransport, Local
-from notebooks.harness.pressure import evict, restore
-from notebooks.harness.tier_watch import counting_copies, give_up_copies, wait_until_settled
+from notebooks.harness.tier_watch import (
+    counting_copies,
+    give_up_copies,
+    wait_until_copied,
+    wait_until_settled,
+)
 
 #: Tokens at the beginning of a run that are not timed: the prefill, and what warms up.
 WARM = 3
@@ -66,23 +70,26 @@ def run_alone(local: Local, prompt: Prompt) -> tuple[list[float], tuple[int, ...
 class Beside:
     """One run of a session beside something that is done again and again.
 
-    between_ms: of its tokens. done: how often, in so many seconds; nbytes: that were copied between
-    tiers meanwhile, whichever way; its own, which are copied once it has ended, among them.
+    between_ms: of its tokens. done: how often, in so many seconds, or what part of it; nbytes: that
+    were copied between tiers meanwhile, whichever way; its own, which are copied once it has ended,
+    among them.
     """
 
     between_ms: list[float]
     tokens: tuple[int, ...]
-    done: int
+    done: float
     seconds: float
     nbytes: int
 
 
 def run_beside(
-    local: Local, prompt: Prompt, work: Callable[[], contextlib.AbstractContextManager[list[int]]]
+    local: Local,
+    prompt: Prompt,
+    work: Callable[[], contextlib.AbstractContextManager[Sequence[float]]],
 ) -> Beside:
-    """Run a session from its launch to its end, with `work` beside it: `meanwhile`, or another
-    client that swaps."""
-    wait_until_settled(local)  # nothing is left of what was done in the round before
+    """Run a session from its launch to its end, with `work` beside it: `writing_behind`,
+    or another client that swaps."""
+    wait_until_copied(local)  # nothing is left of what was done in the round before
     with counting_copies(local) as copied:
         began = time.perf_counter()
         with work() as done:
@@ -92,61 +99,28 @@ def run_beside(
 
 
 @contextlib.contextmanager
-def meanwhile(work: Callable[[], None]) -> Iterator[list[int]]:
-    """Do some work again and again, at least once, on a thread of its own; yields, when it has
-    begun, a count of how often, in a list.
+def writing_behind(local: Local, sessions: Sequence[Session]) -> Iterator[list[float]]:
+    """Have stopped sessions' pages copied down beforehand while another decodes, and at no other
+    time; yields a list that holds, at the end, how many whole sessions that came to.
 
-    What it raises is raised at the end.
+    When this begins none of the pages has a copy: they are given up, which is what writing the
+    pages would do. Nothing but the server's own copying goes on during the run.
     """
-    begun, ended, done = threading.Event(), threading.Event(), [0]
-    failed: list[BaseException] = []
+    state, done = local.kernel.state, [0.0]
+    copy_beforehand = state.write_behind
 
-    def go() -> None:
-        begun.set()
-        try:
-            while not (done[0] and ended.is_set()):
-                work()
-                done[0] += 1
-        except BaseException as error:
-            failed.append(error)
+    def beside_decodes() -> None:
+        if state.slot is not None and not state.slot.long:
+            copy_beforehand()
 
-    thread = threading.Thread(target=go, name="meanwhile", daemon=True)
-    thread.start()
-    begun.wait()
-    try:
+    with instead(state, "write_behind", beside_decodes):
+        pages = set[int]().union(*(give_up_copies(local, session) for session in sessions))
+        with local.kernel.loop._lock:
+            state.to_clean.update(dict.fromkeys(session.id for session in sessions))
         yield done
-    finally:
-        ended.set()
-        thread.join(120.0)
-    if failed:
-        raise failed[0]
-
-
-def swapping(session: Session) -> Callable[[], None]:
-    """Have a session's pages leave the device and come back, once."""
-
-    def work() -> None:
-        evict(session)
-        restore(session)
-
-    return work
-
-
-def writing_behind(local: Local, session: Session) -> Callable[[], None]:
-    """Have a stopped session's pages copied down beforehand, once: their copies are given up first,
-    which is what writing them would do to the copies."""
-    loop, state = local.kernel.loop, local.kernel.state
-
-    def work() -> None:
-        pages = give_up_copies(local, session)
-        with loop._lock:
-            state.to_clean[session.id] = None
-        loop.dispatch(Ticked(now=time.time()))
-        # seldom: each look takes the interpreter from the session that is timed
-        while not state.residency.dirty.isdisjoint(pages):
-            time.sleep(0.005)
-
-    return work
+        wait_until_settled(local)
+        done[0] = len(sessions) * (1 - len(state.residency.dirty & pages) / len(pages))
+    local.kernel.loop.dispatch(Ticked(now=time.time()))
 
 
 def start(session: Session) -> None:

@@ -110,12 +110,15 @@ class Turns:
     in one order and then in the reverse of it: what a machine that becomes slower does to one way
     it does to the other.
 
-    whole_ms: without a stop. rerun_ms: from token 0 to the logits of the first decode.
+    whole_ms: without a stop. at_once_ms: to a stop and on from it, without waiting in between until
+    the device has done its part. rerun_ms: from token 0 to the logits of the first decode.
     by_hand_ms: of a manual offload. device, host: resumed from a stop, by where the pages lay.
-    unlike: logits of whole and manual forwards that differ from the reference run's.
+    unlike: logits of whole and manual forwards, and of those gone on at once, that differ from the
+    reference run's.
     """
 
     whole_ms: list[float] = field(default_factory=list)
+    at_once_ms: list[float] = field(default_factory=list)
     rerun_ms: list[float] = field(default_factory=list)
     by_hand_ms: list[float] = field(default_factory=list)
     device: Resumption = field(default_factory=Resumption)
@@ -164,17 +167,22 @@ class Bench:
     offload: Offload | None = None
 
     #: forwards of a reference run that `in_decode` needs for each repetition
-    FORWARDS: ClassVar[int] = 4
+    FORWARDS: ClassVar[int] = 5
 
     def in_decode(self, layer: int, repetitions: int) -> Turns:
-        """One session, decode by decode: without a stop; stopped after `layer` and resumed, from
-        the device and from the host; and stopped, with its pages brought by hand."""
+        """One session, decode by decode: without a stop; stopped after `layer` and gone on at once;
+        stopped and resumed, from the device and from the host; and with its pages brought by
+        hand."""
         local, found = self.local, Turns()
         session = self.prompt.launch(local)
         session.run_to("logits")
 
         def whole(forward: int) -> None:
             found.whole_ms.append(self._timed(session.run_to, "logits"))
+            found.unlike += self._unlike(session, forward)
+
+        def at_once(forward: int) -> None:
+            found.at_once_ms.append(self._timed(_through, session, layer))
             found.unlike += self._unlike(session, forward)
 
         def stopped(forward: int, place: str, of: Resumption) -> None:
@@ -190,6 +198,7 @@ class Bench:
 
         ways: list[Callable[[int], None]] = [
             whole,
+            at_once,
             lambda forward: stopped(forward, "device", found.device),
             lambda forward: stopped(forward, "host", found.host),
             by_hand,
@@ -201,12 +210,16 @@ class Bench:
                     for way in _in_turn(ways, layer + number):
                         way(next(forwards))
         session.terminate()
-        _without_first(found.whole_ms, found.by_hand_ms, *found.device.times, *found.host.times)
+        _without_first(
+            found.whole_ms, found.at_once_ms, found.by_hand_ms, *found.device.times,
+            *found.host.times,
+        )  # fmt: skip
         return found
 
     def in_prefill(self, layer: int, repetitions: int) -> Turns:
         """A session each: its prefill without a stop, and on to the logits of a decode; stopped
-        after `layer` of the prefill and resumed, from the device and from the host."""
+        after `layer` of the prefill and gone on at once; stopped and resumed, from the device and
+        from the host."""
         local, found = self.local, Turns()
 
         def whole() -> None:
@@ -217,6 +230,17 @@ class Bench:
             found.unlike += self._unlike(made[0], 1)
             made[0].terminate()
 
+        def at_once() -> None:
+            made: list[Session] = []
+
+            def launched() -> None:
+                made.append(self.prompt.launch(local))
+                _through(made[0], layer)
+
+            found.at_once_ms.append(self._timed(launched))
+            found.unlike += self._unlike(made[0], 0)
+            made[0].terminate()
+
         def stopped(place: str, of: Resumption) -> None:
             made: list[Session] = []
             of.before_ms.append(self._timed(self._launch, f"layers.{layer}.output", made))
@@ -225,11 +249,12 @@ class Bench:
 
         ways: list[Callable[[], None]] = [
             whole,
+            at_once,
             lambda: stopped("device", found.device),
             lambda: stopped("host", found.host),
         ]
         with watching_moves(local) as moves:
-            for way in ways[1:]:  # watched and not timed
+            for way in ways[2:]:  # watched and not timed
                 way()
             with self.watch.away():
                 for number in range(repetitions):
@@ -325,6 +350,12 @@ class Bench:
             return 0
         groups = inside.tables[done // self.local.cache.shape.group_layers :]
         return sum(not state.residency.is_resident(p) for table in groups for p in table)
+
+
+def _through(session: Session, layer: int) -> None:
+    """To a stop after `layer`, and on to the logits."""
+    session.run_to(f"layers.{layer}.output")
+    session.run_to("logits")
 
 
 def _in_turn(ways: list[Any], number: int) -> list[Any]:

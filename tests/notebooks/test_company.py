@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import pytest
 
 from djinn_nb import Stopped
 from kernel_server.pacing import BURST_S
+from kernel_server.state.events import Ticked
 from notebooks.harness import checkpoint, company, forks, standing, tier_watch, tiny
 from notebooks.harness.exactness import Prompt, random_ids, reference_run, watching
 from notebooks.harness.inprocess import OWNER, local_kernel
@@ -42,18 +44,6 @@ def test_the_time_between_tokens_is_that_of_a_run_after_its_beginning(local, ref
     assert "handle" not in vars(local.kernel.state)
 
 
-def test_a_session_is_swapped_beside_one_that_runs_and_both_are_exact(local, reference):
-    victim = checkpoint.stop_at(local, PROMPT, 2, 1)
-    for work in (company.swapping(victim), company.writing_behind(local, victim)):
-        with tier_watch.watching_moves(local) as moves, company.meanwhile(work) as done:
-            while not done[0]:
-                _, tokens = company.run_alone(local, PROMPT)
-        assert tokens == reference.tokens and moves.nbytes("device-host") + moves.left > 0
-    end = victim.continue_()
-    assert tuple(end.session.tokens[20:]) == reference.tokens
-    victim.terminate()
-
-
 def test_somebody_else_swaps_a_session_of_their_own(local, reference):
     with other_client(local, PROMPT, 2) as other:
         assert local.kernel.state.sessions[other.session_id].owner != OWNER
@@ -69,24 +59,29 @@ def test_somebody_else_swaps_a_session_of_their_own(local, reference):
     assert other.session_id not in local.kernel.state.sessions
 
 
-def test_copying_beforehand_without_a_pause_copies_every_page(local):
-    victim = checkpoint.stop_at(local, PROMPT, 2, 1)
-    tier_watch.wait_until_settled(local)
-    with tier_watch.watching_moves(local) as moves:
-        company.writing_behind(local, victim)()
-    pages = victim.refresh().num_pages
+def test_stopped_sessions_are_copied_beforehand_beside_decodes_and_at_no_other_time(
+    local, reference
+):
+    victims = [checkpoint.stop_at(local, PROMPT, 2, 1) for _ in range(2)]
+    tier_watch.wait_until_copied(local)
+    state = local.kernel.state
+    with tier_watch.watching_moves(local) as moves, company.writing_behind(local, victims) as done:
+        assert not any(victim.refresh().num_pages == 0 for victim in victims)
+        local.kernel.loop.dispatch(Ticked(now=time.time()))
+        assert not moves.copies and not done[0]
+        _, tokens = company.run_alone(local, PROMPT)
+        tier_watch.wait_until_settled(local)
+        beside = moves.nbytes("device-host")
+    pages = sum(victim.refresh().num_pages for victim in victims)
 
-    assert moves.nbytes("device-host") == pages * local.cache.page_bytes
+    assert tokens == reference.tokens
+    assert 0 < beside <= pages * local.cache.page_bytes and 0 < done[0] <= len(victims)
     assert all(one.session_id is None for one in moves.copies)
-    victim.terminate()
-
-
-def test_what_goes_wrong_meanwhile_is_raised(local):
-    def work():
-        raise ValueError("beside")
-
-    with pytest.raises(ValueError, match="beside"), company.meanwhile(work):
-        pass
+    assert "write_behind" not in vars(state)
+    tier_watch.wait_until_copied(local)
+    for victim in victims:
+        assert tuple(victim.continue_().session.tokens[20:]) == reference.tokens
+        victim.terminate()
 
 
 def test_a_lock_of_the_engine_keeps_others_from_running(local, reference):

@@ -180,6 +180,7 @@ def test_a_timed_resumption_runs_what_is_left_and_brings_what_that_needs(bench, 
         assert len(way.client_ms) == len(way.before_ms) == len(found.whole_ms) == 2
         assert all(0 < s < c for s, c in zip(way.server_ms, way.client_ms, strict=True))
         assert all(w > c for w, c in zip(way.work_ms, way.client_ms, strict=True))
+    assert len(found.at_once_ms) == 2 and min(found.at_once_ms) > 0
     by_hand, rerun = (2, 0) if where == "in_decode" else (0, 2)
     assert (len(found.by_hand_ms), len(found.rerun_ms)) == (by_hand, rerun)
     assert all(r > w > 0 for r, w in zip(found.rerun_ms, found.whole_ms, strict=False))
@@ -202,7 +203,8 @@ def test_the_ways_through_a_decode_are_taken_by_turns_in_one_session(bench, monk
     bench.in_decode(1, 2)
 
     stop = "layers.1.output"
-    one_way, back = ["logits", stop, stop, stop], [stop, stop, stop, "logits"]
+    one_way = ["logits", stop, "logits", stop, stop, stop]
+    back = [stop, stop, stop, stop, "logits", "logits"]
     assert asked == ["logits", *back, *one_way, *back] and len(launched) == 1
     assert absent == [0] * len(asked)
 
