@@ -29,8 +29,9 @@ SHARE = 1 / 3
 #: How much of the time of a session that runs all other owners may take in the long run. It is to
 #: slow down by no more than 10 % while others swap without a pause. A second of the interpreter
 #: costs a decode up to 1.7 s, since it gives the interpreter away at each of its operations and
-#: waits for it, and the bus costs it some 2 %: 1.02 / (1 - 1.7 * 0.04) = 1.09 (notebooks/LOG.md).
-RUN_SHARE = 0.04
+#: waits for it, on a busy host up to 2.3, and the bus costs it some 2 %: 1.02 / (1 - 2.3 * 0.03) =
+#: 1.10 (notebooks/LOG.md).
+RUN_SHARE = 0.03
 #: What is taken from a run, and exceeds what may be taken at once by more than this, is forgotten,
 #: seconds: one long answer must not lock its owner out for 25 times as long.
 DEBT_S = 0.1
