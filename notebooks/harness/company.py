@@ -17,8 +17,11 @@ from typing import Any
 
 from djinn_nb import Finished, Session
 from kernel_server.protocol import messages as m
+from kernel_server.state.copies import LONG_RUN
 from kernel_server.state.events import StretchDone, Ticked
 from kernel_server.state.instructions import RunStretch
+from kernel_server.state.leaving import DECODES_BETWEEN
+from notebooks.harness.checkpoint import stop_at
 from notebooks.harness.exactness import Prompt
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import InProcessTransport, Local
@@ -96,6 +99,19 @@ def run_beside(
             found, tokens = run_alone(local, prompt)
         seconds = time.perf_counter() - began
     return Beside(found, tokens, done[0], seconds, copied.total())
+
+
+def stopped_for_copying(local: Local, prompt: Prompt, layer: int, decodes: int) -> list[Session]:
+    """Sessions stopped after `layer` of their first decode, as many as have more pages than are
+    copied beforehand beside so many decodes, but at most half of the device's."""
+    most = local.kernel.state.residency.slots["device"].capacity // 2
+    wanted = LONG_RUN * (1 + decodes // DECODES_BETWEEN)
+    stopped = [stop_at(local, prompt, layer, 1)]
+    each = pages = stopped[0].newest.num_pages
+    while pages < wanted and pages + each <= most:
+        stopped.append(stop_at(local, prompt, layer, 1))
+        pages += each
+    return stopped
 
 
 @contextlib.contextmanager

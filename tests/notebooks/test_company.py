@@ -62,7 +62,7 @@ def test_somebody_else_swaps_a_session_of_their_own(local, reference):
 def test_stopped_sessions_are_copied_beforehand_beside_decodes_and_at_no_other_time(
     local, reference
 ):
-    victims = [checkpoint.stop_at(local, PROMPT, 2, 1) for _ in range(2)]
+    victims = company.stopped_for_copying(local, PROMPT, 2, 0)
     tier_watch.wait_until_copied(local)
     state = local.kernel.state
     with tier_watch.watching_moves(local) as moves, company.writing_behind(local, victims) as done:
