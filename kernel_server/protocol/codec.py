@@ -260,6 +260,8 @@ def _message_loader(cls: type[Any]) -> _Loader:
     hints = typing.get_type_hints(cls, vars(_messages))
     specs = fields(cls)
     loaders = {f.name: _loader(hints[f.name]) for f in specs}
+    plain_kinds = {f.name: kind for f in specs if (kind := _plain_kind(hints[f.name])) is not None}
+    may_lack = frozenset(f.name for f in specs if type(None) in get_args(hints[f.name]))
     required = {f.name for f in specs if f.default is MISSING and f.default_factory is MISSING}
 
     def load(value: Any, buffers: _Buffers, path: str, depth: int) -> Any:
@@ -269,14 +271,29 @@ def _message_loader(cls: type[Any]) -> _Loader:
             raise BadMessage(f"{path}: unknown field {sorted(extra)[0][:60]!r}")
         if missing := required - value.keys():
             raise BadMessage(f"{path}: missing field {sorted(missing)[0]!r}")
+        made: dict[str, Any] = {}
         # in the order sent: buffers follow the order of the header
-        made = {
-            key: loaders[key](item, buffers, f"{path}.{key}", depth + 1)
-            for key, item in value.items()
-        }
+        for key, item in value.items():
+            kind = type(item)
+            if item is None and key in may_lack:
+                made[key] = None
+            # most fields are scalars, which cost no call and no path
+            elif kind is plain_kinds.get(key) and (
+                kind is bool or (item.isascii() if kind is str else MIN_INT <= item <= MAX_INT)
+            ):
+                made[key] = item
+            else:
+                made[key] = loaders[key](item, buffers, f"{path}.{key}", depth + 1)
         return cls(**made)
 
     return load
+
+
+def _plain_kind(hint: Any) -> type | None:
+    """The scalar that a field holds, if it holds one: text, a whole number, or yes and no."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    is_union = get_origin(hint) in (None, Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 and kinds[0] in (str, int, bool) else None
 
 
 def _load_array(value: Any, buffers: _Buffers, path: str, depth: int) -> Array:

@@ -376,12 +376,17 @@ class Branching(Scratching):
         if node.edits is None:
             edits = session.edits.copy() if len(session.edits) else NO_EDITS
             tree.nodes[node.number] = replace(node, edits=edits, left_at=session.stop_number)
-        if node.number in tree.kept or self.can_keep(session):
-            self.keep_stop(session, node.number)
+        self.keep_stop(session, node.number)
 
     def _drop_oldest(self, session: Session) -> None:
         """Let the nodes left longest ago lose their tensors, where too much is kept."""
         tree, limits = session.tree, self.limits
+        if (
+            len(tree.kept) <= limits.kept_stops_per_session
+            and self.kept_bytes <= limits.kept_bytes_per_session
+        ):
+            self.keep_to_room()  # all sessions together keep no more than this one may
+            return
         count, size = len(tree.kept), sum(kept.nbytes for kept in tree.kept.values())
         gone = set()
         for number, kept in tree.kept.items():

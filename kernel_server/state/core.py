@@ -349,6 +349,8 @@ class Core:
 
     def release(self, pages: list[int] | tuple[int, ...]) -> None:
         """Drop an owner of each page; with checks on, freed ones are filled with NaN."""
+        if not pages:
+            return
         freed = self.pool.release(pages)
         if self.failed_reads or self.lost:
             for page in freed:

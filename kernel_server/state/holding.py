@@ -80,14 +80,19 @@ class Holding(Paging):
 
     def can_keep(self, session: Session) -> bool:
         """Whether what the session holds where it stands may be kept when it goes."""
-        most = min(self.limits.kept_bytes_per_session, self.limits.kept_bytes)
-        return stop_bytes(self.shape, session) <= most
+        return self._may_be_kept(stop_bytes(self.shape, session))
+
+    def _may_be_kept(self, nbytes: int) -> bool:
+        return nbytes <= min(self.limits.kept_bytes_per_session, self.limits.kept_bytes)
 
     def keep_stop(self, session: Session, node: int) -> None:
-        """Keep what the session holds at a node that it leaves; the last one to go."""
+        """Keep what the session holds at a node that it leaves, if it may be; the last one to
+        go."""
         kept = session.tree.kept.pop(node, None)
         if kept is None:
             nbytes = stop_bytes(self.shape, session)
+            if not self._may_be_kept(nbytes):
+                return
             self._stops_kept += 1
             kept = KeptStop(self._stops_kept, node, nbytes, {session.id: None})
             self.kept_bytes += nbytes
