@@ -39,6 +39,8 @@ CALL_S, COMPUTE_S = 30.0, 300.0
 CHUNK_BYTES = 1 << 20
 #: How long one poll for events waits at the server, seconds.
 POLL_WAIT_S = 10.0
+#: Events that an answer has overtaken are waited for at most so long, seconds.
+CATCH_UP_S = 2.0
 #: Most token ids asked for in one call: their texts must fit into one frame.
 TEXTS_PER_CALL = 20_000
 
@@ -278,6 +280,7 @@ class Client:
     # -- events ---------------------------------------------------------------------------
 
     def _listen(self, after: int) -> None:
+        self.mirror.heard_seq = after
         # the events thread holds us weakly: a connection that nobody uses any more is closed
         weak = weakref.ref(self)
 
@@ -305,7 +308,15 @@ class Client:
             else:
                 self.leases.take(event)
                 self.mirror.take(event)
+        self.mirror.heard_seq = reply.last_seq
         return reply.last_seq
+
+    def catch_up(self) -> None:
+        """Wait until the events have come that led to what is known of the sessions: an answer may
+        overtake them, by a tenth of a second. Where polls fail nothing is waited for."""
+        wanted, end = self.mirror.known_seq, time.monotonic() + CATCH_UP_S
+        while self.mirror.heard_seq < wanted and self.trouble is None and time.monotonic() < end:
+            time.sleep(0.002)
 
     def _trouble(self, error: Exception | None) -> None:
         """Polling fails, or works again: whoever waits shall look for himself."""
@@ -400,6 +411,8 @@ class Mirror:
         self.listeners: list[Callable[[], None]] = []
         #: how often events may have been missed
         self.num_doubts = 0
+        #: sequence numbers of the newest event that a description knows of, and that has come
+        self.known_seq = self.heard_seq = 0
         #: sessions that this process terminated
         self.ended_here: set[str] = set()
         self.swaps = Swaps()
@@ -408,6 +421,7 @@ class Mirror:
     def update(self, info: m.SessionInfo) -> None:
         """Keep a description unless a newer one is here."""
         with self._lock:
+            self.known_seq = max(self.known_seq, info.event_seq)
             known = self._infos.get(info.id)
             if known is not None and known.revision > info.revision:
                 return
@@ -425,6 +439,7 @@ class Mirror:
             self._progress.clear()
             self.ended_here.clear()
             self.swaps = Swaps()
+            self.known_seq = self.heard_seq = 0
         self._tell()
 
     def take(self, event: m.Event) -> None:

@@ -299,6 +299,7 @@ class Server(Planned):
         A swap is a copy of a session's pages between tiers, or their leaving the device; its text
         says how many, how fast and why. Copies made beforehand (write-behind) are not told.
         """
+        self._client.catch_up()
         return self._client.mirror.swaps.frame()
 
     def memory(self) -> pd.DataFrame:

@@ -7,6 +7,7 @@ waiting only, and says what still runs and how to wait on or pause.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from djinn_nb.checks import seconds
@@ -19,6 +20,9 @@ from kernel_server.protocol.errors import DjinnError, StillRunning, UnknownSessi
 GUARD_S = 5.0
 #: An interrupted caller is kept this long to be told how the session is, seconds.
 ASK_S = 1.0
+#: The answer to a request that makes a session run may wait so long for the rest, seconds: nobody
+#: else of this client is kept by it for longer.
+HELD_S = 0.05
 #: Events after which a running session rests.
 RESTING = ("stopped", "finished", "failed")
 
@@ -38,7 +42,8 @@ def run_until_rest(
     deadline = time.monotonic() + seconds(timeout_s, "timeout")
     try:
         with client.mirror.waiter(message.session_id) as waiter:
-            info = client.control(message)
+            wait_s = max(0.0, min(HELD_S, deadline - time.monotonic()))
+            info = client.control(replace(message, wait_s=wait_s))
             return _rest(client, waiter, info, deadline, timeout_s, name)
     except KeyboardInterrupt:
         raise _interrupted(client, message.session_id, name) from None

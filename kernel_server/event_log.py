@@ -25,6 +25,8 @@ MAX_WAIT_S = 30.0
 QUIET = ("progress", "swapped")
 #: One of these never goes out at once.
 NEVER_AT_ONCE = "continued"
+#: After one of these a session does not run.
+ENDS_A_RUN = ("stopped", "finished", "failed", "terminated")
 #: They go out together with what comes next, but after so many seconds at the latest: a person sees
 #: no more.
 QUIET_S = 0.1
@@ -33,6 +35,15 @@ MAX_BATCH = 256
 BATCH_BYTES = 2 << 20
 #: About how many bytes are kept per owner, whoever does not pull them: the oldest give way.
 KEPT_BYTES = 64 << 20
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """One who waits for the end of a run. A lock, taken until it is told."""
+
+    session_id: str
+    told: threading.Lock
+    event: Any = None
 
 
 @dataclass(slots=True)
@@ -48,6 +59,8 @@ class _Kept:
     urgent: int = 0
     #: quiet events that come until then wait for that time, seconds of the clock
     quiet_until: float = 0.0
+    #: who waits for a session to rest, by session
+    awaited: dict[str, list[_Waiter]] = field(default_factory=dict)
 
 
 class EventLog:
@@ -71,15 +84,50 @@ class EventLog:
             self._keep(of, event)
             of.last = event.seq
             now = time.monotonic()
-            if event.kind in (*QUIET, NEVER_AT_ONCE) and now < of.quiet_until:
+            told = event.kind in ENDS_A_RUN and self._tell(of, event)
+            if (told or event.kind in (*QUIET, NEVER_AT_ONCE)) and now < of.quiet_until:
                 return  # who waits looks again by himself
-            if event.kind == NEVER_AT_ONCE:
+            if told or event.kind == NEVER_AT_ONCE:
                 of.quiet_until = now + QUIET_S
                 of.changed.notify_all()  # to wait until then
                 return
             of.urgent = event.seq
             of.quiet_until = now + QUIET_S
             of.changed.notify_all()
+
+    def rest(self, owner: str, session_id: str, after: int, timeout_s: float) -> Any:
+        """The session, where it first rests after sequence number `after`; None if it does not
+        within `timeout_s`, or ends.
+
+        Who is told so need not be told by a poll, so that the event goes out like a quiet one.
+        """
+        of = self._of(owner)
+        waiter = _Waiter(session_id, threading.Lock())
+        with of.changed:
+            for event, _ in reversed(of.events):
+                if event.seq <= after:
+                    break
+                if event.session_id == session_id and event.kind in ENDS_A_RUN:
+                    waiter.event = event  # the last one found is the first there was
+            if waiter.event is not None or self._closed:
+                return waiter.event and waiter.event.session
+            waiter.told.acquire()
+            of.awaited.setdefault(session_id, []).append(waiter)
+        waiter.told.acquire(timeout=max(0.0, timeout_s))
+        with of.changed:
+            if waiter.event is None and waiter in (waiting := of.awaited.get(session_id, [])):
+                waiting.remove(waiter)
+                if not waiting:
+                    del of.awaited[session_id]
+        return waiter.event and waiter.event.session
+
+    def _tell(self, of: _Kept, event: Any) -> bool:
+        """Tell those who wait for this session; whether there were any."""
+        waiting = of.awaited.pop(event.session_id, [])
+        for waiter in waiting:
+            waiter.event = event
+            waiter.told.release()
+        return bool(waiting)
 
     def _of(self, owner: str) -> _Kept:
         found = self._owners.get(owner)
@@ -137,6 +185,9 @@ class EventLog:
         for of in owners:
             with of.changed:
                 of.changed.notify_all()
+                for waiter in (one for waiting in of.awaited.values() for one in waiting):
+                    waiter.told.release()
+                of.awaited.clear()
 
 
 def _first(found: list[tuple[Any, int]]) -> tuple[Any, ...]:

@@ -50,6 +50,8 @@ CAPABILITIES = (
 
 #: Longest prompt text accepted, characters; the context limits tokens later.
 MAX_PROMPT_CHARACTERS = 4_000_000
+#: An answer is held back for a session to rest for so long at most, seconds.
+MAX_HELD_S = 0.25
 #: Longest request besides its tensors, bytes: JSON is read in one piece that nobody interrupts.
 MAX_HEADER_BYTES = 4 << 20
 
@@ -163,6 +165,8 @@ class Gateway:
                 ungated = contextlib.nullcontext()
                 with self.jobs.one(owner), ungated if _uses_engine(request) else gate:
                     response = self._answer(owner, request)
+                if isinstance(request, _RUNS):
+                    response = self._rested(owner, request, response)
         except DjinnError as error:
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
         except Exception as error:
@@ -170,6 +174,21 @@ class Gateway:
             response = m.ErrorReply(error=m.error_info(error, self._trace(error)))
         with gate:
             return codec.encode(response)
+
+    def _rested(self, owner: str, request: Any, response: Any) -> Any:
+        """The answer to a request that made a session run, told where it rests if that is soon.
+
+        A stop a few layers on is told so at once, by one message instead of an answer and an event.
+        Who asks does not hold the gate meanwhile; their connection is kept for that long.
+        """
+        wait_s = min(request.wait_s, MAX_HELD_S)
+        if not wait_s > 0 or not isinstance(response, m.SessionReply):
+            return response
+        now = response.session
+        if now.status != "running":
+            return response
+        found = self.events.rest(owner, now.id, now.event_seq, wait_s)
+        return response if found is None else m.SessionReply(session=found)
 
     def _decode(self, payload: bytes) -> Any:
         header_bytes = int.from_bytes(payload[4:8], "little")
@@ -550,6 +569,10 @@ _AT_ONCE = (
     m.RemoveBreakpoint, m.ReadStory,
     m.StepBack, m.Rewind, m.GoTo, m.ListBranches, m.PruneBranch, m.Accept,
     m.ReadRecord, m.LoadRecord,
+)  # fmt: skip
+#: Requests that make a session run.
+_RUNS = (
+    m.Continue, m.Next, m.StepIn, m.StepOut, m.RunTo, m.StepBack, m.Rewind, m.GoTo,
 )  # fmt: skip
 #: Requests that the engine only begins.
 _BESIDE: dict[type, str] = {m.Evict: "pages that leave", m.Restore: "pages that come"}

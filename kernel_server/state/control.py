@@ -280,7 +280,7 @@ class Control(Running):
         session.target = target
         self.set_running(session)
         self.publish(session, "continued")
-        self.reply(event.request_id, m.SessionReply(session=self.info(session)))
+        self.reply(event.request_id, m.SessionReply(session=self.told_info(session)))
 
     def pause(self, event: Requested, request: m.Pause, session: Session) -> None:
         """Stop at the next boundary; a session that does not run is answered as it is."""

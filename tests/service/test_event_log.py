@@ -257,3 +257,87 @@ def test_the_only_swap_in_an_answer_tells_of_its_session() -> None:
 
     assert first.session is not None
     assert log.poll("ann", 1, 0).events[0].session is not None
+
+
+def _stop(seq: int, session_id: str = "s1", kind: str = "stopped") -> Event:
+    event = _long(seq, 3)
+    assert event.session is not None
+    return replace(
+        event, kind=kind, session_id=session_id, session=replace(event.session, id=session_id)
+    )  # type: ignore[arg-type]
+
+
+class _Asker(threading.Thread):
+    """One who waits for `s1` to rest after event 1, begun when that is certain to wait."""
+
+    def __init__(self, log: EventLog, timeout_s: float = 60) -> None:
+        super().__init__(daemon=True)
+        self.log, self.timeout_s, self.found = log, timeout_s, ["nothing yet"]
+        self.start()
+        while "s1" not in log._of("ann").awaited:
+            time.sleep(0.001)
+
+    def run(self) -> None:
+        self.found = [self.log.rest("ann", "s1", 1, self.timeout_s)]
+
+    def told(self) -> Any:
+        self.join(60)
+        return self.found[0]
+
+
+def test_who_waits_for_a_session_to_rest_is_told_of_its_first_rest_alone() -> None:
+    log = EventLog()
+    log.append("ann", _stop(1))
+    asker = _Asker(log)
+    log.append("ann", _event(2, "continued"))
+    log.append("ann", _stop(3, "s2"))
+    log.append("bob", _stop(3))
+    assert asker.is_alive() and asker.found == ["nothing yet"]
+    log.append("ann", _stop(4))
+    log.append("ann", _stop(5))
+
+    assert asker.told().event_seq == 4
+    assert not log._of("ann").awaited
+
+
+def test_a_rest_that_came_before_anyone_waited_is_told_at_once() -> None:
+    log = EventLog()
+    for event in (_stop(1), _event(2, "continued"), _stop(3), _event(4, "continued"), _stop(5)):
+        log.append("ann", event)
+
+    assert log.rest("ann", "s1", 1, 60).event_seq == 3
+    assert log.rest("ann", "s1", 3, 60).event_seq == 5
+
+
+def test_who_waits_in_vain_is_let_go_and_polls_are_told_at_once_again() -> None:
+    log = EventLog()
+    log.append("ann", _event(1, "continued"))
+
+    assert log.rest("ann", "s1", 1, 0.01) is None
+    assert not log._of("ann").awaited
+    log.append("ann", _stop(2))
+    assert log._of("ann").urgent == 2
+
+
+@pytest.mark.parametrize("ends", ["terminated", "closed"])
+def test_who_waits_is_let_go_when_there_is_nothing_to_wait_for(ends: str) -> None:
+    log = EventLog()
+    asker = _Asker(log)
+    log.append("ann", _event(2, "terminated")) if ends == "terminated" else log.close()
+
+    assert asker.told() is None
+    assert log.rest("ann", "s2", 1, 60) is None if ends == "closed" else True
+
+
+def test_a_rest_that_was_told_goes_out_to_polls_a_little_later() -> None:
+    """To every poll, once, in order; it wakes nobody by itself."""
+    log = EventLog()
+    log.append("ann", _event(1, "continued"))
+    asker = _Asker(log)
+    log.append("ann", _stop(2))
+    assert asker.told().event_seq == 2
+    assert log._of("ann").urgent < 2
+    began = time.monotonic()
+    seen = [event.seq for event in log.poll("ann", 1, 60).events]
+
+    assert seen == [2] and time.monotonic() - began < 30

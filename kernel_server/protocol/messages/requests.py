@@ -1,7 +1,8 @@
 """What a client asks. Each request is answered by one response on the same connection.
 
 Anything that acts on a stop carries `seen`, the number of the stop the caller saw; the server
-refuses a stale one.
+refuses a stale one. What makes a session run carries `wait_s`: so many seconds at most the answer
+waits for the session to rest, and then says where; else, and always with 0, it says that it runs.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Continue:
 
     session_id: str
     seen: int
+    wait_s: float = 0.0
 
 
 @message
@@ -80,6 +82,7 @@ class Next:
 
     session_id: str
     seen: int
+    wait_s: float = 0.0
 
 
 @message
@@ -88,6 +91,7 @@ class StepIn:
 
     session_id: str
     seen: int
+    wait_s: float = 0.0
 
 
 @message
@@ -96,6 +100,7 @@ class StepOut:
 
     session_id: str
     seen: int
+    wait_s: float = 0.0
 
 
 @message
@@ -105,6 +110,7 @@ class RunTo:
     session_id: str
     seen: int
     location: str
+    wait_s: float = 0.0
 
 
 @message
@@ -177,6 +183,7 @@ class StepBack:
 
     session_id: str
     seen: int
+    wait_s: float = 0.0
 
 
 @message
@@ -187,6 +194,7 @@ class Rewind:
     seen: int
     forward: int
     location: str
+    wait_s: float = 0.0
 
 
 @message
@@ -196,6 +204,7 @@ class GoTo:
     session_id: str
     seen: int
     node: int
+    wait_s: float = 0.0
 
 
 @message
