@@ -33,7 +33,7 @@ SHARE = 1 / 3
 #: 1.10 (notebooks/LOG.md).
 RUN_SHARE = 0.03
 #: What is taken from a run, and exceeds what may be taken at once by more than this, is forgotten,
-#: seconds: one long answer must not lock its owner out for 25 times as long.
+#: seconds: one long answer must not lock its owner out for 33 times as long.
 DEBT_S = 0.1
 #: An owner who has asked for nothing for this long does not hold others back, seconds.
 ACTIVE_S = 1.0
