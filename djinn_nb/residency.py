@@ -108,7 +108,8 @@ class Moving:
     def pin(self, pinned: bool = True) -> None:
         """Keep its pages on the device whoever needs the room, or no longer with `False`.
 
-        A pinned session has no lease, where the server sets one.
+        A pinned session has no lease, where the server sets one. It is pinned after a restart of
+        the server too, and needs no room before it is computed again; a checkpoint is not pinned.
 
             session.pin()
             session.pin(False)

@@ -205,6 +205,7 @@ def to_record(
         sampled_from=tree.sampled_from,
         fingerprint=dict(session.fingerprint),
         inexact=session.inexact,
+        pinned=session.pinned,
         sizes=sizes_of(shape),
     )
     return record, tuple(writer.arrays)
@@ -395,6 +396,7 @@ def _session(reader: _Reader) -> Session:
         applied=reader.applied(record.applied),
         fingerprint=record.fingerprint,
         inexact=record.inexact,
+        pinned=record.pinned,
         # what stands before the first layer is whole without any tensor
         dormant=record.status != "failed" and (record.forward, point) != (0, NOT_STARTED),
     )

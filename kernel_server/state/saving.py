@@ -158,6 +158,9 @@ def _renamed(record: m.SessionRecord, new_id: str, owner: str, name: str) -> m.S
         parent=None,
         ran_from=None,
         revision=0,
+        # a pin is a wish about the device of the server that saved it, and its lease: here it would
+        # hold pages that nobody here asked to hold
+        pinned=False,
         nodes=tuple(replace(node, branch=branch(node.branch)) for node in record.nodes),
         branches=tuple(replace(one, id=branch(one.id)) for one in record.branches),
     )

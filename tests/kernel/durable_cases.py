@@ -8,13 +8,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from djinn_nb import Session, Stopped
 from kernel_server.protocol import messages as m
+from kernel_server.protocol.errors import NotSupported
 from notebooks.harness.exactness import different
 from notebooks.harness.inprocess import Local
 from tests.kernel.branch_cases import ends_as, references_of
 from tests.kernel.cases import prompt_of
+from tests.kernel.lease_cases import is_at_rest, let_rest
 from tests.kernel.tier_cases import ask
 
 #: Starts a kernel with the journal in a folder, after the one before has ended.
@@ -145,6 +148,40 @@ def what_is_compared_with_the_location_before_is_compared_again(start: Start) ->
         first = next(i for i, place in enumerate(expected) if place[0] and place[1])
         back.rewind(expected[first][0], f"layers.{expected[first][1]}.middle")
         assert _places(back) == expected[first:]
+        for session_id in local.server.sessions().index:
+            local.server.attach(session_id).terminate()
+
+
+def a_pin_outlives_its_kernel(start: Start) -> None:
+    """Of two sessions left alone after a restart, only the pinned one has no lease.
+
+    Starts kernels with a lease of `lease_cases.LEASE_S`.
+    """
+    with start() as local:
+        prompt = prompt_of(local, 1.4, new_tokens=4)
+        (reference,) = references_of(local, [prompt])
+        pinned, other = (prompt.launch(local) for _ in range(2))
+        for session in (pinned, other):
+            session.run_to("layers.2.output")
+        pinned.pin()
+        keys = pinned.id, other.id
+    with start() as local:
+        pinned, other = map(local.server.attach, keys)
+        assert pinned.residency.pinned and not other.residency.pinned
+        assert pinned.newest.dormant and not pinned.residency.pages
+        for session in (pinned, other):
+            session.restore()
+        let_rest(local, other)
+        assert not is_at_rest(local, pinned)
+        with pytest.raises(NotSupported, match="pinned"):
+            pinned.evict()
+        assert pinned.residency.is_resident and not pinned.refresh().dormant
+        pinned.pin(False)
+    with start() as local:
+        pinned, other = map(local.server.attach, keys)
+        assert not pinned.residency.pinned
+        for session in (pinned, other):
+            ends_as(session, prompt, reference)
         for session_id in local.server.sessions().index:
             local.server.attach(session_id).terminate()
 

@@ -9,7 +9,7 @@ import pytest
 
 from notebooks.harness.inprocess import local_kernel
 from notebooks.harness.tiny import make_folder
-from tests.kernel import durable_cases
+from tests.kernel import durable_cases, lease_cases
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,13 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pat
     yield {family: make_folder(family, folder) for family in ("llama", "gemma2")}
 
 
-def starter(folder: Path, dtype: str, tmp_path: Path) -> durable_cases.Start:
+def starter(
+    folder: Path, dtype: str, tmp_path: Path, lease_s: float | None = None
+) -> durable_cases.Start:
     return lambda: local_kernel(
         model=folder, dtype=dtype, device="cpu", prefill_chunk=16, kv_memory_bytes=2 << 20,
         host_memory_bytes=2 << 20, disk_memory_bytes=2 << 20, state_dir=tmp_path / "journal",
+        lease_s=lease_s,
     )  # fmt: skip
 
 
@@ -34,6 +37,13 @@ def test_an_edited_stop_comes_back(families, tmp_path, family, dtype):
 def test_what_is_compared_is_compared_again(families, tmp_path):
     start = starter(families["llama"], "float32", tmp_path)
     durable_cases.what_is_compared_with_the_location_before_is_compared_again(start)
+
+
+#: what connections say of leases
+@pytest.mark.filterwarnings("ignore:session s")
+def test_a_pin_outlives_its_kernel(families, tmp_path):
+    start = starter(families["llama"], "float32", tmp_path, lease_s=lease_cases.LEASE_S)
+    durable_cases.a_pin_outlives_its_kernel(start)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -171,6 +171,25 @@ def test_a_pinned_session_has_no_lease():
     assert made.state.sessions[pinned].dormant
 
 
+def test_a_pinned_session_has_no_lease_after_a_restart_either():
+    before = world()
+    pinned, other = stopped(before), stopped(before)
+    before.ask(m.Pin(session_id=pinned))
+    after = restarted(before, limits=before.state.limits)
+    until(after, 5000)
+    assert after.state.sessions[pinned].dormant and not told(after)
+    for session_id in (pinned, other):
+        seen = after.session(session_id).stop_number
+        built(after, session_id, m.ReadValue(session_id=session_id, seen=seen, tokens=m.ALL))
+
+    until(after, 9999)
+
+    assert {event.session_id for event in told(after)} == {other}
+    assert after.state.sessions[other].lease_ended
+    assert not after.state.sessions[pinned].dormant
+    after.finish_checks()
+
+
 def test_a_hint_is_waited_for():
     made = world()
     session_id = stopped(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from typing import Any
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.arrays import Array
-from kernel_server.protocol.codec import decode, encode
+from kernel_server.protocol.codec import MAGIC, decode, encode, plain
 from kernel_server.protocol.errors import (
     BadMessage,
     BrokenJournal,
     DjinnError,
     NotRebuilt,
+    NotSupported,
     SessionFailed,
     StaleStop,
     UnknownSession,
@@ -301,6 +303,78 @@ def test_a_run_that_draws_other_tokens_is_reported_and_leaves_the_session_alone(
     built(after, session_id, go)
 
 
+def test_a_pin_outlives_the_server_and_so_does_its_end():
+    before = world()
+    pinned, other, waiting = (before.launch(max_new_tokens=4) for _ in range(3))
+    for session_id in (pinned, other):
+        before.run(session_id, m.RunTo, location="layers.1.output")
+    for session_id in (pinned, waiting):
+        before.ask(m.Pin(session_id=session_id))
+
+    after = restarted(before)
+    again = restarted(after)
+
+    for of in (after, again):
+        assert [of.session(one).pinned for one in (pinned, other, waiting)] == [True, False, True]
+        assert of.session(pinned).dormant and not of.session(pinned).num_pages
+    again.ask(m.Pin(session_id=pinned, pinned=False))
+    last = restarted(again)
+    assert [last.session(one).pinned for one in (pinned, other, waiting)] == [False, False, True]
+    last.finish_checks()
+
+
+def test_one_computed_again_is_kept_on_the_device_by_the_pin_it_had():
+    tiers = replace(SHAPE, num_pages=2 * SHAPE.num_pages, num_host_pages=SHAPE.num_pages)
+    before = world(shape=tiers)
+    session_id = before.launch(max_new_tokens=4)
+    before.run(session_id, m.RunTo, location="layers.1.output")
+    before.ask(m.Pin(session_id=session_id))
+    after = restarted(before, shape=tiers)
+    evict = m.Evict(session_id=session_id, to="host")
+
+    with pytest.raises(NotSupported, match="is pinned to the device"):
+        built(after, session_id, evict)
+    now = after.session(session_id)
+    assert now.num_pages and now.device_pages == now.num_pages
+    after.ask(m.Pin(session_id=session_id, pinned=False))
+    after.ask(evict)
+    after.finish_checks()
+
+
+def test_a_session_loaded_from_the_record_of_a_pinned_one_is_not_pinned():
+    before = world()
+    session_id = before.launch(max_new_tokens=4)
+    before.run(session_id, m.RunTo, location="layers.1.output")
+    before.ask(m.Pin(session_id=session_id))
+    saved = before.ask(m.ReadRecord(session_id=session_id))
+    parts = tuple(m.ArrayPart(data=one.data) for one in saved.arrays)
+    assert saved.record.pinned, "the control: the load has something to leave out"
+
+    for of in (world(), before):
+        loaded = of.ask(m.LoadRecord(record=saved.record, arrays=parts)).session
+        assert loaded.stop == before.session(session_id).stop
+        assert not loaded.pinned
+    assert before.session(session_id).pinned
+
+
+def test_a_record_written_before_pins_were_recorded_is_read_as_not_pinned():
+    before = world()
+    session_id = before.launch(max_new_tokens=4)
+    before.run(session_id, m.RunTo, location="layers.1.output")
+    before.ask(m.Pin(session_id=session_id))
+    data, arrays = before.journal[session_id]
+    tree = plain(decode(data))
+    del tree["body"]["pinned"]
+    header = json.dumps(tree).encode()
+    before.journal[session_id] = MAGIC + len(header).to_bytes(4, "little") + header, arrays
+
+    after = restarted(before)
+
+    assert like(after.session(session_id)) == like(before.session(session_id))
+    assert not after.session(session_id).pinned
+    assert not after.state.unread
+
+
 def test_ids_are_not_given_twice_and_the_ended_do_not_come_back():
     before = world()
     first, second = before.launch(), before.launch()
@@ -358,6 +432,7 @@ def test_a_session_of_another_model_says_so_and_stays_in_the_journal():
     [
         m.SetBreakpoint(session_id="s1", locations=("layers.1.output",)),
         m.Fork(session_id="s1"),
+        m.Pin(session_id="s1"),
         m.Terminate(session_id="s1"),
     ],
 )

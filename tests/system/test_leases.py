@@ -90,4 +90,5 @@ def test_it_rests_and_goes_on_and_so_it_does_after_a_kill(leased, tmp_path, caps
     np.testing.assert_array_equal(stop.hidden_states.numpy(), value)
     assert finished(session) == expected
     np.testing.assert_array_equal(session.logits, logits)
+    assert other.residency.pinned and not session.residency.pinned
     assert isinstance(other.continue_(), djinn.Finished)

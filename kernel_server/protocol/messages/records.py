@@ -164,6 +164,8 @@ class SessionRecord:
     #: under which it ran, or which was accepted instead
     fingerprint: dict[str, Any] = field(default_factory=dict)
     inexact: bool = False
+    #: its pages are to stay on its server's device; journals of before have no such field
+    pinned: bool = False
     #: layers, hidden size and vocabulary of its model
     sizes: tuple[int, ...] = ()
 
