@@ -268,7 +268,8 @@ class Server(Planned):
         """Change how much KV each tier may hold, while the server runs; one row per tier named.
 
         Bytes, or a text such as "2GiB"; at most what was allocated at the start. What a lowered
-        tier holds too much leaves as copies are made. Refused where the server has several owners.
+        tier holds too much leaves as copies are made. Where one of the tiers is refused, none
+        changes. Refused where the server has several owners.
         Raises BadArgument with the bounds, OutOfPages where the pages have nowhere to go.
 
             server.set_budget(device="1GiB")
@@ -279,18 +280,17 @@ class Server(Planned):
         sizes = {tier: _size(value, tier) for tier, value in asked.items() if value is not None}
         if not sizes:
             raise BadArgument("name a tier: set_budget(device='1GiB'), host= or disk=")
-        rows = []
-        for tier, nbytes in sizes.items():
-            message = m.SetBudget(tier=tier, nbytes=nbytes)
-            reply = self._client.call(message, m.BudgetReply)
-            rows.append(
-                {
-                    "tier": tier,
-                    "budget_MiB": reply.nbytes / MIB,
-                    "used_MiB": reply.used / MIB,
-                    "allocated_MiB": reply.allocated / MIB,
-                }
-            )
+        # one request: the server looks at all of them before it changes any
+        reply = self._client.call(m.SetBudget(**sizes), m.BudgetReply)
+        rows = [
+            {
+                "tier": budget.tier,
+                "budget_MiB": budget.nbytes / MIB,
+                "used_MiB": budget.used / MIB,
+                "allocated_MiB": budget.allocated / MIB,
+            }
+            for budget in reply.budgets
+        ]
         return pd.DataFrame(rows).set_index("tier")
 
     def swaps(self) -> pd.DataFrame:

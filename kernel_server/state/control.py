@@ -17,6 +17,7 @@ from kernel_server.protocol.errors import (
 from kernel_server.protocol.location import NOT_STARTED, is_inner
 from kernel_server.state.events import Requested
 from kernel_server.state.instructions import DropLog, ForkTensors, ReadTensors
+from kernel_server.state.leaving import FLAGS
 from kernel_server.state.running import Running
 from kernel_server.state.sessions import Session
 from kernel_server.state.stepping import (
@@ -110,13 +111,21 @@ class Control(Running):
                 max_prompt=shape.max_prompt,
             )
         pages = shape.num_groups * shape.pages_for(num_prompt + new - 1)
-        total = self.residency.slots["device"].capacity
+        total, allocated = self.residency.slots["device"].capacity, self.allocated("device")
         if pages > total:
+            # a budget that was lowered is the cause only where all that there is would do
+            has, more = (
+                f"whole pool has {allocated}",
+                f"start the server with more {FLAGS['device']}",
+            )
+            if pages <= allocated:
+                has = f"device may hold {total} of {allocated}"
+                more = self.more_room("device")
             raise PromptTooLong(
-                f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, the whole pool"
-                f" has {total}: ask for less, or start the server with more --kv-memory",
+                f"{num_prompt} prompt tokens and {new} new ones need {pages} pages, the {has}: ask"
+                f" for less, or {more}",
                 needed=pages,
-                total=total,
+                total=total if pages <= allocated else allocated,
             )
         most = self.pool.per_tenant
         if most is not None and pages > most:

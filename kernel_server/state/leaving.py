@@ -27,6 +27,10 @@ DECODES_BETWEEN = 8
 #: Why a page goes to the disk that nobody asked to go there.
 _HOST_ROOM = "room on the host"
 _BUDGET = "the budget was lowered"
+#: What a server is started with, by tier.
+FLAGS: dict[Tier, str] = {
+    "device": "--kv-memory", "host": "--host-memory", "disk": "--disk-memory",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -103,9 +107,7 @@ class Leaving(Refusing):
             f" {have['device'].capacity} can leave it (host: {have['host'].num_free} of"
             f" {have['host'].capacity} free, disk: {have['disk'].num_free} of"
             f" {have['disk'].capacity})"
-            + self._what_next(
-                "terminate a session, or start the server with more --kv-memory or --host-memory"
-            ),
+            + self._what_next(f"terminate a session, or {self.more_room('device', 'host')}"),
             needed=count,
             free=droppable,
             total=have["device"].capacity,
@@ -296,6 +298,28 @@ class Leaving(Refusing):
         return [p for table in session.tables for p in table if p in dirty and p not in moving]
 
     # -- budgets ------------------------------------------------------------------------------
+
+    def allocated(self, tier: Tier) -> int:
+        """Pages that a tier was given at the start."""
+        return {
+            "device": self.shape.num_device_pages,
+            "host": self.shape.num_host_pages,
+            "disk": self.shape.num_disk_pages,
+        }[tier]
+
+    def more_room(self, *tiers: Tier) -> str:
+        """How these tiers get more room: by their budgets where they were lowered, else by another
+        start."""
+        slots = self.residency.slots
+        lowered = [
+            tier
+            for tier in tiers
+            if (budget := slots[tier].budget) is not None and budget < self.allocated(tier)
+        ]
+        if lowered:
+            named = ", ".join(f"{tier}=..." for tier in lowered)
+            return f"raise the budget with server.set_budget({named})"
+        return f"start the server with more {' or '.join(FLAGS[tier] for tier in tiers)}"
 
     def keep_to_budgets(self) -> None:
         """Have pages leave a tier that holds more than its budget, which was lowered."""

@@ -116,9 +116,7 @@ class Residing(Saving):
         if dirty > room:
             raise OutOfPages(
                 f"{dirty} pages of session {session.id} are to go down, and {room} fit there"
-                + self._what_next(
-                    "terminate a session, or start the server with more --host-memory"
-                ),
+                + self._what_next(f"terminate a session, or {self.more_room('host')}"),
                 needed=dirty,
                 free=room,
                 **self._why_refused(),

@@ -65,7 +65,14 @@ class Slots:
     @property
     def room(self) -> int:
         """Slots that may be taken; negative while more are taken than the budget allows."""
-        room = self.capacity - self.used
+        return self._room_of(self.capacity)
+
+    def room_under(self, budget: int) -> int:
+        """What `room` would be after `limit(budget)`."""
+        return self._room_of(min(self._made, budget))
+
+    def _room_of(self, capacity: int) -> int:
+        room = capacity - self.used
         return room if self.refusal is None else min(room, 0)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages
+from kernel_server.protocol.errors import BadArgument, NotSupported, OutOfPages, PromptTooLong
 from kernel_server.state import paging
 from kernel_server.state.copies import RUN
 from kernel_server.state.events import Ticked
@@ -391,8 +391,19 @@ def test_a_hint_brings_pages_back_in_time_from_those_expected_later() -> None:
 # -- budgets ------------------------------------------------------------------------------------
 
 
-def budget(world: World, tier: Any, pages: int) -> m.BudgetReply:
-    return world.ask(m.SetBudget(tier=tier, nbytes=pages * PAGE))
+def budgets(world: World, **pages: int) -> tuple[m.Budget, ...]:
+    """Set how many pages each of these tiers may hold."""
+    sizes = {tier: count * PAGE for tier, count in pages.items()}
+    return world.ask(m.SetBudget(**sizes)).budgets
+
+
+def budget(world: World, tier: str, pages: int) -> m.Budget:
+    (found,) = budgets(world, **{tier: pages})
+    return found
+
+
+def limits_of(world: World) -> dict[str, int]:
+    return {tier: slots.capacity for tier, slots in world.state.residency.slots.items()}
 
 
 def test_a_lowered_budget_has_pages_leave_and_a_raised_one_takes_them_again() -> None:
@@ -645,3 +656,85 @@ def test_agents_go_on_while_all_tiers_are_nearly_full() -> None:
         world.run(session_id)
         assert world.session(session_id).status == "finished"
     world.finish_checks()
+
+
+def test_of_several_budgets_none_changes_where_one_is_refused() -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, disk=PAGES)
+    before = limits_of(world)
+    with pytest.raises(BadArgument, match="for the host holds 13 pages"):
+        budgets(world, device=PAGES, host=2 * PAGES + 1)
+    with pytest.raises(BadArgument, match="for the disk holds -1 pages"):
+        budgets(world, device=PAGES, host=0, disk=-1)
+    with pytest.raises(BadArgument, match="name a tier"):
+        budgets(world)
+
+    assert limits_of(world) == before
+    found = budgets(world, disk=0, device=PAGES)
+    assert [(one.tier, one.nbytes) for one in found] == [("device", PAGES * PAGE), ("disk", 0)]
+    assert limits_of(world) == {"device": PAGES, "host": 2 * PAGES, "disk": 0}
+    world.finish_checks()
+
+
+def test_room_that_one_budget_takes_is_none_for_another() -> None:
+    """Each alone could be kept: the device by its copies on the host, the host by the device."""
+    world = tiers(device=2 * PAGES, host=2 * PAGES)
+    session = stopped(world)
+    world.work()
+    before = limits_of(world)
+    with pytest.raises(OutOfPages, match=r"4 pages would have to leave the host .*, and 3 can"):
+        budgets(world, device=3, host=2)
+
+    assert limits_of(world) == before
+    assert device_pages(world, session) == PAGES
+    budgets(world, device=3, host=3)
+    world.work()
+    used = {tier: slots.used for tier, slots in world.state.residency.slots.items()}
+    assert used == {"device": 3, "host": 3, "disk": 0}
+    world.finish_checks()
+
+
+def test_a_page_in_two_tiers_leaves_one_of_them_only() -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, disk=2 * PAGES)
+    session = stopped(world)
+    world.work()
+    for request in (m.Evict(session_id=session, to="disk"), m.Restore(session_id=session)):
+        world.send(request)
+        world.work()
+    world.ask(m.Evict(session_id=session))
+    world.work()
+    residency = world.state.residency
+    assert residency.pages_in["host"] == residency.pages_in["disk"] != set()
+    assert not residency.pages_in["device"]
+    before = limits_of(world)
+    with pytest.raises(OutOfPages, match="would have to leave the disk for a budget of 0"):
+        budgets(world, host=0, disk=0)
+
+    assert limits_of(world) == before
+    world.run(session)
+    assert world.session(session).status == "finished"
+    world.finish_checks()
+
+
+def test_what_a_lowered_budget_refuses_names_the_budget() -> None:
+    world = tiers(device=2 * PAGES, host=PAGES)
+    with pytest.raises(PromptTooLong, match=r"the whole pool has 12: .* more --kv-memory$"):
+        world.launch((1,) * 10, max_new_tokens=8)
+    budgets(world, device=PAGES, host=1)
+    with pytest.raises(
+        PromptTooLong, match=r"need 9 .* device may hold 6 of 12: .*\(device=\.\.\.\)$"
+    ):
+        world.launch((1,) * 5, max_new_tokens=5)
+    with pytest.raises(PromptTooLong, match=r"more --kv-memory$"):
+        world.launch((1,) * 10, max_new_tokens=8)
+    first = stopped(world)
+    world.ask(m.Pin(session_id=first))
+    second = world.launch(max_new_tokens=2)
+    world.go(second)
+    world.work()
+
+    error = world.session(second).error
+    assert error is not None
+    assert error.message.endswith("server.set_budget(device=..., host=...)")
+    with pytest.raises(OutOfPages, match=r"server\.set_budget\(host=\.\.\.\)"):
+        world.ask(m.Pin(session_id=first, pinned=False))
+        world.ask(m.Evict(session_id=first))

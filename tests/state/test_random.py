@@ -427,7 +427,7 @@ class TieredClients(Clients):
 
     @rule(tier=st.sampled_from(["device", "host", "disk"]), pages=st.integers(0, 24))
     def change_a_budget(self, tier: Any, pages: int) -> None:
-        self.world.send(m.SetBudget(tier=tier, nbytes=pages * SHAPE.page_bytes), "ada")
+        self.world.send(m.SetBudget(**{tier: pages * SHAPE.page_bytes}), "ada")
 
     @rule(seconds=st.floats(0, 60))
     def wait(self, seconds: float) -> None:

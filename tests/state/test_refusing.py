@@ -510,7 +510,7 @@ def test_any_copies_may_fail_at_any_time(seed: int) -> None:
             live.append(world.ask(m.Fork(session_id=any_.choice(rests))).session.id)
         elif choice == 10 and any_.random() < 0.1:
             tier = any_.choice(["host", "disk"])
-            world.send(m.SetBudget(tier=tier, nbytes=world.shape.page_bytes * 24))
+            world.send(m.SetBudget(**{tier: world.shape.page_bytes * 24}))
         else:
             for _ in range(any_.randint(1, 4)):
                 error = None

@@ -278,6 +278,16 @@ class ModelInfo:
 
 
 @message
+class Budget:
+    """Bytes of a tier that may be used, that are used, and that there are."""
+
+    tier: Literal["device", "host", "disk"]
+    nbytes: int
+    used: int
+    allocated: int
+
+
+@message
 class ChatMessage:
     """One turn of a conversation, put into the model's own chat template."""
 

@@ -247,10 +247,14 @@ class Hint:
 
 @message
 class SetBudget:
-    """Use no more than `nbytes` of a tier from now on; at most what was allocated at the start."""
+    """Use no more than so many bytes of a tier from now on, at most what was allocated at first.
 
-    tier: Literal["device", "host", "disk"]
-    nbytes: int
+    None: as before. Of all tiers that are named, or of none where one of them is refused.
+    """
+
+    device: int | None = None
+    host: int | None = None
+    disk: int | None = None
 
 
 @message

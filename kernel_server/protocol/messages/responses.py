@@ -9,6 +9,7 @@ from kernel_server.protocol.messages.base import message
 from kernel_server.protocol.messages.events import Event
 from kernel_server.protocol.messages.parts import (
     BreakpointInfo,
+    Budget,
     EditInfo,
     ErrorInfo,
     LogRecord,
@@ -313,12 +314,9 @@ class MemoryReply:
 
 @message
 class BudgetReply:
-    """Bytes of a tier that may be used, that are used, and that there are."""
+    """The tiers that were named."""
 
-    tier: Literal["device", "host", "disk"]
-    nbytes: int
-    used: int
-    allocated: int
+    budgets: tuple[Budget, ...]
 
 
 @message
