@@ -40,7 +40,7 @@ from kernel_server.state.server_state import ServerState
 from kernel_server.state.sessions import Session
 from kernel_server.state.shape import Limits, ModelShape
 from kernel_server.telemetry import Row, device_rows, host_rows, untouched_bytes
-from kernel_server.tiers import Tiers
+from kernel_server.tiers import Tiers, free_note, require_space
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def load(config: ServerConfig, progress: Progress) -> LoadedModel:
 
     Raises ModelNotFound, BrokenModel, UnsupportedModel, BadArgument, OutOfDeviceMemory.
     """
+    require_space(config)  # first: weights may take minutes to read
     torch.set_num_threads(config.threads)
     wanted = config.model
     progress("reading weights", 0.0)
@@ -229,7 +230,10 @@ class Kernel:
                 "KV pages in use", used * page,
                 f"{used} of {cache.num_pages} pages, {clean} with a copy below",
             ),
-            ("KV pages free", (cache.num_pages - used) * page, f"{page} bytes a page"),
+            (
+                "KV pages free", (cache.num_pages - used) * page,
+                f"{free_note(slots['device'])}, {page} bytes a page",
+            ),
             ("activations", standing, self._standing_note()),
             (
                 "kept stops", kept,

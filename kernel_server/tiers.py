@@ -5,13 +5,17 @@ Sizes come from the configuration; what moves is decided in the state, how in `e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from kernel_server.config import ServerConfig
 from kernel_server.engine.kv_cache import KVCache
@@ -25,6 +29,8 @@ from kernel_server.telemetry import Row, untouched_bytes
 
 #: How often idle sessions are looked for, and running ones recorded, seconds.
 TICK_S = 0.5
+#: What the state notes of a page that nobody has (`PagePool`): a number, and entries of 3 lists.
+_BOOKS_BYTES = 56
 
 Dispatch = Callable[[StateEvent], None]
 
@@ -32,7 +38,8 @@ Dispatch = Callable[[StateEvent], None]
 class Tiers:
     """Host and disk pools of one kernel.
 
-    Raises BadArgument for a disk without a host, or a pool smaller than a page.
+    Raises BadArgument for a disk without a host, a pool smaller than a page, and one that cannot be
+    made or kept account of.
     """
 
     def __init__(self, config: ServerConfig, cache: KVCache) -> None:
@@ -44,12 +51,25 @@ class Tiers:
         )
         if self._pages[1] and not self._pages[0]:
             raise BadArgument("--disk-memory needs --host-memory: pages reach the disk through it")
+        self._require_books()
         self._pinned = cache.device.type == "cuda"
-        self._folder = config.disk_path or Path(tempfile.gettempdir())
+        self._folder, self._named = _folder(config), config.disk_path is not None
         self._host: HostPool | None = None
         self._disk: DiskPool | None = None
         self._copier: Copier | None = None
         self._ended = threading.Event()
+
+    def _require_books(self) -> None:
+        """Refuse pages of which the books alone would take all memory there is."""
+        host, disk = self._pages
+        books, there = (host + disk) * _BOOKS_BYTES, _memory_bytes()
+        if books > there:
+            page = self._cache.page_bytes
+            raise BadArgument(
+                f"--host-memory and --disk-memory hold {host + disk:,} pages of {page:,} bytes, and"
+                f" to keep account of them takes {books:,} bytes, of {there:,} that this machine"
+                f" has: give less than {there // _BOOKS_BYTES * page:,} bytes for both"
+            )
 
     @property
     def host_ready(self) -> int:
@@ -72,14 +92,31 @@ class Tiers:
         """Make the pools; None where the device is the only tier.
 
         begun: told, before a copy is told done, its ticket and the time the host took to begin it.
+        Raises BadArgument where a pool cannot be made.
         """
         host, disk = self._pages
         if not host:
             return None
         page = self._cache.page_bytes
-        self._host = HostPool(host, page, pinned=self._pinned)
+        try:
+            self._host = HostPool(host, page, pinned=self._pinned)
+        except OSError as error:
+            free = psutil.virtual_memory().available
+            raise BadArgument(
+                f"--host-memory of {host * page:,} bytes cannot be reserved"
+                f" ({error.strerror or error}; {free:,} bytes are available): give less"
+            ) from error
         if disk:
-            self._disk = DiskPool(self._folder / f"djinn-pages-{os.getpid()}", disk, page)
+            try:
+                self._disk = DiskPool(self._folder / f"djinn-pages-{os.getpid()}", disk, page)
+            except OSError as error:
+                flag = "--disk-path" if self._named else "the system's folder for temporary files,"
+                raise BadArgument(
+                    f"{flag} {self._folder} takes no file for the {disk * page:,} bytes of"
+                    f" --disk-memory ({error.strerror or error}): give"
+                    f" {'another' if self._named else 'a'} --disk-path that can be written, or"
+                    " leave --disk-memory out"
+                ) from error
 
         def told(done: CopyDone) -> None:
             if begun is not None and done.host_s:
@@ -124,7 +161,7 @@ class Tiers:
         return [
             ("KV pages in use (host)", used * page,
              f"{used} of {count} pages; {absent} pages of sessions are not on the device"),
-            ("KV pages free (host)", free * page, _free_note(slots)),
+            ("KV pages free (host)", free * page, free_note(slots)),
         ]  # fmt: skip
 
     def disk_rows(self, slots: Slots) -> list[Row]:
@@ -136,7 +173,7 @@ class Tiers:
         free = (count - slots.used) * page
         return [
             ("KV pages in use (disk)", slots.used * page, note),
-            ("KV pages free (disk)", free, _free_note(slots)),
+            ("KV pages free (disk)", free, free_note(slots)),
         ]
 
     def untouched_bytes(self) -> int:
@@ -154,7 +191,46 @@ class Tiers:
             self._host.close()
 
 
-def _free_note(slots: Slots) -> str:
+def require_space(config: ServerConfig) -> None:
+    """Raise BadArgument for a tier that this machine cannot hold in any case.
+
+    More than is free may do: the host's memory and the file are taken as they are written, and a
+    tier that is full by then refuses pages. So what counts is what there is.
+    """
+    wanted, there = config.host_memory_bytes, _memory_bytes()
+    if wanted > there:
+        raise BadArgument(
+            f"--host-memory of {wanted:,} bytes is more than this machine's memory, {there:,} bytes"
+            " with its swap: give less"
+        )
+    wanted, folder = config.disk_memory_bytes, _folder(config)
+    space = _space_bytes(folder)
+    if space is not None and wanted > space:
+        raise BadArgument(
+            f"--disk-memory of {wanted:,} bytes is more than the file system of {folder} has,"
+            f" {space:,} bytes: give less, or another --disk-path"
+        )
+
+
+def _memory_bytes() -> int:
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
+def _folder(config: ServerConfig) -> Path:
+    """Where the file of pages is."""
+    return config.disk_path or Path(tempfile.gettempdir())
+
+
+def _space_bytes(folder: Path) -> int | None:
+    """Size of the file system that a folder is on, or will be on; None where it does not say."""
+    for there in (folder.absolute(), *folder.absolute().parents):
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(there).total or None
+    return None
+
+
+def free_note(slots: Slots) -> str:
+    """How much of a tier may be used, and whether it takes pages."""
     refusal = "" if slots.refusal is None else f"; refuses pages for now: {slots.refusal}"
     return f"budget {slots.capacity} pages{refusal}"
 

@@ -206,8 +206,24 @@ def test_budgets_are_changed_while_sessions_are_held(start: Start) -> None:
         assert tokens == reference[0]
         np.testing.assert_array_equal(logits, reference[1])
         assert server.memory().loc[held, "bytes"] <= 14 * PAGE
+    assert "budget 14 pages" in server.memory().loc["KV pages free", "note"]
     with pytest.raises(errors.BadArgument, match="327,680"):
         server.set_budget(device="1MiB")
+
+
+def test_budgets_of_which_one_is_refused_change_nothing(start: Start) -> None:
+    server = start(kv_memory=40 * PAGE, host_memory=80 * PAGE)
+    before = server.memory()
+    assert "budget 40 pages" in before.loc["KV pages free", "note"]
+    with pytest.raises(errors.BadArgument, match="for the host"):
+        server.set_budget(device=20 * PAGE, host="9GiB")
+
+    kinds = ["KV pages free", "KV pages free (host)"]
+    assert server.memory().loc[kinds].equals(before.loc[kinds])
+    table = server.set_budget(host=40 * PAGE, device=20 * PAGE)
+    assert list(table.index) == ["device", "host"]
+    notes = server.memory().loc[kinds, "note"]
+    assert "budget 20 pages" in notes.iloc[0] and "budget 40 pages" in notes.iloc[1]
 
 
 def test_every_byte_of_the_process_is_in_a_row(start: Start) -> None:
@@ -237,3 +253,26 @@ def test_a_cap_that_leaves_too_little_for_the_pages_asked_for_is_refused(start: 
         start(kv_memory="64MiB", device_memory="64MiB")
 
     assert "--kv-memory of 67,108,864" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"host_memory": "900TiB"}, "--host-memory of 989,560,464,998,400 bytes is more"),
+        ({"host_memory": "1MiB", "disk_memory": "900TiB"}, "--disk-memory of 989,560,464,998,400"),
+        (
+            {"host_memory": "1MiB", "disk_memory": "1MiB", "disk_path": "/proc/foo"},
+            "--disk-path /proc/foo takes no file for the 1,048,576 bytes",
+        ),
+    ],
+)
+def test_a_tier_that_cannot_be_is_refused_by_one_line(
+    start: Start, tmp_path: Path, flags: dict[str, str], words: str
+) -> None:
+    with pytest.raises(errors.BadArgument, match=words):
+        start(**flags)
+
+    log = (tmp_path / "run0" / "log").read_text()
+    assert "Traceback" not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("BadArgument: ")]
+    assert words in line
