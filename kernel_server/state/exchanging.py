@@ -58,7 +58,14 @@ class Exchanging(Leaving):
                     can_drop = self.residency.can_drop(page)
                     (found.droppable if can_drop else found.copyable).append((page, session))
 
-    def _let_come(self, session: Session, absent: Sequence[int], staying: Set[int]) -> bool:
+    def _let_come(
+        self,
+        session: Session,
+        absent: Sequence[int],
+        staying: Set[int],
+        reason: str = "needed",
+        run: int | None = None,
+    ) -> bool:
         """Begin to bring as many pages as there is room for, through the host; True while some
         have not begun their way to the device.
 
@@ -67,7 +74,7 @@ class Exchanging(Leaving):
         place, free = self.residency.place, self.residency.free
         still = [page for page in absent if not place(page).moving]
         above = [page for page in still if place(page).host is not None]
-        self._copy(session, above[: free("device")], "host", "device", "needed")
+        self._copy(session, above[: free("device")], "host", "device", reason, run=run)
         deep = self._deep(still)[: free("device")]
         if deep and not self.refuses("host"):
             self._give_up_copies(staying, len(deep))
@@ -76,7 +83,7 @@ class Exchanging(Leaving):
                 if not free("host") and not self.copying:
                     # all of it copies of pages that the device has, and the disk is full
                     self._let_copies_go("host", lacking)
-            self._copy(session, deep[: free("host")], "disk", "host", "needed")
+            self._copy(session, deep[: free("host")], "disk", "host", reason)
         return any(page not in self.inbound for page in absent)
 
     def _deep(self, pages: Sequence[int]) -> list[int]:

@@ -168,16 +168,22 @@ class Leaving(Refusing):
         needed: Set[int] = frozenset(),
         *,
         run: int | None = None,
+        asked: bool | None = None,
     ) -> int:
         """Copy pages to the host, as many as there is room for; returns how many.
 
-        needed: pages that are not to go deeper for it. run: pages in one copy.
+        needed: pages that are not to go deeper for it. run: pages in one copy. asked: `needed`
+        alone are to leave the device, so that the host's copies of what stays may go to the disk;
+        where that is full they may be given up, if somebody asked.
         """
         if self.refuses("host"):
             return 0  # to free slots of it would be in vain
         lacking = len(pages) - self.residency.slots["host"].room + self._passage
         if lacking > 0:
-            self._free_host(lacking, needed)
+            self._free_host(lacking, needed, spare=asked is not None)
+            if asked and not self.host_room() and not self.copying:
+                # all of it copies of pages that the device has, and the disk is full
+                self._let_copies_go("host", lacking, keep=needed)
         going = pages[: self.host_room()]
         for session, some in by_session(going):
             self._copy(session, some, "device", "host", reason, run=run)
@@ -204,8 +210,30 @@ class Leaving(Refusing):
             return 0
         return self.host_room() + self.residency.reclaimable_host(keep)
 
-    def _free_host(self, count: int, needed: Set[int] = frozenset()) -> None:
-        """Free slots of the host at once, where the disk has a copy; have others copied there."""
+    def room_to_leave(self, mine: Set[int], *, asked: bool) -> int:
+        """Slots of the host that `mine`, pages on the device, may take: those with which room can
+        be made, and those of copies that others have of pages on the device.
+
+        asked: whether such copies may be given up; else they may only go to the disk.
+        """
+        residency = self.residency
+        device, host, disk = (residency.pages_in[tier] for tier in TIERS)
+        below = self.room_below(mine)
+        if self.refuses("host"):
+            return below
+        spare = len((host & device) - disk - residency.moving - mine)
+        if not asked:
+            alone = len(host - device - disk - residency.moving - mine)
+            spare = min(spare, max(0, residency.free("disk") - alone))
+        return below + spare
+
+    def _free_host(
+        self, count: int, needed: Set[int] = frozenset(), *, spare: bool = False
+    ) -> None:
+        """Free slots of the host at once, where the disk has a copy; have others copied there.
+
+        spare: also copies of pages on the device.
+        """
         freed, pushed = 0, list[int]()
         device, host, disk = (self.residency.pages_in[tier] for tier in TIERS)
         for page, _ in self._by_expendability(None):
@@ -214,7 +242,7 @@ class Leaving(Refusing):
             if page in disk and freed < count:
                 self.residency.drop(page, "host")
                 freed += 1
-            elif page not in disk and page not in device and len(pushed) < count:
+            elif page not in disk and (spare or page not in device) and len(pushed) < count:
                 pushed.append(page)
             if freed >= count:
                 break
@@ -335,9 +363,11 @@ class Leaving(Refusing):
         if (over := -slots["host"].room) > 0 and not self.copying:
             self._free_host(over)
 
-    def _let_copies_go(self, tier: Tier, count: int) -> None:
+    def _let_copies_go(self, tier: Tier, count: int, keep: Set[int] = frozenset()) -> None:
         """Give up copies in a tier whose pages another tier has, which is free at once."""
-        for page in [p for p in self.residency.pages() if self.residency.is_spare(p, tier)][:count]:
+        residency = self.residency
+        spare = [p for p in residency.pages() if p not in keep and residency.is_spare(p, tier)]
+        for page in spare[:count]:
             self.residency.drop(page, tier)
             if page in self.residency.dirty:
                 # nothing else would have it copied again once there is room

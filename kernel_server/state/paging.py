@@ -29,6 +29,8 @@ class Settling:
     tier: Tier
     #: what its events say
     reason: str
+    #: whether an owner wants it; policy gives up no copies of others for it
+    asked: bool
 
 
 @dataclass(slots=True)
@@ -193,10 +195,11 @@ class Paging(Exchanging):
     def _settled(self, session: Session, settling: Settling) -> bool:
         """Take the next step towards having all the session's pages in a tier; True: they are.
 
-        Raises OutOfPages where a tier on the way refuses, SessionFailed where a page is lost,
-        NotStopped where the session went on and its pages were to leave.
+        Raises OutOfPages where a tier on the way refuses, or is full and nothing is under way that
+        could change that; SessionFailed where a page is lost, NotStopped where the session went on
+        and its pages were to leave.
         """
-        tier, reason = settling.tier, settling.reason
+        tier, reason, asked = settling.tier, settling.reason, settling.asked
         if tier != "device" and session.status == "running":
             raise NotStopped(
                 f"session {session.id} went on while its pages were leaving: pause it, then repeat",
@@ -210,24 +213,23 @@ class Paging(Exchanging):
             absent = residency.absent(pages)
             if not absent:
                 return True
-            if on_disk := self._deep(absent):
-                free = residency.free("host")
-                self._copy(session, on_disk[:free], "disk", "host", reason)
-                return not free
-            free = residency.free("device")
-            self._copy(session, absent[:free], "host", "device", reason, run=WHOLE_RUN)
-            return not free
+            self._let_come(session, absent, set(pages), reason, WHOLE_RUN)
+            self._require_under_way(session, tier, absent)
+            return False
         used = self._used_by_others(session)
         mine = pages if used.isdisjoint(pages) else [p for p in pages if p not in used]
         if not residency.dirty.isdisjoint(mine):
-            going = [(page, session) for page in mine if page in residency.dirty]
-            return not self._push_down(going, reason, run=WHOLE_RUN)
+            dirty = [page for page in mine if page in residency.dirty]
+            going = [(page, session) for page in dirty]
+            self._push_down(going, reason, set(mine), run=WHOLE_RUN, asked=asked)
+            self._require_under_way(session, "host", dirty)
+            return False
         if tier == "disk":
             places = {p: residency.place(p) for p in mine}
             high = [p for p in mine if places[p].disk is None]
-            free = residency.free("disk")
-            if high and free:
-                self._copy(session, high[:free], "host", "disk", reason)
+            if high:
+                self._copy(session, high[: residency.free("disk")], "host", "disk", reason)
+                self._require_under_way(session, "disk", high)
                 return False
             for page in mine:
                 if places[page].disk is not None and places[page].host is not None:
@@ -237,6 +239,26 @@ class Paging(Exchanging):
         on_device = mine if there.issuperset(mine) else [p for p in mine if p in there]
         self._drop(session, on_device, reason)
         return True
+
+    def _require_under_way(self, session: Session, tier: Tier, pages: list[int]) -> None:
+        """Raise OutOfPages where pages are to go to a tier, and no copy is under way after which
+        there might be more room."""
+        if self.copying:
+            return
+        slots = self.residency.slots
+        count = "1 page" if len(pages) == 1 else f"{len(pages)} pages"
+        raise OutOfPages(
+            f"{count} of session {session.id} cannot go to the {tier}: nothing can"
+            f" make room (device: {slots['device'].room} of {slots['device'].capacity}"
+            f" free, host: {slots['host'].room} of {slots['host'].capacity}, disk:"
+            f" {slots['disk'].room} of {slots['disk'].capacity})"
+            + self._what_next(
+                f"terminate a session, or start the server with more --{tier}-memory"
+            ),
+            needed=len(pages),
+            free=max(0, slots[tier].room),
+            **self._why_refused(),
+        )
 
     def require_way(self, session: Session, tier: Tier) -> None:
         """Raise unless the session's pages can go to a tier, as far as what failed tells.

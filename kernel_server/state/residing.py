@@ -30,6 +30,10 @@ _MAX_HINT_S = 86400.0
 _LEAD_S, _LEAD_BYTES_PER_S = 1.25, 10e9
 
 
+#: Why pages move because somebody said so.
+ASKED = "asked for"
+
+
 class Residing(Saving):
     """Evict, restore, pin, hint; idle sessions."""
 
@@ -43,12 +47,12 @@ class Residing(Saving):
             raise NotSupported(f"this server has no {request.to} tier: start it with {flag}")
         if request.to == "disk" and not self.residency.slots["host"].capacity:
             raise NotSupported("pages reach the disk through the host: start with --host-memory")
-        self._require_below(session)
+        self._require_below(session, request.to)
         self.require_way(session, request.to)
         for line in session.tree.lines:
             if line not in self.settling:
-                self._ask_for(None, self.sessions[line], request.to, "asked for")
-        self._ask_for(event.request_id, session, request.to, "asked for")
+                self._ask_for(None, self.sessions[line], request.to, ASKED)
+        self._ask_for(event.request_id, session, request.to, ASKED)
 
     def restore(self, event: Requested, request: m.Restore, session: Session) -> None:
         self._require_still(session)
@@ -65,7 +69,7 @@ class Residing(Saving):
                 free=free,
                 total=self.residency.slots["device"].capacity,
             )
-        self._ask_for(event.request_id, session, "device", "asked for")
+        self._ask_for(event.request_id, session, "device", ASKED)
 
     def pin(self, event: Requested, request: m.Pin, session: Session) -> None:
         session.pinned = request.pinned
@@ -88,7 +92,7 @@ class Residing(Saving):
         if session is None:
             error = NotStopped("the session was terminated while its pages moved")
         elif error is not None:
-            self.note(session, "not settled", f"{error.code}: {error.message}")
+            self._note_once(session, "not settled", f"{error.code}: {error.message}")
             session.idled = False  # it may be tried again
         if request_id is None:
             return
@@ -97,6 +101,12 @@ class Residing(Saving):
             self.reply(request_id, m.ErrorReply(error=m.error_info(error)))
             return
         self.reply(request_id, m.SessionReply(session=self.told_info(session)))
+
+    def _note_once(self, session: Session, name: str, detail: str) -> None:
+        """Note what is found at every look at the clock when it is found otherwise."""
+        if session.noted_last != (name, detail):
+            session.noted_last = name, detail
+            self.note(session, name, detail)
 
     def _require_still(self, session: Session) -> None:
         if session.status == "running":
@@ -107,23 +117,29 @@ class Residing(Saving):
         if session.id in self.settling:
             raise NotStopped(f"pages of session {session.id} are moving already: wait for that")
 
-    def _require_below(self, session: Session) -> None:
+    def _require_below(self, session: Session, tier: Tier) -> None:
         """Room below for every page that has no copy there yet."""
-        dirty = len(self._dirty(session))
-        if not dirty:
+        used = self._used_by_others(session)
+        mine = {page for table in session.tables for page in table} - used
+        dirty = len(mine & self.residency.dirty - self.residency.moving)
+        self._require_space(session, "host", dirty, self.room_to_leave(mine, asked=True))
+        if tier == "disk":
+            lacking = len(mine - self.residency.pages_in["disk"])
+            self._require_space(session, "disk", lacking, self.residency.free("disk"))
+
+    def _require_space(self, session: Session, tier: Tier, count: int, room: int) -> None:
+        if count <= room:
             return
-        room = self.room_below()
-        if dirty > room:
-            raise OutOfPages(
-                f"{dirty} pages of session {session.id} are to go down, and {room} fit there"
-                + self._what_next(f"terminate a session, or {self.more_room('host')}"),
-                needed=dirty,
-                free=room,
-                **self._why_refused(),
-            )
+        raise OutOfPages(
+            f"{count} pages of session {session.id} are to go down, and {room} fit there"
+            + self._what_next(f"terminate a session, or {self.more_room(tier)}"),
+            needed=count,
+            free=room,
+            **self._why_refused(),
+        )
 
     def _ask_for(self, request_id: int | None, session: Session, tier: Tier, reason: str) -> None:
-        self.settling[session.id] = Settling(request_id, tier, reason)
+        self.settling[session.id] = Settling(request_id, tier, reason, reason == ASKED)
         self._settle()
 
     def _absent(self, session: Session) -> set[int]:
@@ -176,11 +192,16 @@ class Residing(Saving):
             and (self.refuses("host") or self.copying)
         ):
             return  # its turn comes when the host takes pages again
+        dirty, idle_s = self._dirty(session), self.now - session.touched
+        mine = {page for table in session.tables for page in table}
+        room = self.room_to_leave(mine, asked=False)
+        if len(dirty) > room:
+            # it is looked at again: room may come
+            self._note_once(session, "idle", f"{len(dirty)} pages do not fit below, {room} do")
+            return
         session.idled = True
-        if len(self._dirty(session)) <= self.room_below():
-            idle_s = self.now - session.touched
-            self.note(session, "idle", idle_s)
-            self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
+        self.note(session, "idle", idle_s)
+        self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
 
     def _come_back_in_time(self, session: Session) -> None:
         absent = self._absent(session)

@@ -120,6 +120,8 @@ class Session:
     pinned: bool = False
     #: it has left the device for being idle, since it was last asked for
     idled: bool = False
+    #: what was noted last of why its pages stay where they are
+    noted_last: tuple[str, str] | None = None
     #: under which it ran; what an accepted difference of it is replaced by
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     #: it has gone on under another fingerprint than its own

@@ -55,6 +55,14 @@ def texts(world: World, session_id: str) -> list[str]:
     ]
 
 
+def evict(world: World, session_id: str, to: Any = "host") -> m.SessionReply:
+    """The answer to an eviction, once copies were made."""
+    request = world.send(m.Evict(session_id=session_id, to=to))
+    world.work()
+    found: m.SessionReply = world.answer_to(request)
+    return found
+
+
 def device_pages(world: World, session_id: str) -> int:
     state = world.state
     return state.residency.count(state.sessions[session_id].tables)["device"]
@@ -125,17 +133,18 @@ def test_pressure_ends_when_its_cause_does() -> None:
     world.work()
     assert len(world.state.residency.dirty) == PAGES
     third = stopped(world)
+    evict(world, second)
     with pytest.raises(OutOfPages, match="fit there"):
-        world.ask(m.Evict(session_id=second))
-    world.ask(m.Terminate(session_id=first))
+        world.ask(m.Evict(session_id=third))
+    world.ask(m.Terminate(session_id=second))
     world.work()
 
     assert len(world.state.residency.dirty) == PAGES, "the host has room and nothing is copied"
-    world.ask(m.Terminate(session_id=third))
+    world.ask(m.Terminate(session_id=first))
     world.work()
-    assert not world.state.residency.dirty or device_pages(world, second) == PAGES
-    world.run(second)
-    assert world.session(second).status == "finished"
+    assert not world.state.residency.dirty and device_pages(world, third) == PAGES
+    world.run(third)
+    assert world.session(third).status == "finished"
     world.finish_checks()
 
 
@@ -343,6 +352,134 @@ def test_the_host_gives_to_the_disk_between_the_marks_and_no_further() -> None:
     assert not world.state.pressing
     assert 0.5 * 44 < len(dirty) <= 0.75 * 44
     assert disk.used
+    world.finish_checks()
+
+
+# -- tiers below that are full ------------------------------------------------------------------
+
+
+def below(world: World, session_id: str) -> tuple[int, int, int]:
+    """Pages of a session on the device, the host and the disk."""
+    found = world.state.residency.count(world.state.sessions[session_id].tables)
+    return found["device"], found["host"], found["disk"]
+
+
+@pytest.mark.parametrize("to", ["host", "disk"])
+def test_an_eviction_takes_the_place_of_copies_that_others_do_not_need(to: str) -> None:
+    """The host holds copies of what is on the device, and the disk is empty: an eviction was
+    refused, or answered without anything having left."""
+    world = tiers(device=4 * PAGES, host=PAGES + 1, disk=4 * PAGES)
+    first, second, third = (stopped(world) for _ in range(3))
+    world.work()
+    assert below(world, first)[0] == PAGES and world.state.residency.slots["host"].used >= PAGES
+    for session in (third, second):
+        evict(world, session, to)
+        assert below(world, session)[0] == 0
+        assert below(world, session)[2 if to == "disk" else 1] or below(world, session)[2]
+    assert device_pages(world, first) == PAGES
+    for session in (first, second, third):
+        world.run(session)
+        assert world.session(session).status == "finished"
+    world.finish_checks()
+
+
+def test_evictions_one_after_the_other_all_leave_while_the_disk_has_room() -> None:
+    world = tiers(device=8 * PAGES, host=PAGES + 2, disk=8 * PAGES)
+    sessions = []
+    for _ in range(7):
+        sessions.append(stopped(world))
+        evict(world, sessions[-1])
+        assert below(world, sessions[-1])[0] == 0
+    for session in sessions:
+        world.run(session)
+        assert world.session(session).status == "finished"
+    world.finish_checks()
+
+
+def test_without_a_disk_an_eviction_has_others_give_up_copies_and_they_go_on() -> None:
+    world = tiers(device=3 * PAGES, host=PAGES)
+    first, second = stopped(world), stopped(world)
+    world.work()
+    evict(world, second)
+
+    assert below(world, second) == (0, PAGES, 0)
+    assert below(world, first) == (PAGES, 0, 0) and len(world.state.residency.dirty) == PAGES
+    with pytest.raises(OutOfPages, match=r"6 pages .* go down, and 0 fit there"):
+        world.ask(m.Evict(session_id=first))
+    world.run(first)
+    world.run(second)
+    world.finish_checks()
+
+
+def test_an_eviction_to_a_full_disk_is_refused_with_numbers() -> None:
+    world = tiers(device=3 * PAGES, host=2 * PAGES, disk=PAGES + 2)
+    first, second = stopped(world), stopped(world)
+    evict(world, first, "disk")
+    with pytest.raises(OutOfPages, match=r"6 pages .* and 2 fit there.*--disk-memory") as caught:
+        world.ask(m.Evict(session_id=second, to="disk"))
+
+    assert (caught.value.details["needed"], caught.value.details["free"]) == (PAGES, 2)
+    assert device_pages(world, second) == PAGES
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_pages_come_up_through_a_host_that_is_full(asked: bool) -> None:
+    """A restoration, or a hint, of a session on the disk, while the host is full of copies."""
+    world = tiers(device=4 * PAGES, host=PAGES + 1, disk=2 * PAGES)
+    first = stopped(world)
+    evict(world, first, "disk")
+    others = [stopped(world) for _ in range(2)]
+    world.work()
+    assert below(world, first) == (0, 0, PAGES)
+    assert world.state.residency.slots["host"].used >= PAGES
+    if asked:
+        request = world.send(m.Restore(session_id=first))
+        world.work()
+        assert world.answer_to(request).session.device_pages == PAGES
+    else:
+        world.ask(m.Hint(session_id=first, resume_in_s=0.0))
+        world.work()
+    assert device_pages(world, first) == PAGES
+    for session in (first, *others):
+        world.run(session)
+    world.finish_checks()
+
+
+def test_an_idle_session_that_does_not_fit_below_leaves_once_there_is_room() -> None:
+    limits = Limits(idle_after_s=30.0)
+    world = tiers(device=3 * PAGES, host=PAGES, limits=limits)
+    first, second = stopped(world), stopped(world)
+    world.work()
+    wait(world, 31.0)
+    world.work()
+    assert (device_pages(world, first), device_pages(world, second)) == (0, PAGES)
+    for _ in range(3):
+        wait(world, 1.0)
+    story = world.state.story(second)
+    assert sum("do not fit below" in line for line in story) == 1, story
+    world.ask(m.Terminate(session_id=first))
+    world.work()
+    wait(world, 1.0)
+    world.work()
+
+    assert below(world, second) == (0, PAGES, 0)
+    assert "left alone for" in texts(world, second)[-1]
+    world.run(second)
+    world.finish_checks()
+
+
+def test_idle_sessions_go_on_to_the_disk_when_the_host_is_full_of_copies() -> None:
+    limits = Limits(idle_after_s=30.0)
+    world = tiers(device=6 * PAGES, host=2 * PAGES, disk=6 * PAGES, limits=limits)
+    sessions = [stopped(world) for _ in range(5)]
+    world.work()
+    for _ in range(12):
+        wait(world, 10.0)
+        world.work()
+
+    assert [device_pages(world, session) for session in sessions] == [0] * 5
+    for session in sessions:
+        world.run(session)
     world.finish_checks()
 
 

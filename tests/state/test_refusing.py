@@ -175,8 +175,11 @@ def test_the_host_does_not_press_a_full_disk() -> None:
     world = broken("host-disk", device=44, host=12, disk=60)
     sessions = [stopped(world) for _ in range(2)]
     world.work()
-    for session in sessions:
-        world.ask(m.Evict(session_id=session))
+    evicting = [world.send(m.Evict(session_id=session)) for session in sessions]
+    world.work()
+    world.answer_to(evicting[0])
+    with pytest.raises(OutOfPages, match=r"1 page of session .* the disk refuses pages"):
+        world.answer_to(evicting[1])
     sessions += [stopped(world) for _ in range(7)]
     world.work()
     assert world.state.pressing and world.begun["host-disk"] == 1
