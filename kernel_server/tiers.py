@@ -192,17 +192,12 @@ class Tiers:
 
 
 def require_space(config: ServerConfig) -> None:
-    """Raise BadArgument for a tier that this machine cannot hold in any case.
+    """Raise BadArgument for a disk tier that its file system cannot hold in any case.
 
-    More than is free may do: the host's memory and the file are taken as they are written, and a
-    tier that is full by then refuses pages. So what counts is what there is.
+    More than is free may do: the file grows as it is written, and a tier that is full by then
+    refuses pages. Of the host's memory nothing is known before it is asked for: some machines are
+    given more as they use it, and report less than that.
     """
-    wanted, there = config.host_memory_bytes, _memory_bytes()
-    if wanted > there:
-        raise BadArgument(
-            f"--host-memory of {wanted:,} bytes is more than this machine's memory, {there:,} bytes"
-            " with its swap: give less"
-        )
     wanted, folder = config.disk_memory_bytes, _folder(config)
     space = _space_bytes(folder)
     if space is not None and wanted > space:

@@ -227,6 +227,18 @@ class Leaving(Refusing):
             spare = min(spare, max(0, residency.free("disk") - alone))
         return below + spare
 
+    def clear_host(self, count: int, keep: Set[int]) -> bool:
+        """Make room on the host for `count` pages, of copies that are spare or can go to the disk;
+        False while it is being made, True when there is no more to be had."""
+        if self.refuses("host") or count <= self.host_room():
+            return True
+        if not self._is_clearing_host():
+            self._free_host(count - self.host_room(), keep, spare=True)
+        return count <= self.host_room() or not self._is_clearing_host()
+
+    def _is_clearing_host(self) -> bool:
+        return any(copying.reason == _HOST_ROOM for copying in self.copying.values())
+
     def _free_host(
         self, count: int, needed: Set[int] = frozenset(), *, spare: bool = False
     ) -> None:
@@ -304,7 +316,7 @@ class Leaving(Refusing):
         """Have the host give to the disk; True when it has room at once."""
         if self.refuses("host"):
             return False
-        if not any(copying.reason == _HOST_ROOM for copying in self.copying.values()):
+        if not self._is_clearing_host():
             self._free_host(RUN)
         return self.host_room() > 0
 
