@@ -9,6 +9,7 @@ goes first is decided in `eviction`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
@@ -246,20 +247,23 @@ class Leaving(Refusing):
 
         spare: also copies of pages on the device.
         """
-        freed, pushed = 0, list[int]()
+        freed, pushed = 0, dict[int, None]()
         device, host, disk = (self.residency.pages_in[tier] for tier in TIERS)
-        for page, _ in self._by_expendability(None):
+        going: Iterable[int] = (page for page, _ in self._by_expendability(None))
+        if spare:  # of pinned sessions, and of those that run: their pages stay where they are
+            going = itertools.chain(going, sorted(host & device))
+        for page in going:
             if page not in host or page in self.residency.moving or page in needed:
                 continue
             if page in disk and freed < count:
                 self.residency.drop(page, "host")
                 freed += 1
             elif page not in disk and (spare or page not in device) and len(pushed) < count:
-                pushed.append(page)
+                pushed[page] = None
             if freed >= count:
                 break
         free = min(self.residency.free("disk"), max(count - freed, 0))
-        self._copy(None, pushed[:free], "host", "disk", _HOST_ROOM)
+        self._copy(None, list(pushed)[:free], "host", "disk", _HOST_ROOM)
 
     # -- beforehand ---------------------------------------------------------------------------
 

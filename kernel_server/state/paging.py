@@ -255,9 +255,7 @@ class Paging(Exchanging):
             f" make room (device: {slots['device'].room} of {slots['device'].capacity}"
             f" free, host: {slots['host'].room} of {slots['host'].capacity}, disk:"
             f" {slots['disk'].room} of {slots['disk'].capacity})"
-            + self._what_next(
-                f"terminate a session, or start the server with more --{tier}-memory"
-            ),
+            + self._what_next(f"terminate a session, or {self.more_room(tier)}"),
             needed=len(pages),
             free=max(0, slots[tier].room),
             **self._why_refused(),

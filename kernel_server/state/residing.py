@@ -200,7 +200,8 @@ class Residing(Saving):
             self._note_once(session, "idle", f"{len(dirty)} pages do not fit below, {room} do")
             return
         session.idled = True
-        self.note(session, "idle", idle_s)
+        if session.noted_last is None or session.noted_last[0] != "not settled":
+            self.note(session, "idle", idle_s)  # else it is tried again, twice a second
         self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
 
     def _come_back_in_time(self, session: Session) -> None:

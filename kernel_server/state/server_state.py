@@ -202,7 +202,7 @@ class ServerState(Budgets):
             return
         session = self.own(event.owner, message.session_id)
         if not isinstance(message, _UNASKED):
-            session.touched, session.idled = self.now, False
+            session.touched, session.idled, session.noted_last = self.now, False, None
         if session.pending is not None and not isinstance(message, _AT_ONCE):
             self._defer(event, session)
             return

@@ -483,6 +483,42 @@ def test_idle_sessions_go_on_to_the_disk_when_the_host_is_full_of_copies() -> No
     world.finish_checks()
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_copies_of_a_pinned_session_make_room_below_and_it_stays(asked: bool) -> None:
+    world = tiers(
+        device=3 * PAGES, host=PAGES + 1, disk=4 * PAGES, limits=Limits(idle_after_s=30.0)
+    )
+    pinned = stopped(world)
+    world.ask(m.Pin(session_id=pinned))
+    world.work()
+    other = stopped(world)
+    world.work()
+    assert below(world, pinned)[:2] == (PAGES, PAGES)
+    if asked:
+        evict(world, other)
+    for _ in range(4):
+        wait(world, 31.0)
+        world.work()
+
+    assert device_pages(world, other) == 0 and device_pages(world, pinned) == PAGES
+    assert asked or sum(" idle " in line for line in world.state.story(other)) == 1
+    for session in (other, pinned):
+        world.run(session)
+    world.finish_checks()
+
+
+@pytest.mark.parametrize(
+    ("tier", "flag"),
+    [("device", "--kv-memory"), ("host", "--host-memory"), ("disk", "--disk-memory")],
+)
+def test_what_cannot_move_on_names_the_flag_of_the_tier_that_is_full(tier: Any, flag: str) -> None:
+    world = tiers(device=3 * PAGES, host=PAGES, disk=PAGES)
+    session = world.state.sessions[stopped(world)]
+    world.work()
+    with pytest.raises(OutOfPages, match=f"2 pages .* cannot go to the {tier}.*{flag}"):
+        world.state._require_under_way(session, tier, [1, 2])
+
+
 # -- what time does -----------------------------------------------------------------------------
 
 
