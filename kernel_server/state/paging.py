@@ -213,10 +213,14 @@ class Paging(Exchanging):
             absent = residency.absent(pages)
             if not absent:
                 return True
-            staying = set(pages)
-            if (deep := self._deep(absent)) and not self.clear_host(len(deep), staying):
-                return False  # one by one they would come through, and give up their own copies
-            self._let_come(session, absent, staying, reason, WHOLE_RUN)
+            if deep := self._deep(absent):
+                staying = set(pages)
+                if not self.clear_host(len(deep), staying):
+                    return False  # one by one they would come, and give up their own copies
+                self._let_come(session, absent, staying, reason, WHOLE_RUN)
+            else:
+                free = residency.free("device")
+                self._copy(session, absent[:free], "host", "device", reason, run=WHOLE_RUN)
             self._require_under_way(session, tier, absent)
             return False
         used = self._used_by_others(session)

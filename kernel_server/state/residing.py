@@ -8,6 +8,7 @@ expires. How pages move is `paging`'s business.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from kernel_server.protocol import messages as m
 from kernel_server.protocol.errors import (
@@ -119,6 +120,8 @@ class Residing(Saving):
 
     def _require_below(self, session: Session, tier: Tier) -> None:
         """Room below for every page that has no copy there yet."""
+        if tier == "host" and not self._dirty(session):
+            return  # clean: it leaves at once
         used = self._used_by_others(session)
         mine = {page for table in session.tables for page in table} - used
         dirty = len(mine & self.residency.dirty - self.residency.moving)
@@ -192,17 +195,25 @@ class Residing(Saving):
             and (self.refuses("host") or self.copying)
         ):
             return  # its turn comes when the host takes pages again
+        if session.stuck_at == self._where_pages_are():
+            return  # with thousands of pages a look takes half a millisecond, twice a second
         dirty, idle_s = self._dirty(session), self.now - session.touched
         mine = {page for table in session.tables for page in table}
         room = self.room_to_leave(mine, asked=False)
         if len(dirty) > room:
-            # it is looked at again: room may come
+            # it is looked at again when something has moved: room may have come
+            session.stuck_at = self._where_pages_are()
             self._note_once(session, "idle", f"{len(dirty)} pages do not fit below, {room} do")
             return
         session.idled = True
         if session.noted_last is None or session.noted_last[0] != "not settled":
             self.note(session, "idle", idle_s)  # else it is tried again, twice a second
         self._ask_for(None, session, "host", f"left alone for {idle_s:.0f} s")
+
+    def _where_pages_are(self) -> tuple[Any, ...]:
+        """Differs whenever other pages may fit somewhere than before."""
+        slots = self.residency.slots.values()
+        return self.residency.changes, *((tier.capacity, tier.refusal) for tier in slots)
 
     def _come_back_in_time(self, session: Session) -> None:
         absent = self._absent(session)

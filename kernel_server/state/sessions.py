@@ -120,6 +120,8 @@ class Session:
     pinned: bool = False
     #: it has left the device for being idle, since it was last asked for
     idled: bool = False
+    #: where all pages were when its own did not fit below
+    stuck_at: tuple[Any, ...] | None = None
     #: what was noted last of why its pages stay where they are
     noted_last: tuple[str, str] | None = None
     #: under which it ran; what an accepted difference of it is replaced by

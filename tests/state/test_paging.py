@@ -213,6 +213,26 @@ def test_a_request_looks_at_its_pages_when_there_is_something_to_decide() -> Non
     world.finish_checks()
 
 
+def test_a_restoration_looks_at_no_page_by_itself_where_none_is_on_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For hundreds of pages that was most of what a swap took the state."""
+    world = tiers(device=100, host=100)
+    session = stopped(world, prompt=LONG_PROMPT)
+    evict(world, session)
+    looked = list[int]()
+    place = world.state.residency.place
+    monkeypatch.setattr(
+        world.state.residency, "place", lambda page: looked.append(page) or place(page)
+    )
+    world.state.checking = False
+    request = world.send(m.Restore(session_id=session))
+    assert not looked
+    monkeypatch.undo()
+    world.work()
+    assert world.answer_to(request).session.device_pages > PAGES
+
+
 def test_a_copy_that_fails_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Although others of the same request are under way."""
     monkeypatch.setattr(paging, "WHOLE_RUN", 16)
@@ -453,8 +473,14 @@ def test_an_idle_session_that_does_not_fit_below_leaves_once_there_is_room() -> 
     wait(world, 31.0)
     world.work()
     assert (device_pages(world, first), device_pages(world, second)) == (0, PAGES)
+    looked = list[int]()
+    room_to_leave = world.state.room_to_leave
+    world.state.room_to_leave = lambda *given, **more: (
+        looked.append(1) or room_to_leave(*given, **more)
+    )
     for _ in range(3):
         wait(world, 1.0)
+    assert not looked, "nothing has moved"
     story = world.state.story(second)
     assert sum("do not fit below" in line for line in story) == 1, story
     world.ask(m.Terminate(session_id=first))

@@ -529,7 +529,7 @@ class World:
 _APART = {
     "_story", "_out", "_told", "_requests", "recorded", "num_events", "checking", "_armed",
     "_asked", "_index", "_run", "now", "touched", "idled", "to_clean", "counted", "told",
-    "noted_last", "prompt_array",
+    "stuck_at", "noted_last", "prompt_array",
 }  # fmt: skip
 
 
