@@ -3,8 +3,8 @@
 An answer to a poll costs the server more than all else that an event costs, and the interpreter it
 is made in is the engine's too. So an event wakes those who wait for its own owner's and nobody
 else, and of events that only tell how something goes on many go out together (`QUIET_S`). That
-something goes on at all is told with what comes next: who asked for it has had an answer, and the
-engine is to begin.
+something goes on at all, or is there, is told with what comes next: who asked for it has had an
+answer, and the engine is to begin.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ KEPT = 4096
 MAX_WAIT_S = 30.0
 #: Events of these kinds tell how something goes on, and nobody waits for them.
 QUIET = ("progress", "swapped")
-#: One of these never goes out at once.
-NEVER_AT_ONCE = "continued"
+#: One of these never goes out at once: whoever asked for it has an answer that tells as much.
+NEVER_AT_ONCE = ("continued", "launched")
 #: After one of these a session does not run.
 ENDS_A_RUN = ("stopped", "finished", "failed", "terminated")
 #: They go out together with what comes next, but after so many seconds at the latest: a person sees
@@ -85,9 +85,9 @@ class EventLog:
             of.last = event.seq
             now = time.monotonic()
             told = event.kind in ENDS_A_RUN and self._tell(of, event)
-            if (told or event.kind in (*QUIET, NEVER_AT_ONCE)) and now < of.quiet_until:
+            if (told or event.kind in (*QUIET, *NEVER_AT_ONCE)) and now < of.quiet_until:
                 return  # who waits looks again by himself
-            if told or event.kind == NEVER_AT_ONCE:
+            if told or event.kind in NEVER_AT_ONCE:
                 of.quiet_until = now + QUIET_S
                 of.changed.notify_all()  # to wait until then
                 return
@@ -209,7 +209,7 @@ def _told_once(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     events = []
     for event in reversed(batch):
         if event.session is not None:
-            if event.kind in ("swapped", NEVER_AT_ONCE) and event.session_id in told:
+            if event.kind in ("swapped", "continued") and event.session_id in told:
                 event = replace(event, session=None)
             told.add(event.session_id)
         events.append(event)

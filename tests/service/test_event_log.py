@@ -157,7 +157,7 @@ def test_progress_wakes_seldom_and_goes_out_with_what_comes_next(
     assert len(woken_at) <= took / QUIET_S + 2
 
 
-@pytest.mark.parametrize("kind", ["progress", "swapped", "continued"])
+@pytest.mark.parametrize("kind", ["progress", "swapped", "continued", "launched"])
 def test_what_wakes_nobody_is_told_although_nothing_follows(kind: str) -> None:
     log = EventLog()
     log.append("ann", _event(1, "stopped"))
@@ -174,8 +174,9 @@ def test_what_wakes_nobody_is_told_although_nothing_follows(kind: str) -> None:
     assert seen == [5], "who does not wait gets what is there"
 
 
+@pytest.mark.parametrize("kind", ["continued", "launched"])
 @pytest.mark.parametrize("before_s", [0.0, 2 * QUIET_S])
-def test_going_on_is_told_with_what_comes_next(before_s: float) -> None:
+def test_what_an_answer_tells_goes_out_with_what_comes_next(before_s: float, kind: str) -> None:
     """Whether or not nothing had happened for long: whoever waits is not answered for it alone."""
     log = EventLog()
     log.append("ann", _event(1, "stopped"))
@@ -192,7 +193,7 @@ def test_going_on_is_told_with_what_comes_next(before_s: float) -> None:
     follower.start()
     waiting.wait(60)
     began = time.monotonic()
-    log.append("ann", _event(2, "continued"))
+    log.append("ann", _event(2, kind))
     log.append("ann", _event(3, "stopped"))
     took = time.monotonic() - began
     follower.join(60)
