@@ -295,6 +295,7 @@ def _limits(quotas: Quotas, shape: ModelShape, owners: int) -> Limits:
         kv_bytes_per_owner=kv_bytes,
         edit_bytes_per_owner=quotas.edit_bytes,
         capture_bytes_per_owner=quotas.capture_bytes,
+        copies_from_ticks=True,
     )
 
 

@@ -122,6 +122,8 @@ class Core:
         self.lost: dict[int, ErrorInfo] = {}
         #: sessions at rest whose pages are to be copied down
         self.to_clean: dict[str, None] = {}
+        #: those that came to rest since the last tick, if they wait for the next
+        self.rested: dict[str, None] = {}
         #: how many stretches were begun, and the last beside which a copy was begun beforehand
         self.slots_begun = 0
         self.wrote_behind_in: float = -math.inf
@@ -305,7 +307,7 @@ class Core:
     def _rest(self, session: Session) -> None:
         session.stop_number += 1
         session.touched = self.now
-        self.to_clean[session.id] = None
+        (self.rested if self.limits.copies_from_ticks else self.to_clean)[session.id] = None
         session.target = None
         session.pausing = False
         self._trim(session)

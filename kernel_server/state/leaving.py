@@ -277,6 +277,8 @@ class Leaving(Refusing):
         if not host.capacity or self.exchange is not None:
             return
         self._watch_marks()
+        if self.pressing:
+            self.clean_rested()
         room = self._copies_beforehand() - len(self.copying)
         if "host" in self.refusals:
             room = min(room, 1 - len(self.copying))
@@ -296,6 +298,12 @@ class Leaving(Refusing):
             room -= 1
             if self.slot is not None:
                 self.wrote_behind_in = self.slot.number
+
+    def clean_rested(self) -> None:
+        """Have what came to rest of late copied too; what runs again by then is left out."""
+        if self.rested:
+            self.to_clean.update(self.rested)
+            self.rested.clear()
 
     def _beside_decodes(self) -> bool:
         """Whether a copy takes the host's time from a decode, which waits for it at every layer: a

@@ -174,6 +174,7 @@ class Residing(Saving):
 
     def ticked(self, event: Ticked) -> None:
         """Let sessions that were left alone leave the device, and bring hinted ones back."""
+        self.clean_rested()
         after = self.limits.idle_after_s
         for session in list(self.sessions.values()):
             if session.status == "running" or session.scratch or session.id in self.settling:

@@ -22,7 +22,7 @@ from notebooks.harness.exactness import Prompt, Trace, Watch, different
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
 from notebooks.harness.pressure import evict, restore
-from notebooks.harness.tier_watch import wait_until_settled
+from notebooks.harness.tier_watch import tick, wait_until_settled
 
 
 @dataclass(slots=True)
@@ -159,6 +159,7 @@ def uncopied_pages(local: Local, prompt: Prompt, layer: int) -> int:
 
 def without_a_copy(local: Local, session: Session) -> int:
     """Pages of a session that have no copy below, once nothing is being copied."""
+    tick(local)
     wait_until_settled(local)
     state = local.kernel.state
     pages = {p for table in state.sessions[session.id].tables for p in table}

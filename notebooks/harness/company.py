@@ -18,7 +18,7 @@ from typing import Any
 from djinn_nb import Finished, Session
 from kernel_server.protocol import messages as m
 from kernel_server.state.copies import LONG_RUN
-from kernel_server.state.events import StretchDone, Ticked
+from kernel_server.state.events import StretchDone
 from kernel_server.state.instructions import RunStretch
 from kernel_server.state.leaving import DECODES_BETWEEN
 from notebooks.harness.checkpoint import stop_at
@@ -28,6 +28,7 @@ from notebooks.harness.inprocess import InProcessTransport, Local
 from notebooks.harness.tier_watch import (
     counting_copies,
     give_up_copies,
+    tick,
     wait_until_copied,
     wait_until_settled,
 )
@@ -136,7 +137,7 @@ def writing_behind(local: Local, sessions: Sequence[Session]) -> Iterator[list[f
         yield done
         wait_until_settled(local)
         done[0] = len(sessions) * (1 - len(state.residency.dirty & pages) / len(pages))
-    local.kernel.loop.dispatch(Ticked(now=time.time()))
+    tick(local)
 
 
 def start(session: Session) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from djinn_nb import Session
 from kernel_server.protocol import messages as m
+from kernel_server.state.events import Ticked
 from notebooks.harness.faults import instead
 from notebooks.harness.inprocess import Local
 from notebooks.harness.records import Source
@@ -216,12 +217,19 @@ def wait_until_nothing_is_held(local: Local, timeout_s: float = 120.0) -> None:
     _until(lambda: held_bytes(local) == 0, timeout_s, "tensors of sessions that ended are held")
 
 
+def tick(local: Local) -> None:
+    """Let the kernel's clock tick now: what has come to rest is copied down from here on."""
+    local.kernel.loop.dispatch(Ticked(now=time.monotonic()))
+
+
 def wait_until_copied(local: Local, timeout_s: float = 300.0) -> None:
     """Wait until every page on the device has a copy below and no copy is under way: sessions that
     stand still have nothing left to be done for them.
 
     The host must have room for all of them.
     """
+
+    tick(local)
 
     def all_are() -> bool:
         with local.kernel.loop._lock:  # not in the middle of counting the last one

@@ -313,6 +313,44 @@ def test_a_session_that_has_grown_is_whole_again_after_it_was_copied() -> None:
     world.finish_checks()
 
 
+def test_what_came_to_rest_is_copied_from_the_next_tick_on() -> None:
+    """Who steps through layers shall not wait for copies, of pages that are then written again."""
+    limits = Limits(copies_from_ticks=True)
+    world = tiers(device=8 * PAGES, host=4 * PAGES, limits=limits)
+    session, other = stopped(world, max_new_tokens=9), stopped(world, max_new_tokens=9)
+    for _ in range(3):
+        world.run(session, m.RunTo, location="layers.1.output")
+        world.run(session, m.RunTo, location="logits")
+    assert not world.engine.copies
+    world.go(session, m.RunTo, location="layers.1.output")
+    wait(world, 0.5)
+    while world.engine.stretch is not None:
+        world.done()
+    world.work()
+    assert not world.state.residency.dirty & set(pages_of(world, other)), "the other one rested"
+    assert world.state.residency.dirty & set(pages_of(world, session)), "this one ran"
+    wait(world, 0.5)
+    world.work()
+
+    assert not world.state.residency.dirty
+    world.finish_checks()
+
+
+def test_what_came_to_rest_is_copied_at_once_where_much_of_the_device_cannot_leave() -> None:
+    limits = Limits(copies_from_ticks=True)
+    world = tiers(device=3 * PAGES, host=4 * PAGES, limits=limits)
+    sessions = [stopped(world) for _ in range(2)]
+    assert not world.engine.copies
+    sessions.append(stopped(world))
+    assert world.state.pressing and world.engine.copies
+    world.work()
+
+    assert not world.state.residency.dirty
+    for session in sessions:
+        world.run(session)
+    world.finish_checks()
+
+
 def test_beside_decodes_few_copies_are_made_beforehand_and_large_ones() -> None:
     """A decode waits for the host at every layer; a server at rest, and a prefill, do not."""
     world = tiers(device=200, host=200, limits=Limits(copies_in_flight=2))

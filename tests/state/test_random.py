@@ -87,11 +87,11 @@ def boundary(point: Point, how_far: int) -> Point:
 class Clients(RuleBasedStateMachine):
     """Three owners and an engine, all doing what they like within their rights."""
 
-    pool = POOL
+    pool, limits = POOL, LIMITS
 
     @initialize()
     def start(self) -> None:
-        self.world = World(self.pool, LIMITS)
+        self.world = World(self.pool, self.limits)
         self.world.prompt_edits = False
         for owner in OWNERS[:2]:
             self.world.launch(owner=owner, max_new_tokens=5)
@@ -372,7 +372,7 @@ class Clients(RuleBasedStateMachine):
         assert not self.busy() and not world.state.arriving, "the engine never came to rest"
         world.finish_checks()
         assert world.state.recorded is not None
-        again = ServerState.replay(self.pool, world.state.recorded, LIMITS)
+        again = ServerState.replay(self.pool, world.state.recorded, self.limits)
         assert snapshot(again) == snapshot(world.state), "the replay went another way"
         for session in [s for s in world.state.sessions.values() if not s.branch]:
             world.ask(m.Terminate(session_id=session.id), session.owner)
@@ -397,6 +397,7 @@ class TieredClients(Clients):
     """The same with a device for half of the pages, and the others below."""
 
     pool = dataclasses.replace(SHAPE, num_pages=50, num_host_pages=14, num_disk_pages=20)
+    limits = dataclasses.replace(LIMITS, copies_from_ticks=True)
 
     @precondition(lambda self: self.world.engine.copies)
     @rule(which=st.integers(0, 5), fails=st.integers(0, 9))

@@ -528,7 +528,7 @@ class World:
 #: Parts of the state that are no part of what was decided: logs, and caches made anew.
 _APART = {
     "_story", "_out", "_told", "_requests", "recorded", "num_events", "checking", "_armed",
-    "_asked", "_index", "_run", "now", "touched", "idled", "to_clean", "counted", "told",
+    "_asked", "_index", "_run", "now", "touched", "idled", "to_clean", "rested", "counted", "told",
     "stuck_at", "noted_last", "prompt_array",
 }  # fmt: skip
 
