@@ -381,13 +381,9 @@ class Branching(Scratching):
     def _drop_oldest(self, session: Session) -> None:
         """Let the nodes left longest ago lose their tensors, where too much is kept."""
         tree, limits = session.tree, self.limits
-        if (
-            len(tree.kept) <= limits.kept_stops_per_session
-            and self.kept_bytes <= limits.kept_bytes_per_session
-        ):
-            self.keep_to_room()  # all sessions together keep no more than this one may
-            return
-        count, size = len(tree.kept), sum(kept.nbytes for kept in tree.kept.values())
+        count, size = len(tree.kept), 0
+        if self.kept_bytes > limits.kept_bytes_per_session:  # else all sessions together keep less
+            size = sum(kept.nbytes for kept in tree.kept.values())
         gone = set()
         for number, kept in tree.kept.items():
             if count <= limits.kept_stops_per_session and size <= limits.kept_bytes_per_session:
