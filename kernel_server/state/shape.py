@@ -140,8 +140,8 @@ class Limits:
     name_length: int = 200
     #: copies of pages under way at once, for write-behind
     copies_in_flight: int = 4
-    #: what came to rest is copied from the next tick on, not at once: whoever goes on before gets the
-    #: host's time, and the pages written next were not copied for nothing
+    #: what came to rest is copied from the next tick on, not at once: whoever goes on before then
+    #: gets the host's time, and no page is copied that is written again next
     copies_from_ticks: bool = False
     #: parts of the device that may be unable to leave at once before the host gives to the disk,
     #: and until it need not any more
