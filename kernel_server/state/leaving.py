@@ -60,17 +60,22 @@ class Leaving(Refusing):
     # -- the device ---------------------------------------------------------------------------
 
     def _leavers(
-        self, needed: Iterable[int] = (), whom: Session | None = None, enough: int | None = None
+        self,
+        needed: Iterable[int] = (),
+        whom: Session | None = None,
+        enough: int | None = None,
+        of: Set[str] | None = None,
     ) -> Leavers:
         """What may leave the device so that `whom` can run, without the pages `needed`.
 
-        enough: nothing else is looked for once so many can leave at once.
+        enough: nothing else is looked for once so many can leave at once. of: only pages of these
+        sessions.
         """
         found, residency = Leavers(), self.residency
         there, dirty, moving = residency.pages_in["device"], residency.dirty, residency.moving
         there = there.difference(needed)
         for page, session in self._by_expendability(whom):
-            if page not in there:
+            if page not in there or (of is not None and session.id not in of):
                 continue
             if page in moving:
                 # on its way down, it can be dropped once it is there
@@ -100,6 +105,27 @@ class Leaving(Refusing):
             going = found.copyable[: lacking - found.coming]
             self._push_down(going, f"room for session {whom.id}", needed)
         return False
+
+    def make_room_at_rest(self, session: Session) -> bool:
+        """Have pages of others at rest leave, at once or once they are copied, so that all of a
+        session's can come; False, and nothing is changed, if those are too few."""
+        residency, device = self.residency, self.residency.slots["device"]
+        # of two that come at the same time neither sends the other away, nor has its room
+        coming = {other for other, one in self.settling.items() if one.tier == "device"}
+        both = [self.sessions[one] for one in {session.id, *coming} & self.sessions.keys()]
+        count = len({p for one in both for table in one.tables for p in residency.absent(table)})
+        if count <= device.room:
+            return True
+        others = {one.session_id for one in self._resting(session, None) if not one.runs}
+        found = self._leavers(whom=session, of=others - coming)
+        lacking = count - device.room - len(found.droppable)
+        if lacking > found.coming + min(len(found.copyable), self.room_below()):
+            return False
+        reason = f"room for session {session.id}"
+        self._drop_all(found.droppable[: count - device.room], reason)
+        if lacking > found.coming:
+            self._push_down(found.copyable[: lacking - found.coming], reason)
+        return True
 
     def _out_of_pages(self, count: int, droppable: int) -> OutOfPages:
         have = self.residency.slots

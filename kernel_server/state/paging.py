@@ -213,6 +213,8 @@ class Paging(Exchanging):
             absent = residency.absent(pages)
             if not absent:
                 return True
+            if asked and len(absent) > residency.free("device"):
+                self.make_room_at_rest(session)
             if deep := self._deep(absent):
                 staying = set(pages)
                 if not self.clear_host(len(deep), staying):

@@ -58,13 +58,12 @@ class Residing(Saving):
     def restore(self, event: Requested, request: m.Restore, session: Session) -> None:
         self._require_still(session)
         self.require_way(session, "device")
-        absent = len(self._absent(session))
-        if not self._room_from_others(session, absent):
-            free = self.residency.free("device")
+        if not self.make_room_at_rest(session):
+            absent, free = len(self._absent(session)), self.residency.free("device")
             raise OutOfPages(
                 f"{absent} pages of session {session.id} are to come, and {free} of"
                 f" {self.residency.slots['device'].capacity} are free on the device and too few"
-                " others can leave it at once: evict another session first, or continue this one,"
+                " others can leave it: evict another session first, or continue this one,"
                 " which makes room by itself",
                 needed=absent,
                 free=free,

@@ -125,7 +125,7 @@ def random_moves_end_alike(local: Local, seed: int, steps: int = 80) -> None:
             ask(session, m.Evict, to=rng.choice(["host", "disk"]))
             moved += 1
         elif choice == 4 and status == "stopped" and rng.random() < 0.5:
-            restored(local, session)
+            ask(session, m.Restore)
         elif choice == 5 and len(live) < 9 and status != "finished":
             live.append((session.fork(), which))
         elif choice == 6 and status == "stopped":
@@ -141,16 +141,6 @@ def random_moves_end_alike(local: Local, seed: int, steps: int = 80) -> None:
         assert different(session.logits, references[which].last) == 0
         session.terminate()
     settled(local)
-
-
-def restored(local: Local, session: Session) -> None:
-    """Have its pages come; where too few of others are copied yet to make room, a moment later."""
-    try:
-        ask(session, m.Restore)
-    except errors.OutOfPages as found:
-        assert "too few others can leave it at once" in found.message
-        settled(local)
-        ask(session, m.Restore)
 
 
 def pages_change_places(local: Local, spare: int) -> None:

@@ -480,6 +480,65 @@ def test_an_eviction_to_a_full_disk_is_refused_with_numbers() -> None:
     assert device_pages(world, second) == PAGES
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_restoration_has_others_at_rest_leave_even_if_they_are_to_be_copied_first(
+    copied: bool,
+) -> None:
+    limits = Limits(copies_from_ticks=True, high_mark=1.0)
+    world = tiers(device=2 * PAGES, host=3 * PAGES, limits=limits)
+    first = stopped(world)
+    evict(world, first)
+    others = [stopped(world) for _ in range(2)]
+    if copied:
+        wait(world, 0.5)
+        world.work()
+    request = world.send(m.Restore(session_id=first))
+    assert bool(world.engine.copies) and not world.replies.get(request)
+    world.work()
+
+    assert world.answer_to(request).session.device_pages == PAGES
+    assert sum(device_pages(world, other) for other in others) == PAGES
+    assert any("room for" in text for other in others for text in texts(world, other))
+    for session in (first, *others):
+        world.run(session)
+    world.finish_checks()
+
+
+def test_two_restorations_at_once_do_not_send_each_other_away() -> None:
+    limits = Limits(copies_from_ticks=True, high_mark=1.0)
+    world = tiers(device=2 * PAGES, host=4 * PAGES, limits=limits)
+    away = [stopped(world) for _ in range(2)]
+    for session in away:
+        evict(world, session)
+    others = [stopped(world) for _ in range(2)]
+    requests = [world.send(m.Restore(session_id=session)) for session in away]
+    world.work()
+    assert [world.answer_to(one).session.device_pages for one in requests] == [PAGES] * 2
+    assert [device_pages(world, other) for other in others] == [0, 0]
+    request = world.send(m.Restore(session_id=others[0]))
+    world.work()
+
+    assert world.answer_to(request).session.device_pages == PAGES
+    for session in (*away, *others):
+        world.run(session)
+    world.finish_checks()
+
+
+def test_a_restoration_for_which_others_cannot_leave_is_refused_and_nothing_moves() -> None:
+    limits = Limits(copies_from_ticks=True, high_mark=1.0)
+    world = tiers(device=2 * PAGES, host=PAGES + 2, limits=limits)
+    first = stopped(world)
+    evict(world, first)
+    others = [stopped(world) for _ in range(2)]
+    before = [below(world, session) for session in (first, *others)]
+    with pytest.raises(OutOfPages, match="too few others can leave it"):
+        world.ask(m.Restore(session_id=first))
+
+    assert not world.engine.copies
+    assert [below(world, session) for session in (first, *others)] == before
+    world.finish_checks()
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_pages_come_up_through_a_host_that_is_full(asked: bool) -> None:
     """A restoration, or a hint, of a session on the disk, while the host is full of copies."""
