@@ -99,9 +99,10 @@ class Moving:
     def restore(self) -> Residency:
         """Have its pages come to the device, so that going on finds them there.
 
-        One that rests on disk, because its lease ended or its server did, is computed again.
-        Raises NotStopped while it runs, OutOfPages when the device has no room for them,
-        SessionFailed or TornPage when they cannot be read back.
+        Others at rest leave for it where there is too little room, once they are copied. One that
+        rests on disk, because its lease ended or its server did, is computed again. Raises
+        NotStopped while it runs, OutOfPages when too few others can leave, SessionFailed or
+        TornPage when its pages cannot be read back.
         """
         return self._have_moved(m.Restore(session_id=self.id))
 

@@ -147,13 +147,9 @@ class Residing(Saving):
     def _absent(self, session: Session) -> set[int]:
         return {page for table in session.tables for page in self.residency.absent(table)}
 
-    def _room_from_others(
-        self, session: Session, count: int, later_than_s: float | None = None
-    ) -> bool:
-        """Have pages of others at rest leave, if that alone makes room for `count`.
-
-        later_than_s: only of those that are not expected before so many seconds.
-        """
+    def _room_from_others(self, session: Session, count: int, later_than_s: float) -> bool:
+        """Have pages of others at rest leave that are not expected before so many seconds, if that
+        alone and at once makes room for `count`."""
         lacking = count - self.residency.slots["device"].room
         if lacking <= 0:
             return True
@@ -161,8 +157,7 @@ class Residing(Saving):
         leaving = [
             (page, other)
             for page, other in self._leavers(whom=session).droppable
-            if not expected[other.id].runs
-            and (later_than_s is None or expected[other.id].expected_s > later_than_s)
+            if not expected[other.id].runs and expected[other.id].expected_s > later_than_s
         ]
         if len(leaving) < lacking:
             return False
