@@ -14,7 +14,7 @@ from kernel_server.state.events import Ticked
 from kernel_server.state.instructions import CopyPages
 from kernel_server.state.refusing import READS, REFUSES_S
 from kernel_server.state.server_state import Limits
-from tests.state.test_paging import (
+from tests.state.tier_world import (
     PAGES,
     all_stopped,
     budget,
