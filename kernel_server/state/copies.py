@@ -120,6 +120,8 @@ class Copies(Core):
         """Let pages leave the device that have a good copy below, and tell whose they were."""
         for session, run in by_session(pages):
             self._drop(session, run, reason)
+            if (settling := self.settling.get(session.id)) is not None:
+                settling.left_for = reason
 
     def _drop(self, session: Session, pages: list[int], reason: str) -> None:
         """The same for pages of one session."""

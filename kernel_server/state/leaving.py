@@ -60,22 +60,17 @@ class Leaving(Refusing):
     # -- the device ---------------------------------------------------------------------------
 
     def _leavers(
-        self,
-        needed: Iterable[int] = (),
-        whom: Session | None = None,
-        enough: int | None = None,
-        of: Set[str] | None = None,
+        self, needed: Iterable[int] = (), whom: Session | None = None, enough: int | None = None
     ) -> Leavers:
         """What may leave the device so that `whom` can run, without the pages `needed`.
 
-        enough: nothing else is looked for once so many can leave at once. of: only pages of these
-        sessions.
+        enough: nothing else is looked for once so many can leave at once.
         """
         found, residency = Leavers(), self.residency
         there, dirty, moving = residency.pages_in["device"], residency.dirty, residency.moving
         there = there.difference(needed)
         for page, session in self._by_expendability(whom):
-            if page not in there or (of is not None and session.id not in of):
+            if page not in there:
                 continue
             if page in moving:
                 # on its way down, it can be dropped once it is there
@@ -108,24 +103,39 @@ class Leaving(Refusing):
 
     def make_room_at_rest(self, session: Session) -> bool:
         """Have pages of others at rest leave, at once or once they are copied, so that all of a
-        session's can come; False, and nothing is changed, if those are too few."""
+        session's can come; False, and nothing is changed, if those are too few.
+
+        They go where the host has free slots: nothing goes deeper for them.
+        """
         residency, device = self.residency, self.residency.slots["device"]
+        coming = self._coming_beside(session)
         # of two that come at the same time neither sends the other away, nor has its room
-        coming = {other for other, one in self.settling.items() if one.tier == "device"}
-        both = [self.sessions[one] for one in {session.id, *coming} & self.sessions.keys()]
-        count = len({p for one in both for table in one.tables for p in residency.absent(table)})
-        if count <= device.room:
+        absent = {p for one in coming for table in one.tables for p in residency.absent(table)}
+        if len(absent) <= device.room:
             return True
-        others = {one.session_id for one in self._resting(session, None) if not one.runs}
-        found = self._leavers(whom=session, of=others - coming)
-        lacking = count - device.room - len(found.droppable)
-        if lacking > found.coming + min(len(found.copyable), self.room_below()):
+        found = self._leavers(self.staying(session), session)
+        lacking = len(absent) - device.room - len(found.droppable)
+        deep = len(absent - residency.pages_in["host"])  # these pass through the host
+        below = 0 if self.refuses("host") else max(0, self.host_room() - deep)
+        if lacking > found.coming + min(len(found.copyable), below):
             return False
         reason = f"room for session {session.id}"
-        self._drop_all(found.droppable[: count - device.room], reason)
+        self._drop_all(found.droppable[: len(absent) - device.room], reason)
         if lacking > found.coming:
             self._push_down(found.copyable[: lacking - found.coming], reason)
         return True
+
+    def _coming_beside(self, session: Session) -> list[Session]:
+        """The session and all others whose pages are to come to the device."""
+        coming = {other for other, one in self.settling.items() if one.tier == "device"}
+        return [self.sessions[one] for one in {session.id, *coming} & self.sessions.keys()]
+
+    def staying(self, session: Session) -> set[int]:
+        """Pages that are not to leave for a session that does not run: of those that run, and of
+        those that come as it does, whoever shares them."""
+        running = (one for one in self.sessions.values() if one.status == "running")
+        stay = itertools.chain(running, self._coming_beside(session))
+        return {page for one in stay for table in one.tables for page in table}
 
     def _out_of_pages(self, count: int, droppable: int) -> OutOfPages:
         have = self.residency.slots

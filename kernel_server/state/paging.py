@@ -31,6 +31,8 @@ class Settling:
     reason: str
     #: whether an owner wants it; policy gives up no copies of others for it
     asked: bool
+    #: of pages that are to be on the device, why some of them left it again
+    left_for: str = ""
 
 
 @dataclass(slots=True)
@@ -213,6 +215,14 @@ class Paging(Exchanging):
             absent = residency.absent(pages)
             if not absent:
                 return True
+            if settling.left_for:  # or the two would take the room by turns, for ever
+                raise OutOfPages(
+                    f"pages of session {session.id} left the device again ({settling.left_for}),"
+                    f" and {len(absent)} are absent now: restore it later, or continue it, and it"
+                    " takes its turn",
+                    needed=len(absent),
+                    free=residency.free("device"),
+                )
             if asked and len(absent) > residency.free("device"):
                 self.make_room_at_rest(session)
             if deep := self._deep(absent):

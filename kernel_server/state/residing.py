@@ -156,7 +156,7 @@ class Residing(Saving):
         expected = {entry.session_id: entry for entry in self._resting(session, None)}
         leaving = [
             (page, other)
-            for page, other in self._leavers(whom=session).droppable
+            for page, other in self._leavers(self.staying(session), session).droppable
             if not expected[other.id].runs and expected[other.id].expected_s > later_than_s
         ]
         if len(leaving) < lacking:

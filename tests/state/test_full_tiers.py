@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
 import pytest
 
 from kernel_server.protocol import messages as m
-from kernel_server.protocol.errors import OutOfPages
+from kernel_server.protocol.errors import OutOfPages, PromptTooLong
 from kernel_server.state.server_state import Limits
 from tests.state.tier_world import (
     PAGES,
@@ -21,7 +22,7 @@ from tests.state.tier_world import (
     tiers,
     wait,
 )
-from tests.state.world import World
+from tests.state.world import World, snapshot
 
 
 @pytest.mark.parametrize("to", ["host", "disk"])
@@ -139,6 +140,90 @@ def test_a_restoration_for_which_others_cannot_leave_is_refused_and_nothing_move
     assert not world.engine.copies
     assert [below(world, session) for session in (first, *others)] == before
     world.finish_checks()
+
+
+def test_pages_of_sessions_that_run_or_come_stay_whoever_shares_them() -> None:
+    """A fork at rest shares them: what leaves with it left for a restoration."""
+    limits = Limits(copies_from_ticks=True, high_mark=1.0)
+    world = tiers(device=16, host=40, limits=limits)
+    away = stopped(world, prompt=(2,) * 9)
+    evict(world, away)
+    parent = stopped(world, prompt=(1,) * 9, max_new_tokens=5)
+    fork = world.ask(m.Fork(session_id=parent)).session.id
+    other = world.launch(prompt=(3,), max_new_tokens=6)
+    wait(world, 0.5)
+    world.work()
+    world.go(other)
+    world.go(fork)
+    assert world.session(fork).status == "running", "it waits for the other one"
+    before = below(world, fork)
+    with pytest.raises(OutOfPages, match="too few others can leave it"):
+        world.ask(m.Restore(session_id=away))
+
+    assert below(world, fork) == before
+    world.work()
+    world.finish_checks()
+
+
+def test_a_restoration_ends_where_a_run_takes_the_room_that_it_made() -> None:
+    """The two took it by turns, for ever."""
+    world = tiers(device=13, host=4, disk=6, limits=Limits(copies_from_ticks=True))
+    sizes = [(9, 4), (3, 1), (5, 2), (9, 2), (14, 1)]
+    first, *_, last = (
+        world.launch(prompt=[i] * size, max_new_tokens=new) for i, (size, new) in enumerate(sizes)
+    )
+    world.go(first, m.RunTo, location="logits")
+    world.go(last, m.RunTo, location="layers.3.output")
+    world.done()
+    world.land()
+    world.land(max(world.engine.copies))
+    request = world.send(m.Restore(session_id=first))
+    world.work()
+
+    with pytest.raises(OutOfPages, match=f"room for session {last}.*and 3 are absent"):
+        world.answer_to(request)
+    assert world.session(last).status == "stopped"
+    world.finish_checks()
+
+
+def at_rest(chance: random.Random) -> tuple[World, list[str]]:
+    """Sessions that have stopped, some pinned and some evicted, in tiers of some sizes or other."""
+    most = chance.choice([9, 30])
+    sizes = chance.randint(5, 13 + most), chance.randint(1, most), chance.choice([0, most, 6])
+    world: World = tiers(*sizes, limits=Limits(copies_from_ticks=chance.random() < 0.8))
+    found = []
+    for number in range(chance.randint(2, 6)):
+        with contextlib.suppress(OutOfPages, PromptTooLong):  # smaller than its prompt
+            prompt = (number,) * chance.randint(1, most)
+            place = chance.choice(["logits", "layers.1.output", "layers.3.output"])
+            found.append(world.launch(prompt=prompt, max_new_tokens=3))
+            world.go(found[-1], m.RunTo, location=place)
+            world.work()
+            if chance.random() < 0.3:
+                world.ask(m.Pin(session_id=found[-1]))
+            if chance.random() < 0.3:
+                to = chance.choice(["host", "disk"])
+                world.send(m.Evict(session_id=chance.choice(found), to=to))
+                world.work()
+    return world, [s for s in found if world.session(s).status == "stopped"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_restoration_beside_sessions_at_rest_is_carried_out_or_changes_nothing(seed: int) -> None:
+    chance, refused = random.Random(seed), 0
+    for _ in range(40):
+        world, sessions = at_rest(chance)
+        for session in (*sessions, *sessions):
+            before = snapshot(world.state)
+            request = world.send(m.Restore(session_id=session))
+            if isinstance(world.replies.get(request), m.ErrorReply):
+                refused += 1
+                assert snapshot(world.state) == before
+                continue
+            world.work()
+            assert below(world, session)[0] == world.answer_to(request).session.num_pages
+        world.finish_checks()
+    assert refused
 
 
 @pytest.mark.parametrize("asked", [True, False])
