@@ -186,6 +186,55 @@ def test_a_restoration_ends_where_a_run_takes_the_room_that_it_made() -> None:
     world.finish_checks()
 
 
+def launched(world: World, tokens: int, number: int = 1, at: str | None = None) -> str:
+    """A session of so many equal tokens, on its way to a place; copies are not told of."""
+    session = world.launch(prompt=(number,) * tokens, max_new_tokens=3)
+    if at is not None:
+        world.go(session, m.RunTo, location=at)
+    return session
+
+
+def test_a_restoration_gives_up_no_copies_of_its_own_for_the_room_of_others() -> None:
+    """Its pages came up from the disk, and lost their copies on the host on the way, for ever."""
+    world = tiers(device=6, host=4, disk=6, limits=Limits(copies_from_ticks=True))
+    first, *others = (
+        launched(world, tokens, number, at)
+        for number, (tokens, at) in enumerate(
+            [(3, "logits"), (3, "layers.3.output"), (6, "logits")]
+        )
+    )
+    world.work()
+    world.send(m.Restore(session_id=first))
+    world.work()
+    others.append(launched(world, 5, 3, "layers.1.output"))
+    world.ask(m.SetBudget(device=3000))
+    world.work()
+    for session in (first, *others):
+        request = world.send(m.Restore(session_id=session))
+        world.work()
+        assert request in world.replies
+    world.finish_checks()
+
+
+def test_copies_of_a_pinned_session_are_no_room_for_a_restoration() -> None:
+    world = tiers(device=40, host=8, disk=30, limits=Limits(copies_from_ticks=True))
+    pinned, waiting, third, last = (launched(world, tokens) for tokens in (30, 14, 5, 30))
+    for session, at in ((pinned, "layers.3.output"), (third, "layers.3.output"), (last, "logits")):
+        world.go(session, m.RunTo, location=at)
+    world.work()
+    world.ask(m.Pin(session_id=pinned))
+    world.work()
+    for session in (pinned, waiting, third):
+        world.send(m.Restore(session_id=session))
+        world.work()
+    before = snapshot(world.state)
+    with pytest.raises(OutOfPages, match="too few others can leave it"):
+        world.ask(m.Restore(session_id=last))
+
+    assert snapshot(world.state) == before
+    world.finish_checks()
+
+
 def at_rest(chance: random.Random) -> tuple[World, list[str]]:
     """Sessions that have stopped, some pinned and some evicted, in tiers of some sizes or other."""
     most = chance.choice([9, 30])
