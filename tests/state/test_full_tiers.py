@@ -235,6 +235,24 @@ def test_copies_of_a_pinned_session_are_no_room_for_a_restoration() -> None:
     world.finish_checks()
 
 
+def test_what_passes_through_the_host_has_its_room_there_or_nothing_comes() -> None:
+    """Pages of others took the slots that its own, which are on the disk, had to pass through."""
+    world = tiers(device=30, host=30, disk=12, limits=Limits(copies_from_ticks=True))
+    pinned, other = (launched(world, 30, number) for number in (1, 2))
+    world.go(pinned, m.RunTo, location="logits")
+    world.go(other, m.RunTo, location="layers.3.output")
+    world.work()
+    world.ask(m.Pin(session_id=pinned))
+    world.work()
+    before = below(world, pinned), below(world, other)
+    assert below(world, pinned)[2], "some of its pages are on the disk"
+    with pytest.raises(OutOfPages, match=r"10 pages of .* are to come"):
+        world.ask(m.Restore(session_id=pinned))
+
+    assert (below(world, pinned), below(world, other)) == before
+    world.finish_checks()
+
+
 def at_rest(chance: random.Random) -> tuple[World, list[str]]:
     """Sessions that have stopped, some pinned and some evicted, in tiers of some sizes or other."""
     most = chance.choice([9, 30])
