@@ -43,6 +43,10 @@ class Residing(Saving):
         if session.pinned:
             raise NotSupported(f"session {session.id} is pinned to the device: unpin it first")
         slots = self.residency.slots[request.to]
+        ways: tuple[Tier, ...] = ("host", request.to)  # pages reach the disk through the host
+        for tier in ways:
+            if self.allocated(tier) and self.residency.slots[tier].budget == 0:
+                raise OutOfPages(f"the budget of the {tier} is 0: {self.more_room(tier)}", free=0)
         if not slots.capacity:
             flag = "--host-memory" if request.to == "host" else "--disk-memory"
             raise NotSupported(f"this server has no {request.to} tier: start it with {flag}")

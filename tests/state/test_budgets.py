@@ -13,6 +13,7 @@ from tests.state.tier_world import (
     budget,
     budgets,
     device_pages,
+    evict,
     stopped,
     tiers,
 )
@@ -155,3 +156,18 @@ def test_what_a_lowered_budget_refuses_names_the_budget() -> None:
     with pytest.raises(OutOfPages, match=r"server\.set_budget\(host=\.\.\.\)"):
         world.ask(m.Pin(session_id=first, pinned=False))
         world.ask(m.Evict(session_id=first))
+
+
+@pytest.mark.parametrize(("to", "closed"), [("host", "host"), ("disk", "disk"), ("disk", "host")])
+def test_an_eviction_where_a_budget_is_0_names_the_budget(to: str, closed: str) -> None:
+    world = tiers(device=2 * PAGES, host=2 * PAGES, disk=2 * PAGES)
+    session = stopped(world)
+    world.work()
+    budgets(world, **{closed: 0})
+    world.work()
+    with pytest.raises(OutOfPages, match=rf"{closed} is 0.*set_budget\({closed}=\.\.\.\)"):
+        world.ask(m.Evict(session_id=session, to=to))
+    budgets(world, **{closed: 2 * PAGES})
+
+    assert evict(world, session, to).session.device_pages == 0
+    world.finish_checks()
