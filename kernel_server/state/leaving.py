@@ -108,6 +108,8 @@ class Leaving(Refusing):
         They go where the host has free slots: nothing goes deeper for them.
         """
         residency, device = self.residency, self.residency.slots["device"]
+        if not any(map(residency.absent, session.tables)):
+            return True
         coming = self._coming_beside(session)
         # of two that come at the same time neither sends the other away, nor has its room
         absent = {p for one in coming for table in one.tables for p in residency.absent(table)}

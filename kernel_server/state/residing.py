@@ -27,7 +27,7 @@ from kernel_server.state.sessions import Session
 #: Most seconds ahead that a hint may name: a day.
 _MAX_HINT_S = 86400.0
 #: A hinted session is brought back so many seconds before, and those its bytes take at this rate:
-#: more than lies between two looks at the clock, which come every second.
+#: more than lies between two ticks of the clock.
 _LEAD_S, _LEAD_BYTES_PER_S = 1.25, 10e9
 
 

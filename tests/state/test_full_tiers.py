@@ -127,6 +127,23 @@ def test_two_restorations_at_once_do_not_send_each_other_away() -> None:
     world.finish_checks()
 
 
+def test_a_session_that_is_there_is_restored_although_another_waits_for_room() -> None:
+    """It lacks nothing, and was refused for what the other one lacks."""
+    limits = Limits(copies_from_ticks=True, high_mark=1.0)
+    world = tiers(device=2 * PAGES, host=2 * PAGES, limits=limits)
+    first = stopped(world)
+    evict(world, first)
+    others = [stopped(world) for _ in range(2)]
+    request = world.send(m.Restore(session_id=first))
+    assert world.engine.copies and request not in world.replies
+    requests = [world.send(m.Restore(session_id=other)) for other in others]
+    world.work()
+
+    assert all(world.answer_to(one).session.device_pages == PAGES for one in requests)
+    assert request in world.replies
+    world.finish_checks()
+
+
 def test_a_restoration_for_which_others_cannot_leave_is_refused_and_nothing_moves() -> None:
     limits = Limits(copies_from_ticks=True, high_mark=1.0)
     world = tiers(device=2 * PAGES, host=PAGES + 2, limits=limits)
